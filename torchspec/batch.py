@@ -1,0 +1,178 @@
+"""What a trainer is given: one pack of conversations, and which of its positions are supervised at which unroll step.
+
+Letters: N tokens of a pack, S conversations in it, T tokens of one conversation, n aux layers, D target hidden, K unroll steps.
+
+The rule (docs/design.md, "Alignment"). A *turn* is a maximal run of loss-mask 1 inside one conversation. Position t is
+supervised at step k iff t+2+k < T and x_{t+1} .. x_{t+2+k} all lie in the same turn. With T = 6:
+
+    t          0   1   2   3   4   5
+    mask       0   0   1   1   1   1
+    step 0         *   *   *              x_{t+1}, x_{t+2} in the turn
+    step 1         *   *                  ... and x_{t+3}
+    step 2         *                      ... and x_{t+4}
+    step 3     (none)
+
+Two facts follow that everything downstream uses. (1) The rows of step k+1 are a subset of those of step k, so a row only
+ever needs its own chain of earlier steps. (2) Inside a turn the rows of step 0 are consecutive, so the target of row j (counted
+in step-0 rows) at step k is the target row j+k: target logits are needed for the step-0 rows alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class UnrollRows:
+    """Positions to compute at each unroll step; built on the host, so that the step needs no device synchronisation.
+
+    ``base`` [R_0]: pack positions t supervised at step 0, increasing.
+    ``index[k]`` [R_k]: which entries of ``base`` are supervised at step k; ``index[0]`` is 0..R_0-1.
+    ``keep[k]`` [R_k]: which entries of ``index[k-1]`` survive into step k; ``keep[0]`` equals ``index[0]``.
+    The target distribution of entry j at step k is that of entry j+k (x_{t+2+k} given its prefix).
+    """
+
+    base: Tensor
+    index: tuple[Tensor, ...]
+    keep: tuple[Tensor, ...]
+
+    @property
+    def steps(self) -> int:
+        """K."""
+        return len(self.index)
+
+    def map(self, fn: Any) -> UnrollRows:
+        """The same rows with ``fn`` applied to each tensor."""
+        return UnrollRows(fn(self.base), tuple(fn(t) for t in self.index), tuple(fn(t) for t in self.keep))
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch of one rank.
+
+    Tensors live on one device except ``cu_seqlens``, which stays on the host (loops and kernels' launch shapes read it there).
+    """
+
+    input_ids: Tensor
+    """[N] int64."""
+    position: Tensor
+    """[N] int64, restarts at 0 in each conversation."""
+    sequence: Tensor
+    """[N] int64, index of the conversation in the pack."""
+    turn: Tensor
+    """[N] int64, index of the turn in the pack, -1 where the loss mask is 0."""
+    aux: Tensor
+    """[N, n*D] target states of the aux layers in id order; the last row of a conversation may be zero (never read)."""
+    last: Tensor
+    """[N, D] target state before its final norm; the last row of a conversation may be zero (never read)."""
+    cu_seqlens: Tensor
+    """[S+1] int32 on the host: conversation s holds rows cu_seqlens[s] .. cu_seqlens[s+1]-1."""
+    sample_ids: tuple[int, ...]
+    """Dataset indices of the S conversations, in order."""
+    counts: Tensor
+    """[K] float32: supervised positions a step over the whole optimizer step (all ranks and micro-batches), from the plan."""
+    rows: UnrollRows
+    pack_index: int = 0
+    """Index of this pack in its epoch's plan."""
+    stage: str = "train"
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
+        """A copy on ``device`` (host-side fields stay)."""
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(device, non_blocking=non_blocking)
+
+        moved = {f.name: move(getattr(self, f.name)) for f in fields(self) if isinstance(getattr(self, f.name), Tensor) and f.name != "cu_seqlens"}
+        return replace(self, rows=self.rows.map(move), **moved)
+
+    def pin_memory(self) -> PackedBatch:
+        """A copy in page-locked memory, so that ``to`` overlaps with compute."""
+        moved = {f.name: getattr(self, f.name).pin_memory() for f in fields(self) if isinstance(getattr(self, f.name), Tensor) and f.name != "cu_seqlens"}
+        return replace(self, rows=self.rows.map(lambda t: t.pin_memory()), **moved)
+
+
+def turns(mask: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
+    """Turn index of each token of a pack, -1 where unsupervised.
+
+    Args:
+        mask: [N] 0 or 1; 1 on tokens that the assistant generated, end-of-turn token included.
+        cu_seqlens: [S+1] conversation boundaries; a turn never crosses one.
+
+    Returns:
+        [N] int64.
+    """
+    on = mask.astype(bool)
+    first = on.copy()
+    first[1:] &= ~on[:-1]
+    starts = cu_seqlens[:-1]
+    starts = starts[starts < on.shape[0]]
+    first[starts] |= on[starts]
+    return np.where(on, np.cumsum(first) - 1, -1).astype(np.int64)
+
+
+def supervised_depth(turn: np.ndarray) -> np.ndarray:
+    """How many unroll steps supervise each position: step k does iff depth > k.
+
+    x_{t+1} .. x_{t+2+k} in one turn means: the run of equal turn index that starts at t+1 has length >= k+2.
+
+    Args:
+        turn: [N] from :func:`turns`.
+
+    Returns:
+        [N] int64, 0 where no step supervises.
+    """
+    n = turn.shape[0]
+    run = np.zeros(n + 1, dtype=np.int64)
+    if n:
+        end = np.flatnonzero(np.diff(turn, append=turn[-1] - 1) != 0)  # last index of each run of equal values
+        run[:n] = end[np.searchsorted(end, np.arange(n))] - np.arange(n) + 1
+        run[:n][turn < 0] = 0
+    depth = run[1:] - 1
+    return np.maximum(depth, 0)
+
+
+def supervised_counts(mask: np.ndarray, steps: int) -> np.ndarray:
+    """Supervised positions of one conversation at each step.
+
+    Args:
+        mask: [T] 0 or 1.
+        steps: K.
+
+    Returns:
+        [K] int64.
+
+    Example:
+        >>> supervised_counts(np.array([0, 0, 1, 1, 1, 1]), 4)
+        array([3, 2, 1, 0])
+    """
+    cu = np.array([0, mask.shape[0]])
+    depth = supervised_depth(turns(mask, cu))
+    return (depth[:, None] > np.arange(steps)[None, :]).sum(axis=0)
+
+
+def unroll_rows(turn: np.ndarray, cu_seqlens: np.ndarray, steps: int) -> UnrollRows:
+    """Rows to compute at each step of the unroll of one pack.
+
+    Args:
+        turn: [N] from :func:`turns`.
+        cu_seqlens: [S+1] conversation boundaries.
+        steps: K.
+    """
+    depth = supervised_depth(turn)
+    ends = cu_seqlens[1:] - 1
+    depth[ends[ends >= 0]] = 0  # the last token of a conversation has no successor in it
+    base = np.flatnonzero(depth > 0)
+    index = [np.flatnonzero(depth[base] > k) for k in range(steps)]
+    keep = [index[0]] + [np.flatnonzero(depth[base][index[k - 1]] > k) for k in range(1, steps)]
+    as_tensor = lambda a: torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64))  # noqa: E731
+    return UnrollRows(as_tensor(base), tuple(map(as_tensor, index)), tuple(map(as_tensor, keep)))

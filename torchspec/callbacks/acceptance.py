@@ -1,0 +1,102 @@
+"""Acceptance length in validation: the serving walk, and real vLLM when asked.
+
+The walk follows each validation answer as a server would: start at its first token, count how many drafts in a row are right, jump over them and the bonus token, repeat.
+Run it on answers that the target gave greedily (``regenerate`` with temperature 0), and it is what vLLM reports at temperature 0.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from torchspec.errors import UserError
+from torchspec.models.metrics import serving_walk
+
+
+class AcceptanceLength(pl.Callback):
+    """Log ``val/acceptance_length`` and the rate of each draft position, and append them to ``acceptance.jsonl`` in the run's folder.
+
+    With ``trainer.num_sanity_val_steps: -1`` the untrained draft is measured first (step 0).
+
+    Args:
+        num_speculative_tokens: drafts proposed at a time, k; at most the unroll steps.
+        serve_prompts: conversation file to serve in real vLLM with the exported draft after training; None skips it.
+        serve_limit: prompts of that file to serve.
+        serve_max_new_tokens: length limit of an answer.
+    """
+
+    def __init__(self, num_speculative_tokens: int = 3, serve_prompts: str | None = None, serve_limit: int = 100, serve_max_new_tokens: int = 256) -> None:
+        self.k = num_speculative_tokens
+        self.serve_prompts = serve_prompts
+        self.serve_limit = serve_limit
+        self.serve_max_new_tokens = serve_max_new_tokens
+        self._table: torch.Tensor | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        if not 1 <= self.k <= pl_module.unroll_steps:
+            raise UserError("callbacks.AcceptanceLength.num_speculative_tokens", self.k, f"is not in 1..{pl_module.unroll_steps}", "use at most model.unroll_steps")
+        if self.serve_prompts is not None and not Path(self.serve_prompts).is_file():
+            raise UserError("callbacks.AcceptanceLength.serve_prompts", self.serve_prompts, "does not exist", "give a conversation file")
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._table = torch.zeros(2 + self.k, dtype=torch.float64)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        assert self._table is not None
+        turns = batch.turn[batch.rows.base + 1]
+        stops, accepted, positions = serving_walk(outputs["accepted"].tolist(), turns.tolist(), self.k)
+        self._table += torch.tensor([stops, accepted, *positions], dtype=torch.float64)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        assert self._table is not None
+        stops, accepted, *positions = trainer.strategy.reduce(self._table.to(pl_module.device), reduce_op="sum").tolist()  # type: ignore[union-attr]
+        length = 1.0 + accepted / max(stops, 1.0)
+        rates = [count / max(stops, 1.0) for count in positions]
+        pl_module.log("val/acceptance_length", length, prog_bar=True)
+        pl_module.log_dict({f"val/acceptance_rate_{i}": rate for i, rate in enumerate(rates)})
+        if trainer.is_global_zero:
+            row = {"step": trainer.global_step, "acceptance_length": length, "rates": rates, "drafts": int(stops), "loss": None}
+            self._append(trainer, row)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Fill in the loss, which the module logs after this callback's own hook."""
+        loss = trainer.callback_metrics.get("val/loss")
+        if trainer.is_global_zero and loss is not None:
+            self._last["loss"] = float(loss)
+            self._flush(trainer)
+
+    def _append(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
+        self._last = row
+        rank_zero_info(f"step {row['step']}: acceptance length {row['acceptance_length']:.3f} (serving walk, k={self.k}, {row['drafts']} drafts)")
+
+    def _flush(self, trainer: pl.Trainer) -> None:
+        path = Path(trainer.default_root_dir) / "acceptance.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mode = "w" if self._last["step"] == 0 else "a"
+        with path.open(mode) as handle:
+            handle.write(json.dumps(self._last) + "\n")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self.serve_prompts is None or not trainer.is_global_zero:
+            return
+        from torchspec.acceptance import measure
+
+        draft = next((Path(c.directory or Path(trainer.default_root_dir) / "draft") for c in trainer.callbacks if hasattr(c, "which") and hasattr(c, "directory")), None)  # type: ignore[attr-defined]
+        if draft is None or not (draft / "config.json").is_file():
+            raise UserError("callbacks.AcceptanceLength.serve_prompts", self.serve_prompts, "needs an exported draft", "put ExportDraft before AcceptanceLength in trainer.callbacks")
+        report = measure(
+            pl_module.target.config.path,
+            str(draft),
+            prompts=self.serve_prompts,
+            num_speculative_tokens=self.k,
+            limit=self.serve_limit,
+            max_new_tokens=self.serve_max_new_tokens,
+            output=str(Path(trainer.default_root_dir) / "vllm_acceptance.json"),
+        )
+        for logger in trainer.loggers:
+            logger.log_metrics({"vllm/acceptance_length": report["acceptance_length"]}, step=trainer.global_step)

@@ -1,0 +1,65 @@
+"""Export of the finished draft at the end of ``fit``: a directory that stock vLLM serves, self-checked (``models/export.py``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from torchspec.models.export import export_checkpoint
+
+
+class ExportDraft(pl.Callback):
+    """Write the draft in vLLM's format when training ends.
+
+    Args:
+        directory: where it goes; None means ``draft`` under the run's folder.
+        which: the ``best`` checkpoint by the monitored metric, or the ``last`` state of the weights.
+        dtype: type of the tensors; auto takes the target's.
+        log_artifact: also log the directory as an artifact when a W&B logger is in use.
+    """
+
+    def __init__(
+        self,
+        directory: str | None = None,
+        which: Literal["best", "last"] = "last",
+        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+        log_artifact: bool = True,
+    ) -> None:
+        self.directory = directory
+        self.which = which
+        self.dtype: Literal["auto", "bfloat16", "float16", "float32"] = dtype
+        self.log_artifact = log_artifact
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.fast_dev_run or trainer.global_step == 0:  # type: ignore[attr-defined]
+            return
+        checkpoint = self._checkpoint(trainer)
+        if trainer.is_global_zero:
+            directory = Path(self.directory or Path(trainer.default_root_dir) / "draft")
+            report = export_checkpoint(checkpoint, pl_module.target, directory, dtype=self.dtype)
+            rank_zero_info(f"draft exported to {report.directory}: {report.tensors} tensors, {report.nbytes / 2**20:.1f} MiB; reloaded and compared, largest difference {report.max_logit_difference:g}")
+            if self.log_artifact:
+                self._log(trainer, directory)
+        trainer.strategy.barrier("export")
+
+    def _checkpoint(self, trainer: pl.Trainer) -> Path:
+        saved = trainer.checkpoint_callback
+        best = getattr(saved, "best_model_path", "")
+        if self.which == "best" and best:
+            return Path(best)
+        path = Path(trainer.default_root_dir) / "export.ckpt"
+        trainer.save_checkpoint(path, weights_only=True)  # every rank: a sharded save is collective
+        return path
+
+    @staticmethod
+    def _log(trainer: pl.Trainer, directory: Path) -> None:
+        for logger in trainer.loggers:
+            if type(logger).__name__ == "WandbLogger":
+                import wandb
+
+                artifact = wandb.Artifact(name=f"draft-{logger.version}", type="model")
+                artifact.add_dir(str(directory))
+                logger.experiment.log_artifact(artifact)

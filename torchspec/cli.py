@@ -1,0 +1,126 @@
+"""The command line: ``fit`` and ``validate`` through LightningCLI, the other commands as plain functions (``commands.py``).
+
+Unknown keys and abbreviations are refused, what a user can mend is printed as one line, and the exit code is 2 for it, 128 + n for a signal n.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torchspec.errors import UserError
+
+COMMANDS: dict[str, str] = {
+    "regenerate": "answer the prompts of a conversation file with the target itself",
+    "export": "turn a training checkpoint into a draft directory that vLLM serves",
+    "acceptance": "serve a draft in vLLM and measure its acceptance length and speed",
+    "worker": "start an engine worker by hand and connect it to a running coordinator",
+    "doctor": "check this machine: versions, libraries, GPU, ports, memory, the store",
+}
+"""Functions of ``torchspec.commands``."""
+
+TRAINING: dict[str, str] = {
+    "fit": "train a draft: start engines, stream hidden states, train, validate, save, export",
+    "validate": "measure a draft on the validation data",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command.
+
+    Args:
+        argv: words after the program's name; None takes ``sys.argv``.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in {"-h", "--help"}:
+        print(_overview())
+        raise SystemExit(0 if words else 2)
+    try:
+        if words[0] in TRAINING:
+            _train(words)
+        elif words[0] in COMMANDS:
+            _command(words[0], words[1:])
+        else:
+            raise UserError("command", words[0], "does not exist", f"use one of {', '.join([*TRAINING, *COMMANDS])}")
+    except UserError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {name:<12}{what}" for name, what in {**TRAINING, **COMMANDS}.items())
+    return f"usage: main.py COMMAND ...\n\nTorchSpec trains the draft models of speculative decoding.\n\n{rows}\n\nmain.py COMMAND --help shows the options of a command."
+
+
+def _fail(error: BaseException) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from None
+
+
+def _command(name: str, words: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    from torchspec import commands
+
+    function: Callable[..., Any] = getattr(commands, name)
+    code = auto_cli(function, args=words, as_positional=False, prog=f"main.py {name}", allow_abbrev=False)
+    if isinstance(code, int) and code:
+        raise SystemExit(code)
+
+
+def _train(words: list[str]) -> None:
+    _quiet()
+    from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+    from torchspec.data.datamodule import DraftDataModule
+    from torchspec.models.module import DraftModule
+    from torchspec.models.parallelize import refuse_fsdp1, register_strategies
+    from torchspec.trainer import Trainer
+
+    class TorchSpecCLI(LightningCLI):
+        """LightningCLI with the target configured once, under ``data``."""
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {
+                "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+                "validate": {"model", "dataloaders", "datamodule", "weights_only"},
+            }
+
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.link_arguments("data.target", "model.target")
+            parser.link_arguments("model.unroll_steps", "data.unroll_steps")
+            parser.link_arguments("model.aux_layers", "data.aux_layers")
+
+        def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+            super().parse_arguments(parser, args)
+            refuse_fsdp1(self.config[self.config.subcommand].trainer.strategy)
+
+        def _parse_ckpt_path(self) -> None:
+            """Lightning would lay the hyper-parameters saved in a single-file checkpoint over the command line; ours are checked instead."""
+
+    register_strategies()
+    TorchSpecCLI(
+        DraftModule,
+        DraftDataModule,
+        trainer_class=Trainer,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"allow_abbrev": False, **{name: {"allow_abbrev": False} for name in TRAINING}},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=words,
+    )
+
+
+def _quiet() -> None:
+    """Silence notices of our dependencies that say nothing to the user of this program."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*The number of training batches .* is smaller than the logging interval.*")

@@ -1,0 +1,144 @@
+"""What a target engine is: it takes leases and writes one record for each.
+
+An engine lives in a worker process of its own (``worker.py``), which pulls leases from the coordinator and reports back.
+``submit``/``poll`` fit both a batching engine (Transformers: ``poll`` runs one batch) and an asynchronous one (vLLM: requests
+are in flight all the time and its own connector writes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torchspec.engines.messages import Failed, Finished, Lease
+from torchspec.target import TargetConfig
+from torchspec.transfer.record import RecordSpec
+from torchspec.transfer.store import Address
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How engine workers run the target (``data.engine`` chooses which engine)."""
+
+    workers: int = 1
+    """Worker processes on this host."""
+    devices: list[str] | None = None
+    """One entry a worker: cpu, or CUDA indices such as "0" or "0,1". None: every worker on what ``accelerator`` finds, shared in turn."""
+    batch_tokens: int = 4096
+    """Tokens of one forward of the target (padding included)."""
+    batch_samples: int = 64
+    """Conversations of one forward of the target."""
+    deterministic: bool = False
+    """One conversation a forward: records repeat bit for bit, since a record depends on what shares its batch."""
+    attn_implementation: str = "sdpa"
+    """Attention of the Transformers engine."""
+    threads: int | None = None
+    """CPU threads a worker; None leaves it to torch."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Passed to the engine as they are (from_pretrained of Transformers, engine arguments of vLLM)."""
+    start_timeout: float = 600.0
+    """Seconds for a worker to say ready; then the run stops with the last lines of its log."""
+    lease_timeout: float = 300.0
+    """Seconds for a lease before its sample goes to another attempt."""
+    silence_timeout: float = 30.0
+    """Seconds without a heartbeat before a worker counts as dead."""
+    max_restarts: int = 3
+    """Restarts of one worker before the run stops."""
+    max_attempts: int = 3
+    """Attempts at one sample before it is given up and listed in failed_samples.jsonl."""
+    max_failed_fraction: float = 0.01
+    """Share of an epoch's samples that may be given up before the run stops."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an engine is built from, in its worker process."""
+
+    target: TargetConfig
+    spec: RecordSpec
+    """What the trainer expects."""
+    store: Address
+    config: EngineConfig
+    max_length: int
+    """Longest sample of the plan, tokens."""
+    device: str
+    """torch device inside the process: cpu or cuda:0."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since start; they only grow."""
+
+    samples: int
+    tokens: int
+    busy_s: float
+    write_s: float
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are generated."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer."""
+
+    index: int
+    """Position of its prompt in the list given."""
+    ids: list[int]
+    """New tokens, end token included where it was reached."""
+    finish: str
+    """stop or length."""
+
+
+class Engine(Protocol):
+    """A running target. Constructed from a :class:`Job`; loading happens in :meth:`start`."""
+
+    spec: RecordSpec
+    """What this engine writes; equal to the job's spec when all is well."""
+    max_tokens: int
+    """Longest sample it takes."""
+
+    def start(self) -> dict[str, Any]:
+        """Load the target; returns facts for the ready message (engine, versions, device, num_layers)."""
+        ...
+
+    def room(self) -> tuple[int, int]:
+        """(samples, tokens) that it would take now."""
+        ...
+
+    def submit(self, leases: Sequence[Lease]) -> None:
+        """Take leases; returns at once."""
+        ...
+
+    def cancel(self, leases: Sequence[int]) -> None:
+        """Forget leases that have not started."""
+        ...
+
+    def poll(self, timeout: float) -> tuple[list[Finished], list[Failed]]:
+        """Results since the last call; waits up to ``timeout`` seconds for one when work is in flight. A batching engine works here."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None:
+        """Idempotent."""
+        ...
+
+
+class Generator(Protocol):
+    """A target that answers (``regenerate``)."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Answer]:
+        """Answers in the order they finish, one for each prompt."""
+        ...
+
+    def close(self) -> None: ...

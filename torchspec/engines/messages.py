@@ -1,0 +1,242 @@
+"""Everything that crosses a coordinator socket: msgspec structs, never pickle.
+
+A frame is a 4-byte little-endian length and one MessagePack map that names its type. Each side numbers its frames from 0
+(``seq``); a frame out of order is refused and the connection closed. The first frame of a client is :class:`Hello`.
+
+    trainer  -> Hello OpenStage Submit Acknowledge Reissue CloseStage Ask      <- Welcome PackReady Answer Stop
+    worker   -> Hello Ready Pull Report Beat                                   <- Welcome Work Cancel Stop
+    observer -> Hello Ask                                                      <- Welcome Answer Stop
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+PROTOCOL = 1
+MAX_FRAME = 64 * 2**20
+"""Bytes; a longer frame is refused unread."""
+
+
+class Message(msgspec.Struct, tag=True, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every frame."""
+
+    seq: int = -1
+    """Set by the connection when it sends."""
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """One conversation to capture."""
+
+    index: int
+    """Position in the tokenised dataset; unique inside (stage, epoch)."""
+    ids: bytes
+    """Token ids, little-endian int32."""
+
+
+class Pack(msgspec.Struct, frozen=True):
+    """One micro-batch of one rank, by its place in the plan."""
+
+    index: int
+    samples: list[Sample]
+
+
+class RecordRef(msgspec.Struct, frozen=True):
+    """A finished record in the store."""
+
+    index: int
+    key: str
+    nbytes: int
+    tokens: int
+    rows: int
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """A sample that was given up after ``max_attempts``."""
+
+    index: int
+    reason: str
+    attempts: int
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """The right, until it is revoked, to produce one record under one key."""
+
+    id: int
+    key: str
+    stage: str
+    index: int
+    ids: bytes
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """A record that is whole in the store."""
+
+    lease: int
+    nbytes: int
+    rows: int
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """A lease that produced nothing."""
+
+    lease: int
+    reason: str
+    retry: bool = True
+    """False: the same sample would fail anywhere (too long, say)."""
+
+
+# any client -> coordinator
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    token: str
+    role: str
+    """trainer, worker or observer."""
+    name: str
+    """rank-0, worker-1, ...; for logs."""
+    protocol: int = PROTOCOL
+
+
+class Ask(Message, frozen=True, kw_only=True):
+    """Asks for :class:`Answer`."""
+
+
+# trainer -> coordinator
+
+
+class OpenStage(Message, frozen=True, kw_only=True):
+    """This rank will submit packs ``first_pack + rank, + world, ...`` below ``num_packs`` of one pass over a plan.
+
+    A stage name (``train``, ``validate`` or ``validate/NAME``) is open once a rank; opening it again closes the earlier pass.
+    """
+
+    stage: str
+    epoch: int
+    first_pack: int
+    num_packs: int
+    rank: int
+    world: int
+
+
+class Submit(Message, frozen=True, kw_only=True):
+    """Packs of this rank, in plan order, each once. An empty pack is ready at once."""
+
+    stage: str
+    epoch: int
+    packs: list[Pack]
+
+
+class Acknowledge(Message, frozen=True, kw_only=True):
+    """The pack's records were copied out: delete them and return their bytes to the budget."""
+
+    stage: str
+    epoch: int
+    packs: list[int]
+
+
+class Reissue(Message, frozen=True, kw_only=True):
+    """A finished record that could not be read or did not verify; it counts as a failed attempt and is produced again."""
+
+    stage: str
+    epoch: int
+    pack: int
+    index: int
+    key: str
+    reason: str
+
+
+class CloseStage(Message, frozen=True, kw_only=True):
+    """This rank takes no more packs of the pass: drop what is queued, delete what is finished, return the bytes."""
+
+    stage: str
+    epoch: int
+
+
+# worker -> coordinator
+
+
+class Ready(Message, frozen=True, kw_only=True):
+    """The engine is up. The coordinator compares ``spec`` with the run's expectation and stops the run where they differ."""
+
+    spec: dict[str, Any]
+    """``RecordSpec.to_dict`` of what this engine will write."""
+    info: dict[str, Any]
+    """engine, versions, device, process id, num_layers."""
+    max_tokens: int
+    """Longest sample it takes."""
+
+
+class Pull(Message, frozen=True, kw_only=True):
+    """Room for so much; answered by :class:`Work` as soon as there is any. A later Pull replaces an unanswered one."""
+
+    samples: int
+    tokens: int
+
+
+class Report(Message, frozen=True, kw_only=True):
+    """Results, in any order. Results of a revoked lease are dropped and their key deleted."""
+
+    finished: list[Finished]
+    failed: list[Failed]
+
+
+class Beat(Message, frozen=True, kw_only=True):
+    """Sent every second by a thread of its own; the counters only grow."""
+
+    samples: int
+    tokens: int
+    busy_s: float
+    """Time inside the engine."""
+    write_s: float
+    """Time spent on writing records (also inside busy_s)."""
+
+
+# coordinator -> client
+
+
+class Welcome(Message, frozen=True, kw_only=True):
+    run: str
+    incarnation: int
+    store: dict[str, Any]
+    """Store address, to be opened by ``transfer.open_store``."""
+    spec: dict[str, Any]
+    """The run's expected record spec."""
+
+
+class PackReady(Message, frozen=True, kw_only=True):
+    """Every sample of the pack is finished or given up. Records stay until acknowledged."""
+
+    stage: str
+    epoch: int
+    pack: int
+    records: list[RecordRef]
+    failed: list[Failure]
+
+
+class Work(Message, frozen=True, kw_only=True):
+    leases: list[Lease]
+
+
+class Cancel(Message, frozen=True, kw_only=True):
+    """These leases are revoked: do not start them; what is finished of them is dropped."""
+
+    leases: list[int]
+
+
+class Answer(Message, frozen=True, kw_only=True):
+    """State of the group (see docs/design.md, "Group metrics")."""
+
+    state: dict[str, Any]
+
+
+class Stop(Message, frozen=True, kw_only=True):
+    """The connection ends. ``error`` is empty for a normal end, else one line for the user."""
+
+    error: str = ""
+
+
+ToCoordinator = Hello | Ask | OpenStage | Submit | Acknowledge | Reissue | CloseStage | Ready | Pull | Report | Beat
+ToTrainer = Welcome | PackReady | Answer | Stop
+ToWorker = Welcome | Work | Cancel | Stop

@@ -1,0 +1,98 @@
+"""Metrics of the unroll as sums and counts, so that they add up exactly over packs, ranks and micro-batches.
+
+``expected acceptance`` counts the bonus token: 1 + mean over positions of the sum over steps of the product of what came before. It is a training signal; the
+figure that compares with a server is the serving walk (``serving_walk``), which jumps over what was accepted as serving does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchspec.batch import PackedBatch
+from torchspec.models.task import StepOutput
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over positions, one row a quantity, one column an unroll step.
+
+    ``table`` [Q, K] float64 in the order of ``names``; ``names`` holds ``rows`` (supervised positions seen) among others.
+    """
+
+    names: tuple[str, ...]
+    table: Tensor
+
+    @classmethod
+    def zeros(cls, steps: int, device: torch.device) -> StepSums:
+        """Nothing seen."""
+        return cls(("rows",), torch.zeros(1, steps, dtype=torch.float64, device=device))
+
+    @classmethod
+    def of(cls, output: StepOutput, batch: PackedBatch) -> StepSums:
+        """Sums of one batch."""
+        return cls(tuple(output.sums), torch.stack([value.detach().double() for value in output.sums.values()]))
+
+    def add(self, output: StepOutput, batch: PackedBatch) -> StepSums:
+        """These sums and one batch more."""
+        return StepSums(self.names, self.table + StepSums.of(output, batch).table)
+
+    def reduce(self, strategy: Any) -> StepSums:
+        """Summed over ranks; every rank must call it."""
+        return StepSums(self.names, strategy.reduce(self.table, reduce_op="sum"))
+
+    def metrics(self, step_weights: list[float]) -> dict[str, float]:
+        """Means by their names in the logs. One transfer to the host."""
+        sums = dict(zip(self.names, self.table.tolist(), strict=True))
+        rows = sums["rows"]
+        mean = {name: [value / max(count, 1.0) for value, count in zip(values, rows, strict=True)] for name, values in sums.items()}
+        values: dict[str, float] = {}
+        if "loss" not in sums:
+            return {"loss": 0.0, "expected_acceptance_greedy": 1.0}
+        values["loss"] = sum(weight * loss for weight, loss in zip(step_weights, mean["loss"], strict=True))
+        for k in range(len(rows)):
+            values[f"loss_{k}"] = mean["loss"][k]
+            values[f"accuracy_{k}"] = mean["correct"][k]
+            # of the positions where every earlier step was right
+            values[f"conditional_accuracy_{k}"] = sums["correct_so_far"][k] / max(sums["correct_so_far"][k - 1] if k else rows[0], 1.0)
+        first = max(rows[0], 1.0)
+        values["expected_acceptance_greedy"] = 1.0 + sum(sums["correct_so_far"]) / first
+        if "alpha" in sums:
+            for k in range(len(rows)):
+                values[f"alpha_{k}"] = mean["alpha"][k]
+            values["expected_acceptance_sampling"] = 1.0 + sum(sums["alpha_so_far"]) / first
+        return values
+
+
+def serving_walk(accepted: list[int], turns: list[int], k: int) -> tuple[int, int, list[int]]:
+    """Walk along answers as a server does, jumping over what was accepted.
+
+    At each stop the draft proposes ``k`` tokens, the first ``r = min(accepted, k)`` are right, and the server moves on by r + 1.
+
+    Args:
+        accepted: leading right steps of each supervised row, in order (``StepOutput.accepted``).
+        turns: turn index of each of these rows; rows of a turn are consecutive, the first is where its answer begins.
+        k: tokens proposed at a time.
+
+    Returns:
+        (stops, accepted tokens, stops at which position i was accepted for i < k). Acceptance length is 1 + accepted / stops.
+    """
+    stops, total = 0, 0
+    positions = [0] * k
+    row, n = 0, len(accepted)
+    while row < n:
+        end = row
+        while end < n and turns[end] == turns[row]:
+            end += 1
+        while row < end:
+            right = min(accepted[row], k)
+            stops += 1
+            total += right
+            for i in range(right):
+                positions[i] += 1
+            row += right + 1
+        row = end
+    return stops, total, positions

@@ -1,0 +1,220 @@
+"""The LightningModule: builds the draft beside the frozen target head, trains it on packed batches, reports token-weighted metrics.
+
+Order of events (docs/design.md): callbacks may set ``vocabulary`` in their ``setup``; ``configure_model`` builds and shards; the optimizer is made after that. Everything that a
+checkpoint needs beyond weights is in its ``torchspec`` entry as plain values, so that the exporter needs the checkpoint and the target and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from torchspec.batch import PackedBatch
+from torchspec.errors import UserError
+from torchspec.models.checkpoint import read_facts
+from torchspec.models.draft_config import DraftConfig
+from torchspec.models.metrics import StepSums
+from torchspec.models.parallelize import parallelize
+from torchspec.models.schedules import Schedule
+from torchspec.models.task import DraftTask, StepOutput
+from torchspec.models.vocabulary import VocabularyMapping
+from torchspec.target import Target, TargetConfig
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class DraftModule(pl.LightningModule):
+    """An EAGLE-3 draft (arXiv 2503.01840) of a frozen target.
+
+    Example:
+        >>> module = DraftModule(TargetConfig("path/to/target"), unroll_steps=4)  # doctest: +SKIP
+
+    Args:
+        target: the frozen model; linked from ``data.target`` on the command line.
+        draft: JSON file with the draft's architecture; None derives it from the target (one layer of the target's own sizes).
+        aux_layers: hidden-state indices fed to the draft, in Transformers' counting; None means [2, L//2, L-3].
+        unroll_steps: K, steps trained in a row on the draft's own states.
+        step_weights: weight of each step's loss; None means 0.8^k.
+        init: ``target`` starts head and final norm from the target's own, ``random`` does not.
+        compute_dtype: type of matrix products; masters, gradients' reduction and norms are fp32 in either case.
+        optimizer: made from the trainable parameters.
+        lr_scheduler: made from the optimizer, stepped every optimizer step.
+    """
+
+    def __init__(
+        self,
+        target: TargetConfig,
+        draft: str | None = None,
+        aux_layers: list[int] | None = None,
+        unroll_steps: int = 7,
+        step_weights: list[float] | None = None,
+        init: Literal["target", "random"] = "target",
+        compute_dtype: Literal["bf16", "fp32"] = "bf16",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        if unroll_steps < 1:
+            raise UserError("model.unroll_steps", unroll_steps, "is below 1", "use 1 or more")
+        weights = [0.8**k for k in range(unroll_steps)] if step_weights is None else list(step_weights)
+        if len(weights) != unroll_steps:
+            raise UserError("model.step_weights", step_weights, f"has {len(weights)} entries for {unroll_steps} unroll steps", "give one weight a step")
+        self.target = Target(target)
+        self.draft_file = draft
+        self.aux_layers = self.target.aux_layers(aux_layers)
+        self.unroll_steps = unroll_steps
+        self.step_weights = weights
+        self.init = init
+        self.compute_dtype = _DTYPES[compute_dtype]
+        self.optimizer_callable = optimizer
+        self.lr_scheduler_callable = lr_scheduler
+        self.vocabulary: VocabularyMapping | None = None
+        self.task: DraftTask | None = None
+        self._sums: StepSums | None = None
+        self._val_sums: StepSums | None = None
+        self.strict_loading = True
+
+    # -- construction
+
+    @property
+    def draft_config(self) -> DraftConfig:
+        """Architecture of the draft, with the vocabulary as it is now."""
+        if self.draft_file is None:
+            config = DraftConfig.from_target(self.target, aux_layers=self.aux_layers)
+        else:
+            config = DraftConfig.from_json(self.draft_file, target=self.target, aux_layers=self.aux_layers)
+        return config.with_draft_vocabulary(self.vocabulary.size if self.vocabulary is not None else config.vocab_size)
+
+    def setup(self, stage: str) -> None:
+        path = getattr(self.trainer, "resume_path", None)
+        if path is not None:
+            self._check_facts(read_facts(Path(path)))
+
+    def configure_model(self) -> None:
+        if self.task is not None:
+            return
+        self.task = DraftTask.build(
+            self.draft_config,
+            target=self.target,
+            vocabulary=self.vocabulary,
+            step_weights=self.step_weights,
+            compute_dtype=self.compute_dtype,
+            init=self.init,
+        )
+        mesh = self.device_mesh["data_parallel"] if self.device_mesh is not None else None
+        if mesh is not None:
+            self.task.to(self.trainer.strategy.root_device)
+        parallelize(self.task, mesh=mesh, compute_dtype=self.compute_dtype)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_callable(p for p in self.parameters() if p.requires_grad)
+        if self.lr_scheduler_callable is None:
+            return optimizer
+        scheduler = self.lr_scheduler_callable(optimizer)
+        if isinstance(scheduler, Schedule) and scheduler.total_steps is None:
+            scheduler.set_total_steps(self._planned_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _planned_steps(self) -> int:
+        """Optimizer steps of the run, from the plan where there is one."""
+        trainer = self.trainer
+        steps = getattr(trainer.datamodule, "steps_per_epoch", None)
+        limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+        if steps is not None and trainer.max_epochs is not None and trainer.max_epochs > 0:
+            limits.append(steps * trainer.max_epochs)
+        if limits:
+            return min(limits)
+        if steps is None:
+            return int(trainer.estimated_stepping_batches)
+        raise UserError("trainer.max_steps", trainer.max_steps, "leaves the run without an end, so the schedule has no length", "set trainer.max_steps or trainer.max_epochs")
+
+    # -- steps
+
+    def forward(self, batch: PackedBatch, measure: bool = False) -> StepOutput:
+        assert self.task is not None
+        output: StepOutput = self.task(batch, measure=measure)
+        return output
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        output = self.forward(batch)
+        self._sums = StepSums.of(output, batch) if self._sums is None else self._sums.add(output, batch)
+        # DDP and FSDP average gradients over ranks and Lightning divides the loss by the accumulation; counts already cover both.
+        return output.loss * (self.trainer.world_size * self.trainer.accumulate_grad_batches)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.device_mesh is not None:
+            last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+            self.task.set_requires_gradient_sync(last)  # type: ignore[union-attr, operator]  # fully_shard adds the method
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if not stepped or self._sums is None or self.trainer.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        values = self._sums.reduce(self.trainer.strategy).metrics(self.step_weights)
+        self._sums = None
+        self.log_dict({f"train/{name}": value for name, value in values.items()})
+        self.log("loss", values["loss"], prog_bar=True, logger=False)
+        self.log("acceptance", values["expected_acceptance_greedy"], prog_bar=True, logger=False)
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        with torch.no_grad():
+            output = self.forward(batch, measure=True)
+        self._val_sums = StepSums.of(output, batch) if self._val_sums is None else self._val_sums.add(output, batch)
+        return {"accepted": output.accepted}
+
+    def on_validation_epoch_end(self) -> None:
+        sums = self._val_sums if self._val_sums is not None else StepSums.zeros(self.unroll_steps, self.device)
+        self._val_sums = None
+        values = sums.reduce(self.trainer.strategy).metrics(self.step_weights)
+        self.log_dict({f"val/{name}": value for name, value in values.items()}, rank_zero_only=False)
+
+    # -- checkpoints
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint says of the draft beside its weights; plain values and tensors."""
+        return {
+            "format": 1,
+            "draft_config": self.draft_config.to_dict(),
+            "target": self.target.describe(),
+            "unroll_steps": self.unroll_steps,
+            "step_weights": list(self.step_weights),
+            "draft_ids": None if self.vocabulary is None else self.vocabulary.draft_ids.clone(),
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["torchspec"] = self.facts()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check_facts(checkpoint.get("torchspec"))
+
+    def _check_facts(self, facts: dict[str, Any] | None) -> None:
+        """Refuse a checkpoint of another draft, target or vocabulary, by the name of what differs."""
+        if facts is None:
+            raise UserError("ckpt_path", getattr(self.trainer, "resume_path", None), "holds no torchspec entry: it is no checkpoint of a draft", "give one that fit wrote")
+        ours = self.facts()
+        _same("target fingerprint", facts["target"]["fingerprint"], ours["target"]["fingerprint"])
+        _same("unroll_steps", facts["unroll_steps"], ours["unroll_steps"])
+        for name, value in ours["draft_config"].items():
+            _same(f"draft_config.{name}", facts["draft_config"].get(name), value)
+        _same("draft vocabulary", _as_list(facts["draft_ids"]), _as_list(ours["draft_ids"]))
+
+
+def _as_list(ids: Tensor | None) -> list[int] | None:
+    return None if ids is None else ids.tolist()
+
+
+def _same(name: str, saved: Any, now: Any) -> None:
+    if isinstance(saved, Sequence) and not isinstance(saved, str) and isinstance(now, Sequence):
+        saved, now = list(saved), list(now)
+    if saved != now:
+        raise UserError(f"ckpt_path ({name})", _short(saved), f"differs from this run's {_short(now)}", "resume with the configuration of the checkpoint, or start a new run without --ckpt_path")
+
+
+def _short(value: Any) -> Any:
+    return f"list of {len(value)}" if isinstance(value, list) and len(value) > 16 else value

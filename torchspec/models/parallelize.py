@@ -1,0 +1,86 @@
+"""How the draft is spread over ranks: the FSDP2 strategy by its short name, and the one function that shards.
+
+``--trainer.strategy fsdp2`` is Lightning's ModelParallelStrategy with every rank in the data-parallel mesh (its own default would put all devices of a node into a
+tensor-parallel one). FSDP1 cannot run on CPU nor clip by norm under Lightning; asking for it is answered with the name to use.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import nn
+
+from torchspec.errors import UserError
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Fully sharded data parallel over all ranks (torch's ``fully_shard``).
+
+    Args:
+        save_distributed_checkpoint: one file a rank (True) or one file in all.
+        process_group_backend: nccl, gloo, ...; None takes the device's default.
+        timeout: of collectives.
+    """
+
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            data_parallel_size="auto",
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+
+    def setup_environment(self) -> None:
+        assert self.cluster_environment is not None
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+def refuse_fsdp1(strategy: Any) -> None:
+    """Answer a request for FSDP1 with the strategy to use.
+
+    Raises:
+        UserError: when ``strategy`` names FSDP1 or is one.
+    """
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    if name.lower() in {"fsdp", "fsdp_cpu_offload", "fsdpstrategy"}:
+        raise UserError("trainer.strategy", name, "is FSDP1, which torch calls deprecated and Lightning cannot clip by norm", "use fsdp2")
+
+
+def register_strategies() -> None:
+    """Make ``fsdp2`` a strategy name. Idempotent."""
+    if "fsdp2" not in StrategyRegistry:
+        StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallel (FSDP2) over all ranks")
+
+
+def parallelize(task: nn.Module, *, mesh: Any | None, compute_dtype: torch.dtype) -> nn.Module:
+    """Shard the task over ``mesh``, in place.
+
+    The root alone is wrapped: the draft's layer runs K times a step, and one all-gather and one reduce-scatter a step then serve all of them. Parameters stay fp32 (masters);
+    gathered copies are ``compute_dtype``; gradients are reduced in fp32.
+
+    Args:
+        task: the module whose forward holds the whole loss.
+        mesh: one-dimensional data-parallel device mesh; None (auto, ddp) leaves the task as it is.
+        compute_dtype: type of the gathered parameters.
+
+    Returns:
+        ``task``.
+    """
+    if mesh is None:
+        return task
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(task, mesh=mesh, mp_policy=policy)
+    return task

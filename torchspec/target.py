@@ -1,0 +1,160 @@
+"""The frozen target LLM: where it is, and the facts that everything else reads from it.
+
+Configured once (``data.target``) and linked to the model. Sizes, layer count, RoPE and norms are read from the target's
+own configuration, never typed by the user. Weights are not touched here: ``models/target_weights.py`` reads single tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchspec.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """Which model is the target."""
+
+    path: str
+    """Hub id (``org/name``) or local directory of the target, in Transformers' format."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; ignored for a local directory."""
+    dtype: str = "auto"
+    """Type the engine runs the target in and stores its states as: auto (the checkpoint's own), bfloat16, float16 or float32."""
+    trust_remote_code: bool = False
+    """Run modelling code that ships with the checkpoint."""
+
+
+class Target:
+    """Facts about the target, read once.
+
+    Args:
+        config: where it is.
+
+    Raises:
+        UserError: when the path holds no readable configuration, or the model is no causal LM with a hidden size.
+    """
+
+    def __init__(self, config: TargetConfig) -> None:
+        self.config = config
+
+    @cached_property
+    def hf_config(self) -> PretrainedConfig:
+        """The text part of the Transformers configuration."""
+        return self.full_hf_config.get_text_config()
+
+    @cached_property
+    def full_hf_config(self) -> PretrainedConfig:
+        """The whole Transformers configuration (a multimodal one has parts)."""
+        from transformers import AutoConfig
+
+        path = Path(self.config.path)
+        if path.exists() and not (path / "config.json").is_file():
+            raise UserError("data.target.path", self.config.path, "holds no config.json", "give a model directory in Transformers' format or a hub id")
+        try:
+            loaded = AutoConfig.from_pretrained(self.config.path, revision=self.config.revision, trust_remote_code=self.config.trust_remote_code)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError("data.target.path", self.config.path, f"cannot be read ({reason})", "check the path or hub id, the network, and trust_remote_code") from error
+        if getattr(loaded.get_text_config(), "hidden_size", None) is None:
+            raise UserError("data.target.path", self.config.path, f"is a {loaded.model_type} without hidden_size", "give a causal language model")
+        return loaded
+
+    @property
+    def hidden_size(self) -> int:
+        """D, width of the residual stream."""
+        return int(self.hf_config.hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        """L, number of blocks."""
+        return int(self.hf_config.num_hidden_layers)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, rows of the output head (padding rows included)."""
+        return int(self.hf_config.vocab_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the running target and of the stored states."""
+        import torch
+
+        name = self.config.dtype
+        if name == "auto":
+            stored = getattr(self.hf_config, "dtype", None) or getattr(self.full_hf_config, "dtype", None)
+            name = str(stored).removeprefix("torch.") if stored is not None else "bfloat16"
+        allowed = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+        if name not in allowed:
+            raise UserError("data.target.dtype", self.config.dtype, f"is not one of auto, {', '.join(allowed)}", "choose one of these")
+        return allowed[name]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash that changes when the target's weights or configuration do.
+
+        A local directory: SHA-256 of config.json and of each safetensors header and file size (a header lists names, shapes,
+        types and offsets). A hub id: the resolved commit.
+        """
+        path = Path(self.config.path)
+        if not path.is_dir():
+            commit = getattr(self.full_hf_config, "_commit_hash", None)
+            return f"{self.config.path}@{commit or self.config.revision or 'main'}"
+        digest = hashlib.sha256()
+        described = json.loads((path / "config.json").read_text())
+        for volatile in ("transformers_version", "_name_or_path"):
+            described.pop(volatile, None)
+        digest.update(json.dumps(described, sort_keys=True).encode())
+        for file in sorted(path.glob("*.safetensors")):
+            with file.open("rb") as handle:
+                (length,) = struct.unpack("<Q", handle.read(8))
+                digest.update(handle.read(min(length, 100_000_000)))
+            digest.update(str(file.stat().st_size).encode())
+        return f"sha256:{digest.hexdigest()[:32]}"
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The target's tokenizer.
+
+        Raises:
+            UserError: when the target ships none that loads.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.config.path, revision=self.config.revision, trust_remote_code=self.config.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise UserError("data.target.path", self.config.path, "has no tokenizer that loads", "add the tokenizer files to the target") from error
+
+    def aux_layers(self, chosen: list[int] | None) -> tuple[int, ...]:
+        """Hidden-state indices fed to the draft (index i = residual stream after i blocks; L = before the final norm).
+
+        Args:
+            chosen: the user's list, or None for ``[2, L//2, L-3]`` as EAGLE-3 (arXiv 2503.01840) is served by vLLM.
+
+        Raises:
+            UserError: when ids are not strictly increasing inside [0, L], or the default does not exist (L < 7).
+        """
+        layers = self.num_layers
+        if chosen is None:
+            if layers < 7:
+                raise UserError("model.aux_layers", None, f"has no default for a target of {layers} layers", "list the indices, for example [1, 2]")
+            return (2, layers // 2, layers - 3)
+        if not chosen or any(not 0 <= i <= layers for i in chosen):
+            raise UserError("model.aux_layers", chosen, f"must lie in 0..{layers}", "use Transformers' hidden_states indices")
+        if any(b <= a for a, b in zip(chosen, chosen[1:], strict=False)):
+            raise UserError("model.aux_layers", chosen, "is not strictly increasing", "sort the indices and drop repeats")
+        return tuple(chosen)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for logs and manifests."""
+        return {"path": self.config.path, "fingerprint": self.fingerprint, "hidden_size": self.hidden_size, "num_layers": self.num_layers, "vocab_size": self.vocab_size}

@@ -1,0 +1,90 @@
+"""Lightning's Trainer with the two things a run of ours needs around it: what it resumes from, and how it ends.
+
+*Resume.* ``resume_path`` is the checkpoint chosen by ``--ckpt_path``, known before ``setup``: the vocabulary mapping is read from it before the model exists. ``last`` with no
+checkpoint is an error, never a fresh start.
+
+*End.* Before training, SIGINT and SIGTERM raise SystemExit, so that engines close. During training SIGTERM is Lightning's (it stops at the end of the batch); a first Ctrl-C
+is turned into it, so that a step is never cut in half and the checkpoint saved on the way out is whole; a second one breaks. The exit code is 128 + signal.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+
+from torchspec.errors import UserError
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer; see the module's head for what differs."""
+
+    resume_path: str | None = None
+    """Checkpoint this run resumes from; None for a fresh start. Known from ``prepare_data`` on."""
+    exit_signal: int | None = None
+    """Signal that ended the run."""
+
+    def fit(self, model: Any, train_dataloaders: Any = None, val_dataloaders: Any = None, datamodule: Any = None, ckpt_path: Any = None, weights_only: bool | None = None) -> None:
+        """Train a draft: start engines, stream hidden states, train, validate, save, export."""
+        with self._end_with_signal_code():
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    def validate(self, model: Any = None, dataloaders: Any = None, ckpt_path: Any = None, verbose: bool = True, datamodule: Any = None, weights_only: bool | None = None) -> Any:
+        """Measure a draft on the validation data."""
+        with self._end_with_signal_code():
+            return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def _run(self, model: Any, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
+        self.resume_path = None if ckpt_path is None else str(ckpt_path)
+        if self._asked_for_last and self.resume_path is None:
+            folder = getattr(self.checkpoint_callback, "dirpath", None) or self.default_root_dir
+            raise UserError("ckpt_path", "last", f"was asked for, but no checkpoint is under {folder}", "drop --ckpt_path to start from the beginning")
+        return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
+
+    def _fit_impl(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        self._asked_for_last = "last" in (kwargs.get("ckpt_path"), *(a for a in args if isinstance(a, str)))
+        return super()._fit_impl(model, *args, **kwargs)
+
+    _asked_for_last = False
+
+    @contextmanager
+    def _end_with_signal_code(self) -> Iterator[None]:
+        """Signals raise SystemExit until Lightning has its own handlers; whatever a signal ended exits with 128 + its number."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            signal.signal(number, self._on_signal)
+        try:
+            yield
+        except (SystemExit, KeyboardInterrupt) as stopped:
+            if self.exit_signal is None and isinstance(stopped, KeyboardInterrupt):
+                self.exit_signal = signal.SIGINT
+            if self.exit_signal is None:
+                raise
+            raise SystemExit(128 + self.exit_signal) from None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        again = self.exit_signal is not None
+        if not again:
+            self.exit_signal = number
+        training = signal.getsignal(signal.SIGTERM) != self._on_signal  # Lightning's handlers are in place
+        if number == signal.SIGTERM and training:
+            return  # Lightning's own handler, which calls this one, takes note of it
+        if number == signal.SIGINT and training and not again:
+            if self.global_rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return
+        if again and number == signal.SIGTERM:
+            return  # already on the way out
+        raise SystemExit(128 + number) if not training else KeyboardInterrupt

@@ -1,0 +1,116 @@
+"""The hidden-state store: what every backend promises, and how one is opened.
+
+A *server* owns the memory (started once a run by the coordinator, or external); a *store* is a client of it, one a process
+or thread that writes or reads. Values are flat byte runs (``record.py``); nothing here knows what is inside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+Address = dict[str, Any]
+"""Plain values (JSON) that let any process open the store; its key ``kind`` says which backend."""
+
+
+class StoreError(Exception):
+    """An operation on the store that failed.
+
+    Args:
+        reason: ``missing`` (no such key), ``full`` (no room now: wait for credit), ``unreachable`` (server gone), ``io`` (all else).
+        key: the key at fault, or "".
+        detail: code and words of the backend.
+    """
+
+    def __init__(self, reason: Literal["missing", "full", "unreachable", "io"], key: str, detail: str) -> None:
+        super().__init__(f"store {reason}: {detail}" + (f" (key {key})" if key else ""))
+        self.reason = reason
+        self.key = key
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Where hidden states wait between engine and trainer."""
+
+    kind: Literal["auto", "mooncake", "shm"] = "auto"
+    """auto takes Mooncake when it imports and shared memory otherwise; the run says which."""
+    budget: str = "1GiB"
+    """Bytes of records alive at once, training and validation together; writers wait for credit inside it."""
+    protocol: Literal["tcp", "rdma"] = "tcp"
+    """Mooncake transport."""
+    rdma_devices: str = ""
+    """Comma-separated RDMA device names (Mooncake), empty for all."""
+    master: str | None = None
+    """host:port of a running Mooncake master; None starts one for the run."""
+    metadata: str | None = None
+    """Metadata server URL of that master (or P2PHANDSHAKE); None with ``master`` means P2PHANDSHAKE."""
+    host: str | None = None
+    """Address under which this host's memory is reached by others; None means loopback, or the route to the coordinator."""
+    shm_dir: str = "/dev/shm"
+    """Directory of memory-backed files (kind shm)."""
+
+
+class Store(Protocol):
+    """A client. Not thread-safe: open one a thread.
+
+    Every method checks every return code of its backend.
+    """
+
+    kind: str
+
+    def buffer(self, nbytes: int, *, device: str = "cpu") -> Tensor:
+        """[nbytes] uint8 memory that the transport moves without another copy (registered; page-locked where CUDA is present).
+
+        It belongs to the store and is released by :meth:`close`.
+        """
+        ...
+
+    def put(self, keys: Sequence[str], values: Sequence[Tensor]) -> None:
+        """Write uint8 runs; whole when it returns. Values outside a :meth:`buffer` work too, at the cost of a copy.
+
+        Raises:
+            StoreError: the first key that failed; keys before it are written, keys after it are not.
+        """
+        ...
+
+    def get(self, keys: Sequence[str], outs: Sequence[Tensor]) -> list[int]:
+        """Read each value into the head of the uint8 tensor beside it; returns the bytes of each.
+
+        Raises:
+            StoreError: ``missing``, ``unreachable``, or ``io`` (among them an ``out`` that is too small).
+        """
+        ...
+
+    def exists(self, keys: Sequence[str]) -> list[bool]: ...
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete now, whoever reads; a key that is not there is fine."""
+        ...
+
+    def close(self) -> None:
+        """Idempotent."""
+        ...
+
+
+class StoreServer(Protocol):
+    """The memory behind a store, owned by the coordinator's process."""
+
+    @property
+    def address(self) -> Address: ...
+
+    def start(self) -> None:
+        """Start and wait until a client can connect.
+
+        Raises:
+            UserError: a missing binary or library (with the install line), no room, no free port.
+        """
+        ...
+
+    def alive(self) -> bool: ...
+
+    def close(self) -> None:
+        """Stop every process and remove every file it made. Idempotent; works after a crash of its clients."""
+        ...
