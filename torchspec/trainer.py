@@ -14,12 +14,28 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 
 from torchspec.errors import UserError
+from torchspec.models.checkpoint import read_entries
+
+
+def _continue_wandb_run(trainer: pl.Trainer, checkpoint: str) -> None:
+    """Give W&B loggers the run id of the checkpoint (``Provenance`` keeps it there), before they start; an id given by the user stays."""
+    loggers = [logger for logger in trainer.loggers if type(logger).__name__ == "WandbLogger"]
+    if not loggers or trainer.state.fn != TrainerFn.FITTING:
+        return
+    record = read_entries(Path(checkpoint)).get("callbacks", {}).get("Provenance", {}).get("record", {})
+    run_id = record.get("wandb_run_id")
+    for logger in loggers:
+        if run_id is not None and not logger._wandb_init.get("id"):
+            logger._wandb_init.update(id=run_id, resume="allow")
+            logger._id = run_id
 
 
 class Trainer(pl.Trainer):
@@ -45,6 +61,8 @@ class Trainer(pl.Trainer):
         if self._asked_for_last and self.resume_path is None:
             folder = getattr(self.checkpoint_callback, "dirpath", None) or self.default_root_dir
             raise UserError("ckpt_path", "last", f"was asked for, but no checkpoint is under {folder}", "drop --ckpt_path to start from the beginning")
+        if self.resume_path is not None:
+            _continue_wandb_run(self, self.resume_path)
         return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
 
     def _fit_impl(self, model: Any, *args: Any, **kwargs: Any) -> Any:

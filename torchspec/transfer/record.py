@@ -165,4 +165,4 @@ def open_record(buffer: Tensor, spec: RecordSpec, *, verify: bool = True) -> Rec
 
 
 def _digest(whole: Tensor) -> str:
-    return xxhash.xxh3_64_hexdigest(memoryview(whole[HEADER_BYTES:].numpy()))
+    return xxhash.xxh3_64_hexdigest(whole[HEADER_BYTES:].numpy().data)

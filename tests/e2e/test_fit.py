@@ -1,0 +1,170 @@
+"""``python main.py fit`` from end to end on a tiny target: real coordinator, real engine process, real store, export, resume, signals, faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from tests.e2e.runs import config, descendants, metrics, run, shared_files, start, wait_for
+from tests.tiny import save_conversations, save_target
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("world")
+    return {
+        "target": save_target(folder / "target"),
+        "train": save_conversations(folder / "train.jsonl", 120),
+        "validate": save_conversations(folder / "validate.jsonl", 12, seed=1),
+    }
+
+
+def make(folder: Path, world: dict[str, Path], **changes: object) -> Path:
+    return config(folder, world["target"], world["train"], world["validate"], **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unbroken run, which other tests compare with."""
+    folder = tmp_path_factory.mktemp("whole")
+    before = shared_files()
+    code, output = run("fit", "--config", str(make(folder, world)))
+    assert code == 0, output
+    assert shared_files() == before
+    return folder
+
+
+def test_a_run_trains_logs_saves_and_exports(whole: Path) -> None:
+    losses = metrics(whole, "train/loss")
+    assert len(losses) >= 8
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert len(metrics(whole, "val/acceptance_length")) == 1
+    assert (whole / "checkpoints" / "last.ckpt").is_file()
+    tensors = load_file(whole / "draft" / "model.safetensors")
+    described = json.loads((whole / "draft" / "config.json").read_text())
+    assert described["architectures"] == ["LlamaForCausalLMEagle3"] and described["draft_vocab_size"] == 128
+    assert tensors["lm_head.weight"].shape[0] == 128 and tensors["d2t"].shape == (128,) and not any(name.startswith("model.") for name in tensors)
+    assert (whole / "logs" / "coordinator.log").is_file() and (whole / "logs" / "worker-0.log").is_file()
+    pipeline = json.loads((whole / "pipeline.json").read_text())
+    assert pipeline["tokens_per_s"] > 0 and pipeline["store"] == "shm" and pipeline["steps"] == len(losses)
+    assert json.loads((whole / "provenance.json").read_text())["target"]["num_layers"] == 8
+    assert not (whole / "failed_samples.jsonl").exists()
+
+
+def test_fsdp2_on_two_processes_equals_one_with_accumulation(world: dict[str, Path], whole: Path, tmp_path: Path) -> None:
+    code, output = run("fit", "--config", str(make(tmp_path, world)), "--trainer.strategy", "fsdp2", "--trainer.devices", "2")
+    assert code == 0, output
+    assert metrics(tmp_path, "train/loss") == pytest.approx(metrics(whole, "train/loss"), rel=2e-4)
+    assert metrics(tmp_path, "val/acceptance_length") == pytest.approx(metrics(whole, "val/acceptance_length"), abs=0.02)
+    ours, theirs = (load_file(folder / "draft" / "model.safetensors") for folder in (tmp_path, whole))
+    assert ours.keys() == theirs.keys()
+    assert (ours["fc.weight"].float() - theirs["fc.weight"].float()).abs().max() < 2e-3
+
+
+def test_ddp_on_two_processes_equals_one_with_accumulation(world: dict[str, Path], whole: Path, tmp_path: Path) -> None:
+    code, output = run("fit", "--config", str(make(tmp_path, world)), "--trainer.strategy", "ddp", "--trainer.devices", "2")
+    assert code == 0, output
+    assert metrics(tmp_path, "train/loss") == pytest.approx(metrics(whole, "train/loss"), rel=2e-4)
+
+
+def test_killed_worker_is_replaced_and_nothing_is_lost(world: dict[str, Path], whole: Path, tmp_path: Path) -> None:
+    process = start("fit", "--config", str(make(tmp_path, world)))
+    worker: list[psutil.Process] = []
+
+    def working() -> bool:
+        worker[:] = [p for p in descendants(process.pid) if "torchspec.engines.worker" in " ".join(p.cmdline())]
+        return bool(worker) and (tmp_path / "metrics" / "0" / "metrics.csv").exists()
+
+    wait_for(working, timeout=120, what="the first training step", process=process)
+    worker[0].kill()
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert metrics(tmp_path, "train/loss") == pytest.approx(metrics(whole, "train/loss"), rel=1e-5)
+    assert not (tmp_path / "failed_samples.jsonl").exists()
+    assert "restart" in (tmp_path / "logs" / "coordinator.log").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["engine start", "mid-step", "waiting for data"])
+def test_a_signal_leaves_nothing_behind(world: dict[str, Path], tmp_path: Path, number: signal.Signals, moment: str) -> None:
+    before = shared_files()
+    process = start("fit", "--config", str(make(tmp_path, world, trainer__max_epochs=50)))
+    seen: set[psutil.Process] = set()
+
+    def engines() -> list[psutil.Process]:
+        found = descendants(process.pid)
+        seen.update(found)
+        return [p for p in found if p.is_running() and "torchspec.engines.worker" in " ".join(p.cmdline())]
+
+    wait_for(lambda: bool(engines()), timeout=120, what="an engine worker", process=process)
+    if moment != "engine start":
+        wait_for(lambda: (tmp_path / "metrics" / "0" / "metrics.csv").exists(), timeout=120, what="the first steps", process=process)
+        engines()
+    if moment == "waiting for data":
+        stopped = engines()[0]
+        stopped.suspend()
+        csv = tmp_path / "metrics" / "0" / "metrics.csv"
+        sizes = [csv.stat().st_size]
+
+        def quiet() -> bool:
+            sizes.append(csv.stat().st_size)
+            return len(sizes) > 60 and len(set(sizes[-40:])) == 1
+
+        wait_for(quiet, timeout=120, what="the trainer to run out of data", process=process)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        os.kill(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    gone, alive = psutil.wait_procs(list(seen), timeout=10)
+    assert not alive, alive
+    assert shared_files() == before
+    if moment != "engine start":
+        last = tmp_path / "checkpoints" / "last.ckpt"
+        assert last.exists(), output
+        code, output = run("fit", "--config", str(make(tmp_path, world)), "--ckpt_path", "last", "--trainer.max_steps", "1000")
+        assert code == 0, output
+
+
+def test_resume_is_exact(world: dict[str, Path], whole: Path, tmp_path: Path) -> None:
+    file = str(make(tmp_path, world))
+    code, output = run("fit", "--config", file, "--trainer.max_steps", "4", "--model.lr_scheduler.total_steps", "10")
+    assert code == 0, output
+    first = metrics(tmp_path, "train/loss")
+    code, output = run("fit", "--config", file, "--ckpt_path", "last")
+    assert code == 0, output
+    assert "Restored all states" in output
+    rest = metrics(tmp_path, "train/loss")[-(len(metrics(whole, "train/loss")) - 4) :]
+    assert len(first) == 4
+    assert rest[0] < first[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--data.train", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--data.target.path", "nowhere/model"), "data.target.path"),
+        (("--trainer.strategy", "fsdp"), "fsdp2"),
+        (("--data.packs_per_step", "3", "--trainer.devices", "2", "--trainer.strategy", "ddp"), "packs_per_step"),
+        (("--model.aux_layers", "[5,2]"), "strictly increasing"),
+        (("--ckpt_path", "nowhere.ckpt"), "nowhere.ckpt"),
+        (("--ckpt_path", "last"), "no checkpoint"),
+        (("--data.max_length", "512"), "max_length"),
+        (("--data.maximum_length", "5"), "maximum_length"),
+    ],
+)
+def test_bad_input_is_one_clear_line(world: dict[str, Path], tmp_path: Path, words: tuple[str, ...], expected: str) -> None:
+    code, output = run("fit", "--config", str(make(tmp_path, world)), *words)
+    assert code not in (0, None)
+    lines = [line for line in output.splitlines() if line.strip()]
+    assert expected in lines[-1], output
+    assert "Traceback" not in output

@@ -1,0 +1,56 @@
+"""The supervision rule against a direct reading of it, position by position."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchspec.batch import supervised_counts, turns, unroll_rows
+
+
+def rule(masks: list[list[int]], steps: int) -> list[set[int]]:
+    """Pack positions supervised at each step, straight from the definition."""
+    found: list[set[int]] = [set() for _ in range(steps)]
+    start = 0
+    for mask in masks:
+        for k in range(steps):
+            for t in range(len(mask)):
+                if t + 2 + k < len(mask) and all(mask[t + 1 : t + 3 + k]):
+                    found[k].add(start + t)
+        start += len(mask)
+    return found
+
+
+def test_worked_example() -> None:
+    assert supervised_counts(np.array([0, 0, 1, 1, 1, 1]), 4).tolist() == [3, 2, 1, 0]
+    assert rule([[0, 0, 1, 1, 1, 1]], 4) == [{1, 2, 3}, {1, 2}, {1}, set()]
+
+
+@given(st.lists(st.lists(st.integers(0, 1), max_size=12), max_size=6), st.integers(1, 5))
+def test_rows_follow_the_rule(masks: list[list[int]], steps: int) -> None:
+    flat = np.array([m for mask in masks for m in mask], dtype=np.uint8)
+    cu = np.cumsum([0, *map(len, masks)])
+    turn = turns(flat, cu)
+    rows = unroll_rows(turn, cu, steps)
+    expected = rule(masks, steps)
+    for k in range(steps):
+        assert set(rows.base[rows.index[k]].tolist()) == expected[k]
+        if k:
+            assert rows.index[k - 1][rows.keep[k]].tolist() == rows.index[k].tolist()
+        for j in rows.index[k].tolist():  # the target of row j at step k is the target row j + k
+            assert rows.base[j + k] == rows.base[j] + k
+            assert turn[rows.base[j] + 1] == turn[rows.base[j + k] + 1]
+    counts = sum((supervised_counts(np.array(mask, dtype=np.uint8), steps) for mask in masks), np.zeros(steps, dtype=np.int64))
+    assert counts.tolist() == [len(e) for e in expected]
+
+
+def test_turns_do_not_cross_conversations() -> None:
+    turn = turns(np.array([0, 1, 1, 1, 0, 1]), np.array([0, 3, 6]))
+    assert turn.tolist() == [-1, 0, 0, 1, -1, 2]
+
+
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_short_conversations_supervise_nothing(length: int) -> None:
+    assert supervised_counts(np.ones(length, dtype=np.uint8), 3).tolist() == [0, 0, 0]

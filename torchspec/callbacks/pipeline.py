@@ -1,0 +1,125 @@
+"""How well engines and trainers keep each other busy: rates, waits, bytes in flight, and the bottleneck by name.
+
+Logged every ``trainer.log_every_n_steps`` steps under ``pipeline/`` and summed up in ``pipeline.json`` in the run's folder. Capacity is tokens over *busy* time: what a side would
+make if it never waited, so the smaller of the two is the bottleneck whatever the buffers hide. Time spent on validation is in neither.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+
+class PipelineMetrics(pl.Callback):
+    """Log the pipeline's rates and name its bottleneck."""
+
+    def __init__(self) -> None:
+        self._trained_s = 0.0
+        self._since: float | None = None
+        self._tokens = 0
+        self._first_step = 0
+        self._last: dict[str, float] = {}
+        self._observer: Any | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._first_step = trainer.global_step
+        self._since = time.monotonic()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._pause()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.training or trainer.validating and self._first_step != trainer.global_step:
+            self._since = time.monotonic()
+
+    def _pause(self) -> None:
+        if self._since is not None:
+            self._trained_s += time.monotonic() - self._since
+            self._since = None
+
+    def _seconds(self) -> float:
+        return self._trained_s + (0.0 if self._since is None else time.monotonic() - self._since)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._tokens += batch.num_tokens
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not stepped or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        self._last = self.measure(trainer)
+        pl_module.log_dict({f"pipeline/{name}": value for name, value in self._last.items()}, rank_zero_only=True)
+        pl_module.log("tokens/s", self._last["tokens_per_s"], prog_bar=True, logger=False, rank_zero_only=True)
+
+    def measure(self, trainer: pl.Trainer) -> dict[str, float]:
+        """The state of the pipeline now; token rates are over all ranks (every rank trains as many packs)."""
+        world = trainer.world_size
+        stats = trainer.datamodule.loader_stats("train")  # type: ignore[attr-defined]
+        seconds = max(self._seconds(), 1e-9)
+        trained = self._tokens * world
+        values = {
+            "tokens_per_s": trained / seconds,
+            "data_wait_s": stats.wait_s,
+            "data_wait_fraction": min(stats.wait_s / seconds, 1.0),
+            "trainer_capacity_tokens_per_s": trained / max(seconds - stats.wait_s, 1e-9),
+        }
+        state = self._group(trainer)
+        if state is not None:
+            workers = state["workers"].values()
+            values["engine_capacity_tokens_per_s"] = sum(w["tokens"] / w["busy_s"] for w in workers if w["busy_s"] > 0)
+            values["engine_write_fraction"] = sum(w["write_s"] for w in workers) / max(sum(w["busy_s"] for w in workers), 1e-9)
+            values["engine_idle_for_credit_s"] = sum(w["idle_for_credit_s"] for w in workers)
+            values["bytes_in_flight"] = state["bytes_alive"]
+            values["bytes_budget"] = state["budget"]
+            values["worker_restarts"] = state["restarts"]
+            values["samples_failed"] = state["failed"]
+        return {name: float(value) for name, value in values.items()}
+
+    def _group(self, trainer: pl.Trainer) -> dict[str, Any] | None:
+        endpoint = trainer.datamodule.endpoint  # type: ignore[attr-defined]
+        if endpoint is None or not trainer.is_global_zero:
+            return None
+        if self._observer is None:
+            from torchspec.engines.client import TrainerClient
+
+            self._observer = TrainerClient(endpoint, "pipeline-metrics", role="observer")
+        state: dict[str, Any] = self._observer.ask()
+        return state
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._pause()
+        if trainer.is_global_zero and self._tokens:
+            summary = self.summary(trainer)
+            path = Path(trainer.default_root_dir) / "pipeline.json"
+            path.write_text(json.dumps(summary, indent=2) + "\n")
+            rank_zero_info(
+                f"{summary['steps']} steps, {summary['tokens']} tokens in {summary['train_seconds']:.1f} s: {summary['tokens_per_s']:.0f} tokens/s; "
+                f"waited {summary['data_wait_fraction']:.0%} for data; bottleneck: {summary['bottleneck']}"
+            )
+        self._close()
+
+    def summary(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """Rates of the whole run, and the bottleneck: ``engines`` or ``trainers``."""
+        values = self.measure(trainer)
+        seconds = self._seconds()
+        engines = values.get("engine_capacity_tokens_per_s", 0.0)
+        return {
+            **values,
+            "tokens": self._tokens * trainer.world_size,
+            "train_seconds": seconds,
+            "steps": trainer.global_step - self._first_step,
+            "bottleneck": "engines" if 0.0 < engines < values["trainer_capacity_tokens_per_s"] else "trainers",
+            "store": self._observer.welcome.store["kind"] if self._observer is not None else None,
+            "engine": trainer.datamodule.engine,  # type: ignore[attr-defined]
+        }
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._observer is not None:
+            self._observer.close()
+            self._observer = None

@@ -1,0 +1,85 @@
+"""Records of one pack → one ``PackedBatch``: conversations one after the other, no padding, nothing crosses a boundary.
+
+States are copied once, from where the store delivered them into the packed tensors (page-locked where the trainer is a GPU). A conversation that was given up
+is left out; its positions stay in ``counts``, which comes from the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from torchspec.batch import PackedBatch, turns, unroll_rows
+from torchspec.data.dataset import TokenizedDataset
+from torchspec.transfer.record import Record, RecordSpec
+
+
+def collate(
+    records: Mapping[int, Record],
+    *,
+    dataset: TokenizedDataset,
+    samples: Sequence[int],
+    spec: RecordSpec,
+    counts: np.ndarray,
+    pack_index: int,
+    stage: str,
+    pin: bool = False,
+) -> PackedBatch:
+    """Build a micro-batch.
+
+    Args:
+        records: record of each sample that arrived.
+        dataset: gives ids and loss masks.
+        samples: the pack's samples in the plan's order; those without a record are left out.
+        spec: widths and type of the states.
+        counts: [K] supervised positions of the whole optimizer step.
+        pack_index: index in the epoch's plan.
+        stage: ``train``, ``validate``.
+        pin: page-locked memory.
+
+    Returns:
+        A batch of N tokens; N may be 0.
+    """
+    arrived = [int(i) for i in samples if int(i) in records]
+    lengths = np.array([records[i].input_ids.shape[0] for i in arrived], dtype=np.int64)
+    bounds = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+    total, width = int(bounds[-1]), len(spec.aux_layers) * spec.hidden_size
+    ids = torch.empty(total, dtype=torch.int64, pin_memory=pin)
+    aux = torch.empty(total, width, dtype=spec.torch_dtype, pin_memory=pin)
+    last = torch.empty(total, spec.hidden_size, dtype=spec.torch_dtype, pin_memory=pin)
+    mask = np.zeros(total, dtype=np.uint8)
+    for i, low, high in zip(arrived, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        record = records[i]
+        rows = record.aux.shape[0]
+        ids[low:high].copy_(record.input_ids)
+        mask[low:high] = dataset.mask(i)
+        aux[low : low + rows].copy_(record.aux)
+        last[low : low + rows].copy_(record.last)
+        if low + rows < high:  # the last row is never read, but must be a number
+            aux[low + rows : high].zero_()
+            last[low + rows : high].zero_()
+    turn = turns(mask, bounds)
+    rows_of_step = unroll_rows(turn, bounds, counts.shape[0])
+    sequence = np.repeat(np.arange(len(arrived), dtype=np.int64), lengths)
+    position = np.arange(total, dtype=np.int64) - np.repeat(bounds[:-1], lengths)
+
+    def put(values: np.ndarray | torch.Tensor) -> torch.Tensor:
+        tensor = torch.as_tensor(values)
+        return tensor.pin_memory() if pin else tensor
+
+    return PackedBatch(
+        input_ids=ids,
+        position=put(position),
+        sequence=put(sequence),
+        turn=put(turn),
+        aux=aux,
+        last=last,
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        sample_ids=tuple(arrived),
+        counts=put(np.maximum(counts, 1).astype(np.float32)),  # a step that supervises nothing has a sum of 0: 0 / 1
+        rows=rows_of_step.map(put),
+        pack_index=pack_index,
+        stage=stage,
+    )

@@ -1,0 +1,202 @@
+"""The plan: which conversations make up which micro-batch of which optimizer step. A pure function, the same on every rank and for every world size.
+
+*Packs.* The epoch's permutation is cut into windows; in each, conversations go, longest first, into the fullest pack that still has room (best-fit
+decreasing). Packs that stay below 97 % are taken apart and their conversations join the next window, so that only the end of the epoch is loose: padding
+stays under 2 %, and which conversations share a pack is random within a window. The packs are then shuffled over the whole epoch.
+
+*Length.* Every epoch has the same number of packs, that of epoch 0 rounded up to whole steps (schedules and cursors count on it). An epoch whose permutation
+needs more takes the next permutation of its seed, after a few of them the packs of epoch 0 in its own order.
+
+*Steps.* Packs ``s * packs_per_step .. + packs_per_step - 1`` train optimizer step s. The epoch is padded with empty packs, so that the last step is whole.
+Rank r of a world of w trains packs r, r + w, r + 2w, ...: micro-batch b of rank r is pack ``b * w + r``, and as packs_per_step is a multiple of w, a step is
+the same set of packs whatever w is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from torchspec.errors import UserError
+
+VERSION = 1
+"""Goes up when the order changes, so that a resume under other code is refused."""
+_FULL = 0.97
+_PACKS_IN_WINDOW = 192
+_ATTEMPTS = 4
+_BITS = 24  # of a pack's number inside a window, below its room
+
+
+class Plan:
+    """One epoch.
+
+    Example:
+        >>> plan = Plan([5, 3, 4, 6], seed=0, epoch=0, max_tokens=9, packs_per_step=2)
+        >>> sorted(i for pack in range(len(plan)) for i in plan.pack(pack).tolist())
+        [0, 1, 2, 3]
+
+    Args:
+        lengths: [n] tokens of each conversation.
+        seed, epoch: choose the permutation.
+        max_tokens: tokens of a pack at most.
+        packs_per_step: packs of an optimizer step.
+        counts: [n, K] supervised positions of each conversation at each step, for :meth:`step_counts`.
+        shuffle: False keeps the order of the data (validation).
+        content: hash of the data, part of the fingerprint.
+        num_packs: ``len`` of another epoch of the same plan, to spare finding it again.
+
+    Raises:
+        UserError: when a conversation is longer than a pack.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        *,
+        seed: int,
+        epoch: int,
+        max_tokens: int,
+        packs_per_step: int,
+        counts: np.ndarray | None = None,
+        shuffle: bool = True,
+        content: str = "",
+        num_packs: int | None = None,
+    ) -> None:
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.seed, self.epoch, self.max_tokens, self.packs_per_step, self.shuffle, self.content = seed, epoch, max_tokens, packs_per_step, shuffle, content
+        longest = int(self.lengths.max()) if self.lengths.size else 0
+        if longest > max_tokens:
+            raise UserError(
+                "data.max_tokens", max_tokens, f"is below the longest conversation of {longest} tokens", "raise data.max_tokens or lower data.max_length"
+            )
+        if packs_per_step < 1:
+            raise UserError("data.packs_per_step", packs_per_step, "is below 1", "use 1 or more")
+        self._order, self._starts = self._form(num_packs)
+        self._counts = None if counts is None else _sum_by_pack(counts, self._order, self._starts)
+
+    def __len__(self) -> int:
+        """Packs, the empty ones included."""
+        return len(self._starts) - 1
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the epoch."""
+        return len(self) // self.packs_per_step
+
+    @property
+    def padding(self) -> float:
+        """Share of the room in non-empty packs that stays unused."""
+        filled = int((np.diff(self._starts) > 0).sum())
+        return 1.0 - float(self.lengths[self._order].sum()) / max(filled * self.max_tokens, 1)
+
+    def pack(self, index: int) -> np.ndarray:
+        """Conversations of a pack, [S] int64; none for an empty one."""
+        return self._order[self._starts[index] : self._starts[index + 1]]
+
+    def tokens(self) -> np.ndarray:
+        """[packs] tokens of each pack."""
+        sums = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.lengths[self._order])])
+        return sums[self._starts[1:]] - sums[self._starts[:-1]]
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sum over each pack of a value per conversation, [n] or [n, K] → [packs] or [packs, K]."""
+        return _sum_by_pack(values, self._order, self._starts)
+
+    def step_counts(self, step: int) -> np.ndarray:
+        """[K] float32: supervised positions of the whole optimizer step, all ranks and micro-batches."""
+        assert self._counts is not None, "the plan was made without counts"
+        low = step * self.packs_per_step
+        total: np.ndarray = self._counts[low : low + self.packs_per_step].sum(axis=0)
+        return total.astype(np.float32)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that the order of all epochs follows from."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.lengths).tobytes())
+        digest.update(repr((VERSION, self.seed, self.max_tokens, self.packs_per_step, self.shuffle, self.content)).encode())
+        return digest.hexdigest()[:32]
+
+    def _form(self, num_packs: int | None) -> tuple[np.ndarray, np.ndarray]:
+        packs = self._packs(self.epoch, 0)
+        if self.epoch and self.shuffle:
+            if num_packs is None:
+                num_packs = _whole(len(self._packs(0, 0)), self.packs_per_step)
+            attempt = 1
+            while len(packs) > num_packs:
+                packs = self._packs(self.epoch, attempt) if attempt < _ATTEMPTS else self._packs(0, 0)
+                attempt += 1
+        if self.shuffle:
+            packs = [packs[i] for i in self._generator(self.epoch, _ATTEMPTS).permutation(len(packs))]
+        total = _whole(len(packs), self.packs_per_step) if num_packs is None else num_packs
+        sizes = np.array([len(pack) for pack in packs] + [0] * (total - len(packs)), dtype=np.int64)
+        starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
+        return np.fromiter((i for pack in packs for i in pack), dtype=np.int64, count=int(starts[-1])), starts
+
+    def _packs(self, epoch: int, attempt: int) -> list[list[int]]:
+        n = self.lengths.shape[0]
+        order = self._generator(epoch, attempt).permutation(n) if self.shuffle else np.arange(n)
+        return _form_packs(order, self.lengths, self.max_tokens)
+
+    def _generator(self, epoch: int, attempt: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64([self.seed % 2**63, epoch, attempt]))
+
+
+def _whole(packs: int, packs_per_step: int) -> int:
+    return packs + -packs % packs_per_step
+
+
+def _form_packs(order: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[list[int]]:
+    """Cut an order of conversations into packs of at most ``max_tokens``."""
+    if not order.size:
+        return []
+    mean = float(lengths.mean())
+    window = max(64, min(int(_PACKS_IN_WINDOW * max_tokens / mean), 1 << 16))
+    packs: list[list[int]] = []
+    carried: list[int] = []
+    for low in range(0, order.shape[0], window):
+        chosen = np.concatenate([np.array(carried, dtype=np.int64), order[low : low + window]])
+        formed, room = _best_fit(chosen, lengths[chosen], max_tokens)
+        carried = []
+        if low + window < order.shape[0]:
+            spare = sorted((i for i in range(len(formed)) if room[i] > (1 - _FULL) * max_tokens), key=lambda i: (-room[i], i))
+            taken: set[int] = set()
+            for i in spare:
+                if len(carried) + len(formed[i]) > window // 4:
+                    break
+                carried += formed[i]
+                taken.add(i)
+            formed = [pack for i, pack in enumerate(formed) if i not in taken]
+        packs += formed
+    return packs
+
+
+def _best_fit(chosen: np.ndarray, lengths: np.ndarray, max_tokens: int) -> tuple[list[list[int]], list[int]]:
+    """Best-fit decreasing: (packs, room left in each). The list of rooms stays sorted; an entry is ``room << _BITS | pack``."""
+    by_length = np.argsort(-lengths, kind="stable")
+    rooms: list[int] = []
+    packs: list[list[int]] = []
+    low_bits = (1 << _BITS) - 1
+    for index, length in zip(chosen[by_length].tolist(), lengths[by_length].tolist(), strict=True):
+        at = bisect_left(rooms, length << _BITS)
+        if at == len(rooms):
+            insort(rooms, (max_tokens - length) << _BITS | len(packs))
+            packs.append([index])
+        else:
+            entry = rooms.pop(at)
+            insort(rooms, entry - (length << _BITS))
+            packs[entry & low_bits].append(index)
+    room = [0] * len(packs)
+    for entry in rooms:
+        room[entry & low_bits] = entry >> _BITS
+    return packs, room
+
+
+def _sum_by_pack(values: Any, order: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    values = np.asarray(values)
+    running = np.concatenate([np.zeros((1, *values.shape[1:]), dtype=np.int64), np.cumsum(values[order], axis=0)])
+    summed: np.ndarray = running[starts[1:]] - running[starts[:-1]]
+    return summed

@@ -1,0 +1,110 @@
+"""The hidden-state store: open a client, make a server, check it. Backends load when they are used; nothing here imports torch.
+
+Example::
+
+    server = make_server(config, run="a1b2", budget=parse_bytes(config.budget))
+    server.start()                       # the coordinator
+    store = open_store(server.address)   # any process; the address is plain values
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from torchspec.errors import UserError
+from torchspec.transfer.sizes import parse_bytes, show_bytes
+from torchspec.transfer.store import Address, Store, StoreConfig, StoreError, StoreServer
+
+if TYPE_CHECKING:
+    from torchspec.transfer.probe import StoreFacts
+
+__all__ = [
+    "Address",
+    "Store",
+    "StoreConfig",
+    "StoreError",
+    "StoreServer",
+    "make_server",
+    "open_store",
+    "parse_bytes",
+    "remove_leftovers",
+    "selfcheck",
+    "show_bytes",
+]
+
+
+def open_store(address: Address) -> Store:
+    """A client of the store at ``address``. One a thread; close it.
+
+    Raises:
+        StoreError: ``unreachable``.
+        UserError: the backend is not installed on this machine.
+    """
+    if address["kind"] == "shm":
+        from torchspec.transfer.shm import ShmStore
+
+        return ShmStore(address)
+    if address["kind"] == "mooncake":
+        from torchspec.transfer.mooncake import MooncakeStore
+
+        return MooncakeStore(address)
+    raise UserError("store.kind", address["kind"], "is unknown", "use mooncake or shm")
+
+
+def make_server(config: StoreConfig, *, run: str, budget: int, expected_host: str | None = None, log_dir: str | os.PathLike[str] | None = None) -> StoreServer:
+    """A server, not yet started; its ``kind`` and ``reason`` say which one and why.
+
+    Args:
+        config: what the user asked for.
+        run: id of the run. Keys start with it.
+        budget: bytes of records alive at once.
+        expected_host: address under which other hosts reach this one, used where ``config.host`` is None; None is loopback.
+        log_dir: folder for log files of child processes; None keeps none.
+
+    Raises:
+        UserError: the kind cannot work here.
+    """
+    kind, reason = _choose(config)
+    host = config.host or expected_host or "127.0.0.1"
+    if kind == "mooncake":
+        from torchspec.transfer.mooncake_server import MooncakeServer
+
+        return MooncakeServer(config, run=run, budget=budget, reason=reason, host=host, log_dir=log_dir)
+    if host != "localhost" and not host.startswith("127."):
+        problem = f"gives shared memory ({reason}), which serves one host, but others are to reach {host}"
+        raise UserError("store.kind", config.kind, problem, "install Mooncake: make setup")
+    from torchspec.transfer.shm_server import ShmServer
+
+    return ShmServer(config, run=run, budget=budget, reason=reason)
+
+
+def remove_leftovers(config: StoreConfig, *, run: str) -> None:
+    """Remove the files of this run's store after its server was killed. Harmless otherwise; processes end by themselves."""
+    from torchspec.transfer.shm_server import remove_run
+
+    remove_run(config, run=run)
+
+
+def selfcheck(config: StoreConfig) -> StoreFacts:
+    """Start a store as ``config`` says, move 64 MB both ways, and say what was found. See :mod:`torchspec.transfer.probe`."""
+    from torchspec.transfer import probe
+
+    return probe.selfcheck(config)
+
+
+def _choose(config: StoreConfig) -> tuple[str, str]:
+    """Backend and the reason for it."""
+    if config.kind == "shm":
+        return "shm", "store.kind is shm"
+    if config.kind not in ("mooncake", "auto"):
+        raise UserError("store.kind", config.kind, "is unknown", "use auto, mooncake or shm")
+    from torchspec.transfer.mooncake import load
+
+    try:
+        load()
+    except UserError as error:
+        if config.kind == "mooncake" or config.master is not None:
+            raise
+        return "shm", f"Mooncake {error.problem}; {error.fix}"
+    return "mooncake", "store.kind is mooncake" if config.kind == "mooncake" else "Mooncake is installed"

@@ -1,0 +1,287 @@
+"""Client of a Mooncake store: register memory, put, get, force-delete; every return code is looked at.
+
+Mooncake 0.3.14 as measured, and what is done about it here:
+
+* a put of a key that exists, *or whose first put never ended*, returns 0 and writes nothing: existence is asked after each put;
+* in a batch, keys after a failed one are written all the same: keys are put one by one, as the contract says;
+* a remove within the read lease answers -706: removal is always forced;
+* a call on a closed client crashes the process: closed clients are refused here;
+* ``setup`` tries a dead master 20 times, 90 s: the port is probed first, and ``setup`` gets one try;
+* protocol rdma without an RDMA device silently becomes TCP: refused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from torchspec.errors import UserError
+from torchspec.transfer.store import Address, StoreError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INSTALL_LIBRARIES = "apt-get install -y libibverbs1 librdmacm1 libnuma1"
+INSTALL_WHEEL = "pip install mooncake-transfer-engine-non-cuda (no GPU), mooncake-transfer-engine (CUDA 12) or mooncake-transfer-engine-cuda13"
+
+_CODES = {
+    -10: "buffer overflow",
+    -101: "segment not found",
+    -200: "no room in the memory segments",
+    -300: "invalid version",
+    -400: "invalid key",
+    -500: "write failed",
+    -600: "invalid parameters, or the value does not fit the memory given",
+    -601: "illegal client",
+    -703: "the put of this key has not ended",
+    -704: "no such key",
+    -706: "key is leased by a reader",
+    -800: "transfer failed: the process that holds the memory does not answer",
+    -900: "the master does not answer",
+    -901: "the master did not answer in time",
+}
+_MISSING, _FULL, _UNREACHABLE = {-703, -704}, {-200}, {-101, -800, -900, -901}
+
+
+def load() -> ModuleType:
+    """Import ``mooncake.store`` (no torch comes with it), quietly.
+
+    Raises:
+        UserError: the wheel or a system library is missing; the fix is the line that installs it.
+    """
+    os.environ.setdefault("MC_STORE_CLIENT_METRIC", "0")
+    os.environ.setdefault("MC_STORE_CLIENT_SETUP_RETRIES", "1")
+    os.environ.setdefault("MC_RPC_TIMEOUT_MS", "10000")
+    try:
+        import mooncake.store
+    except ModuleNotFoundError as error:
+        raise UserError("store.kind", "mooncake", f"needs Mooncake, which is not installed ({error})", INSTALL_WHEEL) from error
+    except ImportError as error:
+        fix = f"{INSTALL_LIBRARIES}; on a CUDA machine also check that the wheel fits its CUDA version"
+        raise UserError("store.kind", "mooncake", f"cannot load Mooncake ({error})", fix) from error
+    if not {"MC_LOG_LEVEL", "MC_LOG_DIR", "GLOG_logtostderr"} & os.environ.keys():
+        _log_level(mooncake.store, 3)
+    module: ModuleType = mooncake.store
+    return module
+
+
+def _log_level(module: ModuleType, level: int) -> None:
+    """Lowest glog level that is printed, 3 being fatal: what goes wrong comes back as a code, so its lines on stderr say nothing new."""
+    try:
+        ctypes.c_int.in_dll(ctypes.CDLL(module.__file__), "_ZN3fLI17FLAGS_minloglevelE").value = level
+    except (OSError, ValueError):
+        pass  # a build without that symbol prints more
+
+
+def split_host_port(text: str, *, field: str) -> tuple[str, int]:
+    """Parts of ``host:port``.
+
+    Raises:
+        UserError: naming ``field``.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(field, text, "is not host:port", "write it as 10.0.0.1:50051")
+    return host, int(port)
+
+
+def route_to(host: str, port: int) -> str:
+    """This machine's address on the route to ``host`` (no packet is sent)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
+        return str(probe.getsockname()[0])
+
+
+def check_rdma(protocol: str) -> None:
+    """Refuse rdma on a machine without an RDMA device (Mooncake would fall back to TCP without a word).
+
+    Raises:
+        UserError: there is none.
+    """
+    devices = Path("/sys/class/infiniband")
+    if protocol == "rdma" and not (devices.is_dir() and any(devices.iterdir())):
+        raise UserError("store.protocol", protocol, "needs an RDMA device, and /sys/class/infiniband shows none", "set store.protocol to tcp")
+
+
+def connect(*, host: str, master: str, metadata: str, protocol: str, rdma_devices: str, segment: int = 0) -> Any:
+    """A set-up ``MooncakeDistributedStore`` that contributes ``segment`` bytes.
+
+    Raises:
+        StoreError: ``unreachable``: the master does not answer.
+    """
+    module = load()
+    check_rdma(protocol)
+    try:
+        with socket.create_connection(split_host_port(master, field="store.master"), timeout=5):
+            pass
+    except OSError as error:
+        raise StoreError("unreachable", "", f"Mooncake master {master}: {error}") from error
+    client = module.MooncakeDistributedStore()
+    code = client.setup(host, metadata, segment, 0, protocol, rdma_devices, master)
+    if code != 0:
+        raise StoreError("unreachable", "", f"Mooncake set-up at master {master}, metadata {metadata}, host {host}: {_words(code)}")
+    return client
+
+
+class MooncakeStore:
+    """A client that contributes no memory.
+
+    Args:
+        address: ``kind``, ``master`` (host:port), ``metadata`` (URL or P2PHANDSHAKE), ``protocol``, ``rdma_devices``.
+
+    Raises:
+        UserError: Mooncake does not load here.
+        StoreError: ``unreachable``.
+    """
+
+    kind = "mooncake"
+
+    def __init__(self, address: Address) -> None:
+        self._client: Any = None
+        self._buffers: list[Tensor] = []
+        self._registered: list[tuple[int, int]] = []  # [start, end) addresses
+        self._stage: Tensor | None = None
+        module = load()
+        self._pinned = module.ReplicateConfig()
+        self._pinned.with_hard_pin = True  # never evicted: a full store says so instead
+        master_host, master_port = split_host_port(address["master"], field="store.master")
+        try:
+            host = route_to(master_host, master_port)
+        except OSError as error:
+            raise StoreError("unreachable", "", f"Mooncake master {address['master']}: {error}") from error
+        self._client = connect(
+            host=host, master=address["master"], metadata=address["metadata"], protocol=address["protocol"], rdma_devices=address["rdma_devices"]
+        )
+
+    def buffer(self, nbytes: int, *, device: str = "cpu") -> Tensor:
+        """[nbytes] uint8 registered with the transport; page-locked where CUDA is present.
+
+        A CUDA device works with the CUDA wheels; where the transport refuses the memory, it is given unregistered and goes through a
+        host copy.
+        """
+        import torch
+
+        client = self._open()
+        pin = device == "cpu" and torch.cuda.is_available()
+        tensor = torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pin)
+        start = tensor.data_ptr()
+        movable = tensor.device.type == "cpu" or _moves_cuda(str(load().__file__))
+        code = client.register_buffer(start, nbytes) if movable else -600
+        if code == 0:
+            self._registered.append((start, start + nbytes))
+        elif tensor.device.type == "cpu":
+            raise StoreError("io", "", f"registering {nbytes} bytes: {_words(code)}")
+        self._buffers.append(tensor)
+        return tensor
+
+    def put(self, keys: Sequence[str], values: Sequence[Tensor]) -> None:
+        client = self._open()
+        for key, value in zip(keys, values, strict=True):
+            if value.numel() == 0:
+                raise StoreError("io", key, "value is empty")
+            source = value if self._is_registered(value) else self._staged(value.numel())
+            if source is not value:
+                source.copy_(value)
+            elif value.device.type == "cuda":
+                _wait_for_device(value)
+            (code,) = client.batch_put_from([key], [source.data_ptr()], [value.numel()], self._pinned)
+            _check(code, key)
+        for key, there in zip(keys, client.batch_is_exist(list(keys)), strict=True):
+            _check(min(there, 0), key)
+            if not there:
+                raise StoreError("io", key, "an earlier put of this key was never finished; take another key")
+
+    def get(self, keys: Sequence[str], outs: Sequence[Tensor]) -> list[int]:
+        client = self._open()
+        if all(self._is_registered(out) for out in outs):
+            sizes = client.batch_get_into(list(keys), [out.data_ptr() for out in outs], [out.numel() for out in outs])
+            for key, size in zip(keys, sizes, strict=True):
+                _check(size, key)
+            return list(sizes)
+        sizes = []
+        for key, out in zip(keys, outs, strict=True):
+            stage = out if self._is_registered(out) else self._staged(out.numel())
+            (size,) = client.batch_get_into([key], [stage.data_ptr()], [out.numel()])
+            _check(size, key)
+            if stage is not out:
+                out[:size].copy_(stage[:size])
+            sizes.append(size)
+        return sizes
+
+    def exists(self, keys: Sequence[str]) -> list[bool]:
+        found = self._open().batch_is_exist(list(keys))
+        for key, there in zip(keys, found, strict=True):
+            _check(min(there, 0), key)
+        return [there == 1 for there in found]
+
+    def delete(self, keys: Sequence[str]) -> None:
+        for key, code in zip(keys, self._open().batch_remove(list(keys), True), strict=True):
+            if code not in _MISSING:
+                _check(code, key)
+
+    def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            for start, _ in self._registered:
+                client.unregister_buffer(start)
+            client.close()
+        self._registered.clear()
+        self._buffers.clear()
+        self._stage = None
+
+    def _open(self) -> Any:
+        if self._client is None:
+            raise StoreError("unreachable", "", "this client is closed")
+        return self._client
+
+    def _is_registered(self, tensor: Tensor) -> bool:
+        start = tensor.data_ptr()
+        return any(low <= start and start + tensor.numel() <= high for low, high in self._registered)
+
+    def _staged(self, nbytes: int) -> Tensor:
+        """[nbytes] of registered host memory for values that are not in a buffer; grows in powers of two."""
+        if self._stage is None or self._stage.numel() < nbytes:
+            if self._stage is not None:
+                self._forget(self._stage)
+            self._stage = self.buffer(max(1 << 20, 1 << (nbytes - 1).bit_length()))
+        return self._stage[:nbytes]
+
+    def _forget(self, tensor: Tensor) -> None:
+        span = (tensor.data_ptr(), tensor.data_ptr() + tensor.numel())
+        self._open().unregister_buffer(span[0])
+        self._registered.remove(span)
+        self._buffers = [kept for kept in self._buffers if kept is not tensor]
+
+
+@functools.cache
+def _moves_cuda(library: str) -> bool:
+    """Whether this Mooncake build is linked against CUDA (the wheel without takes any pointer, and would read device memory as host memory)."""
+    return b"libcudart" in Path(library).read_bytes()
+
+
+def _wait_for_device(value: Tensor) -> None:
+    """The transport reads device memory outside of any CUDA stream, so what fills the value must be done."""
+    import torch
+
+    torch.cuda.current_stream(value.device).synchronize()
+
+
+def _words(code: int) -> str:
+    return f"code {code}, {_CODES.get(code, 'unknown')}"
+
+
+def _check(code: int, key: str) -> None:
+    """Raise the :class:`StoreError` that a negative code stands for."""
+    if code >= 0:
+        return
+    if code in _MISSING:
+        raise StoreError("missing", key, _words(code))
+    if code in _FULL:
+        raise StoreError("full", key, _words(code))
+    raise StoreError("unreachable" if code in _UNREACHABLE else "io", key, _words(code))

@@ -1,0 +1,163 @@
+"""Owner of a shared-memory store: creates its directory, keeps it locked, removes it; sweeps what killed runs left.
+
+The server's process holds a lock (``flock``) on the directory itself. The kernel drops it when the process dies, however it dies,
+and in whatever PID namespace; so a store whose lock can be taken is a leftover, and the next server on the host removes it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+from pathlib import Path
+
+from torchspec.errors import UserError
+from torchspec.transfer.shm import nameless_file, unlink_if_there
+from torchspec.transfer.sizes import show_bytes
+from torchspec.transfer.store import Address, StoreConfig
+
+PREFIX = "torchspec-"
+_MARK = "store"
+"""File that says a directory is a store (and whose); a directory without it is nobody's to sweep."""
+
+
+class ShmServer:
+    """Owner of the directory ``<shm_dir>/torchspec-<run>``.
+
+    Args:
+        config: ``shm_dir`` is read.
+        run: id of the run.
+        budget: bytes of records alive at once.
+        reason: why this kind of store, for the log.
+    """
+
+    kind = "shm"
+
+    def __init__(self, config: StoreConfig, *, run: str, budget: int, reason: str) -> None:
+        self.reason = reason
+        self._parent = Path(config.shm_dir)
+        self._path = _run_directory(config, run)
+        self._budget = budget
+        self._lock: int | None = None
+
+    @property
+    def address(self) -> Address:
+        return {"kind": "shm", "directory": str(self._path)}
+
+    def start(self) -> None:
+        if self._lock is not None:
+            return
+        if not self._parent.is_dir():
+            raise UserError("store.shm_dir", str(self._parent), "is no directory", "give a directory on a memory-backed file system (tmpfs)")
+        sweep(self._parent)
+        free = shutil.disk_usage(self._parent).free
+        if free < self._budget:
+            raise UserError(
+                "store.shm_dir",
+                str(self._parent),
+                f"has {show_bytes(free)} free, less than store.budget ({show_bytes(self._budget)})",
+                "enlarge it (docker run --shm-size=8g, or mount -o remount,size=8g), point store.shm_dir to a larger tmpfs, or lower store.budget",
+            )
+        self._lock = self._create()
+        try:
+            os.close(nameless_file(self._lock))
+            self._path.joinpath(_MARK).write_text(f"TorchSpec store of process {os.getpid()}; swept by the next run once that is gone\n")
+        except OSError as error:
+            self.close()
+            raise UserError("store.shm_dir", str(self._parent), f"cannot hold nameless files ({error.strerror})", "give a directory on a tmpfs") from error
+
+    def alive(self) -> bool:
+        return self._lock is not None and os.fstat(self._lock).st_nlink > 0
+
+    def close(self) -> None:
+        if self._lock is not None:
+            _remove(self._path, self._lock)
+            self._lock = None
+
+    def _create(self) -> int:
+        """Create and lock the run's directory; a leftover of the same name is removed first. Returns the lock's descriptor."""
+        for _ in range(100):
+            try:
+                os.mkdir(self._path, 0o700)
+            except FileExistsError:
+                if not _sweep_one(self._path):
+                    raise UserError(
+                        "store.shm_dir", str(self._path), "is in use by another run or is no store", "choose another run id or store.shm_dir"
+                    ) from None
+                continue
+            except OSError as error:
+                raise UserError("store.shm_dir", str(self._parent), f"cannot be written ({error.strerror})", "give a writable tmpfs") from error
+            lock = _lock(self._path)
+            if lock is not None:
+                return lock
+            # A sweeper locked the directory between the two calls, and removes it: once more.
+        raise UserError("store.shm_dir", str(self._path), "was swept by others again and again", "start again")
+
+
+def sweep(parent: Path) -> list[str]:
+    """Remove every ``torchspec-*`` directory in ``parent`` whose server is dead; returns their names."""
+    try:
+        found = sorted(entry.path for entry in os.scandir(parent) if entry.name.startswith(PREFIX) and entry.is_dir(follow_symlinks=False))
+    except OSError:
+        return []
+    return [os.path.basename(path) for path in found if _sweep_one(Path(path))]
+
+
+def remove_run(config: StoreConfig, *, run: str) -> bool:
+    """Remove what the dead server of ``run`` left; False when there is nothing, or the server lives."""
+    path = _run_directory(config, run)
+    return path.is_dir() and _sweep_one(path)
+
+
+def _run_directory(config: StoreConfig, run: str) -> Path:
+    return Path(config.shm_dir) / (PREFIX + re.sub(r"[^A-Za-z0-9_.-]", "_", run))
+
+
+def _lock(path: Path) -> int | None:
+    """A locked descriptor of the directory, or None: locked by another, not ours, or gone."""
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held, there = os.fstat(lock), os.stat(path)
+        if (held.st_dev, held.st_ino) == (there.st_dev, there.st_ino) and held.st_uid == os.geteuid():
+            return lock
+    except OSError:
+        pass
+    os.close(lock)
+    return None
+
+
+def _sweep_one(path: Path) -> bool:
+    """Remove a leftover store; True when there is nothing at ``path`` any more."""
+    lock = _lock(path)
+    if lock is not None:
+        names = os.listdir(lock)
+        if _MARK in names or not names:
+            _remove(path, lock)
+        else:
+            os.close(lock)
+    return not path.exists()
+
+
+def _remove(path: Path, lock: int) -> None:
+    """Delete a store while its lock is held, then let go. A living writer may link another file meanwhile, hence the rounds."""
+    try:
+        for _ in range(100):
+            for name in sorted(os.listdir(lock)):  # records (r...) before the mark: a sweep cut short can be taken up again
+                if name == _MARK or name.startswith("r"):
+                    unlink_if_there(name, lock)
+            try:
+                os.rmdir(path)
+                return
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:
+                    raise
+    finally:
+        os.close(lock)
