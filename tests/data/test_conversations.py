@@ -16,7 +16,9 @@ ROW = {"id": "a", "conversations": [{"role": "user", "content": "hi"}, {"role": 
 
 
 def rows_of(path: Path) -> list[tuple[dict, int]]:
-    return [(json.loads(text), line) for source in find_sources(str(path), config_key="data.train") for text, line in read_rows(source, config_key="data.train")]
+    return [
+        (json.loads(text), line) for source in find_sources(str(path), config_key="data.train") for text, line in read_rows(source, config_key="data.train")
+    ]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json array", "json lines", "parquet", "arrow stream", "arrow file"])

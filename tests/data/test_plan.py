@@ -73,14 +73,21 @@ def test_a_plan_is_a_pure_function_of_its_arguments() -> None:
 def test_the_order_has_not_changed_since_it_was_written() -> None:
     """Resuming relies on it: when this fails, raise plan.VERSION."""
     plan = made([5, 9, 3, 12, 7, 30, 2, 64, 11, 40], packs_per_step=2, seed=3, epoch=1)
-    assert [plan.pack(i).tolist() for i in range(len(plan))] == GOLDEN
+    assert [plan.pack(i).tolist() for i in range(len(plan))] == [[5, 1, 4, 0, 2, 6], [9, 3, 8], [7], []]
 
 
 def test_the_fingerprint_knows_what_the_order_depends_on() -> None:
     lengths = [5, 9, 3]
     first = made(lengths).fingerprint
     assert made(lengths, epoch=3).fingerprint == first  # one plan, many epochs
-    others = [made([5, 9, 4]), made(lengths, seed=1), made(lengths, max_tokens=65), made(lengths, packs_per_step=2), made(lengths, content="x"), made(lengths, shuffle=False)]
+    others = [
+        made([5, 9, 4]),
+        made(lengths, seed=1),
+        made(lengths, max_tokens=65),
+        made(lengths, packs_per_step=2),
+        made(lengths, content="x"),
+        made(lengths, shuffle=False),
+    ]
     assert len({first, *(plan.fingerprint for plan in others)}) == 7
 
 

@@ -29,7 +29,7 @@ THINKING = (
 DATED = "{{ strftime_now('%d %b %Y') }}{% if date_string is defined %}{{ date_string }}{% endif %}" + CHATML
 DROPS = CHATML.replace("{{ message['content'] }}", "{% if message['role'] != 'assistant' %}{{ message['content'] }}{% endif %}")
 STRICT = "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('tools are not supported') }}{% endif %}{% endfor %}" + CHATML
-NO_END = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+NO_END = "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ from torchspec.transfer.sizes import parse_bytes, show_bytes
 from torchspec.transfer.store import StoreConfig
 
 if TYPE_CHECKING:
+    from torchspec.engines.client import TrainerClient
     from torchspec.engines.group import Endpoint, EngineGroup
 
 _ENGINES = EngineConfig()
@@ -322,6 +323,13 @@ class DraftDataModule(pl.LightningDataModule):
         loader = self._loaders.get(stage)
         return loader.stats if loader is not None else LoaderStats()
 
+    def connect(self, name: str) -> TrainerClient:
+        """A connection of this process to the coordinator; the caller closes it."""
+        from torchspec.engines.client import TrainerClient
+
+        assert self.endpoint is not None, "the engine group is not running"
+        return TrainerClient(self.endpoint, name)
+
     # -- inside
 
     @property
@@ -416,7 +424,6 @@ class DraftDataModule(pl.LightningDataModule):
 
     def _loader(self, stage: str, begin: Any, length: Any) -> PackLoader:
         trainer = self._trainer
-        assert self.endpoint is not None
         if stage not in self._loaders:
             config = LoaderConfig(
                 stage=stage,
@@ -431,7 +438,7 @@ class DraftDataModule(pl.LightningDataModule):
                 health=self._check_group,
                 interrupted=lambda: bool(trainer.received_sigterm),
             )
-            self._loaders[stage] = PackLoader(config, endpoint=self.endpoint, begin=begin, length=length)
+            self._loaders[stage] = PackLoader(config, connect=self.connect, begin=begin, length=length)
         return self._loaders[stage]
 
     def _check_group(self) -> None:

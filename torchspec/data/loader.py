@@ -32,7 +32,6 @@ from torchspec.transfer.store import Store, StoreError
 
 if TYPE_CHECKING:
     from torchspec.engines.client import TrainerClient
-    from torchspec.engines.group import Endpoint
 
 SLICE = 0.5
 """Seconds between two looks at health and signals."""
@@ -99,15 +98,15 @@ class PackLoader:
 
     Args:
         config: the stage.
-        endpoint: where the coordinator is.
-        begin: called at each ``iter``; says what to go through.
+        connect: opens a connection to the coordinator under a name.
+        begin: called when a pass starts; says what to go through.
         length: batches of a whole epoch of a rank (also when a pass starts in its middle: Lightning counts those before as done).
     """
 
-    def __init__(self, config: LoaderConfig, *, endpoint: Endpoint, begin: Callable[[], Pass], length: Callable[[], int]) -> None:
+    def __init__(self, config: LoaderConfig, *, connect: Callable[[str], TrainerClient], begin: Callable[[], Pass], length: Callable[[], int]) -> None:
         self.config = config
         self.stats = LoaderStats()
-        self._endpoint = endpoint
+        self._connect = connect
         self._begin = begin
         self._length = length
         self._link: _Link | None = None
@@ -123,7 +122,7 @@ class PackLoader:
 
     def _open(self) -> tuple[_Link, Pass]:
         if self._link is None or self._link.broken:
-            self._link = _Link(self._endpoint, f"rank-{self.config.rank}/{self.config.stage}")
+            self._link = _Link(self._connect, f"rank-{self.config.rank}/{self.config.stage}")
         return self._link, self._begin()
 
     def state_dict(self) -> dict[str, Any]:
@@ -250,8 +249,8 @@ class _Channel:
 class _Link:
     """A rank's connection for one stage, kept over its passes: coordinator client, store client, receive buffer. Used by one thread at a time."""
 
-    def __init__(self, endpoint: Endpoint, name: str) -> None:
-        self._endpoint = endpoint
+    def __init__(self, connect: Callable[[str], TrainerClient], name: str) -> None:
+        self._connect = connect
         self._name = name
         self._client: TrainerClient | None = None
         self._store: Store | None = None
@@ -261,9 +260,7 @@ class _Link:
     @property
     def client(self) -> TrainerClient:
         if self._client is None:
-            from torchspec.engines.client import TrainerClient
-
-            self._client = TrainerClient(self._endpoint, self._name)
+            self._client = self._connect(self._name)
         return self._client
 
     def buffer(self, nbytes: int) -> Tensor:

@@ -9,6 +9,7 @@ code: what is stale is never found.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -74,7 +75,8 @@ def prepare(
     try:
         dataset = TokenizedDataset(folder)
     except FileNotFoundError:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():  # damaged, or of an older format; one that is not there yet may appear at any moment
+            shutil.rmtree(folder, ignore_errors=True)
         dataset = _build(folder, sources, options, tokenizer, vocab_size, target_name, config_key, max_bad_fraction, num_proc)
     summary = dataset.summary
     if summary.bad > max_bad_fraction * summary.rows:
@@ -138,25 +140,19 @@ def _sweep(folder: Path) -> None:
 
 
 def _load_rows(sources: list[Source], scratch: Path, config_key: str) -> Any:
+    """All rows as a memory-mapped ``datasets.Dataset`` of (row, source, line), or an empty list."""
     import datasets
+    import pyarrow as pa
 
-    def generate() -> Iterator[dict[str, Any]]:
-        for number, source in enumerate(sources):
-            for row, line in read_rows(source, config_key=config_key):
-                yield {"row": row, "source": number, "line": line}
-
-    features = datasets.Features({"row": datasets.Value("large_binary"), "source": datasets.Value("int32"), "line": datasets.Value("int32")})
-    with _quiet_unless(sum(_size(source) for source in sources) > 32 * 2**20):
-        try:
-            return datasets.Dataset.from_generator(
-                generate, features=features, cache_dir=str(scratch), fingerprint=scratch.parent.name.strip(".").replace(".", "-")
-            )
-        except datasets.exceptions.DatasetGenerationError as error:
-            if isinstance(error.__cause__, UserError):
-                raise error.__cause__ from None
-            if isinstance(error.__cause__, ValueError) and "empty" in str(error.__cause__):
-                return []
-            raise
+    scratch.mkdir()
+    schema = pa.schema({"row": pa.large_binary(), "source": pa.int32(), "line": pa.int32()})
+    every = ((row, number, line) for number, source in enumerate(sources) for row, line in read_rows(source, config_key=config_key))
+    count = 0
+    with pa.OSFile(str(scratch / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        while batch := list(itertools.islice(every, 1024)):
+            writer.write_batch(pa.record_batch(list(map(list, zip(*batch, strict=True))), schema=schema))
+            count += len(batch)
+    return datasets.Dataset.from_file(str(scratch / "rows.arrow")) if count else []
 
 
 def _renderer(first: bytes, tokenizer: PreTrainedTokenizerBase | None, target_name: str, options: DataOptions) -> Renderer | None:
@@ -345,10 +341,6 @@ def _too_many_bad(folder: Path, summary: Summary, allowed: float, config_key: st
         f"is a row that cannot be used: {summary.bad} of {summary.rows} rows are bad, data.max_bad_fraction={allowed} are tolerated ({shown}{more})",
         "mend or remove these rows, or raise data.max_bad_fraction",
     )
-
-
-def _size(source: Source) -> int:
-    return 2**40 if source.kind == "hub" else Path(source.name).expanduser().stat().st_size
 
 
 @contextmanager

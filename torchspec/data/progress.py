@@ -1,4 +1,4 @@
-"""Lightning's batch counter after a resume, for any number of ranks.
+"""Lightning's batch and epoch counters after a resume, for any number of ranks.
 
 Lightning restores how many micro-batches *a rank of the saved run* had taken. On another number of ranks that is another share of the epoch, and after an
 interruption inside an accumulation it counts micro-batches whose gradient was lost. The optimizer steps say what was trained: the counter is set to the
@@ -20,7 +20,7 @@ def batches_in_epoch(batches: int, limit: int | float | None) -> int:
 
 
 def set_progress(trainer: pl.Trainer, *, batches_per_epoch: int, packs_per_step: int, saved_world: int) -> None:
-    """Set the current epoch's counter from the optimizer steps done. To be called after the loops are restored and before they run.
+    """Set the counters of batches and epochs from the optimizer steps done. To be called after the loops are restored and before they run.
 
     Args:
         trainer: restored from a checkpoint.
@@ -38,3 +38,9 @@ def set_progress(trainer: pl.Trainer, *, batches_per_epoch: int, packs_per_step:
     unfinished = int(progress.total.processed == progress.total.completed + 1 and progress.total.ready == progress.total.processed and batches > 0)
     progress.current.ready = progress.current.started = progress.current.processed = batches
     progress.current.completed = batches - unfinished
+    if trainer.global_step % steps_in_epoch:
+        # a run that max_steps ended had its epoch counted as whole
+        epochs: Any = trainer.fit_loop.epoch_progress
+        for counter in (epochs.total, epochs.current):
+            counter.ready = counter.started = trainer.global_step // steps_in_epoch + 1
+            counter.processed = counter.completed = counter.ready - 1

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from torchspec.batch import PackedBatch, UnrollRows
 from torchspec.errors import UserError
 from torchspec.models.checkpoint import read_draft_weights, read_facts
 from torchspec.models.draft_config import DraftConfig
@@ -203,14 +204,26 @@ def _self_check(folder: Path, config: DraftConfig, written: dict[str, Tensor], v
 def _probe(config: DraftConfig, tensors: dict[str, Tensor]) -> Tensor:
     """Logits [4, W] of the first step of the draft on fixed random inputs, fp32."""
     draft = Eagle3Draft(config)
-    table = tensors["embed_tokens.weight"].float()
-    own = {name: tensors[name].float() for name, _ in draft.named_parameters()}
-    draft.load_state_dict(own, strict=True)
+    if not config.owns_embedding:
+        draft.set_embedding(tensors["embed_tokens.weight"].float())
+    draft.load_state_dict({name: tensors[name].float() for name, _ in draft.named_parameters()}, strict=True)
     generator = torch.Generator().manual_seed(0)
-    aux = torch.randn(4, len(config.aux_layers) * config.target_hidden_size, generator=generator)
-    ids = torch.randint(0, config.vocab_size, (4,), generator=generator)
+    n = 4
+    every = torch.arange(n)
+    batch = PackedBatch(
+        input_ids=torch.randint(0, config.vocab_size, (n,), generator=generator),
+        position=every,
+        sequence=torch.zeros(n, dtype=torch.int64),
+        turn=torch.zeros(n, dtype=torch.int64),
+        aux=torch.randn(n, len(config.aux_layers) * config.target_hidden_size, generator=generator),
+        last=torch.zeros(n, config.target_hidden_size),
+        cu_seqlens=torch.tensor([0, n], dtype=torch.int32),
+        sample_ids=(0,),
+        counts=torch.ones(1),
+        rows=UnrollRows(every, (every,), (every,)),
+    )
     with torch.no_grad():
-        return draft.first_logits(aux, table[ids])
+        return draft.lm_head(draft.norm(draft(batch)[0]))
 
 
 def export_for(config: TargetConfig, checkpoint: Path, directory: Path, *, dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto") -> ExportReport:

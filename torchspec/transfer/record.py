@@ -148,12 +148,16 @@ def open_record(buffer: Tensor, spec: RecordSpec, *, verify: bool = True) -> Rec
     length = int.from_bytes(head[8:12], "little")
     try:
         manifest = json.loads(head[12 : 12 + length])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError("manifest is not readable JSON") from error
+    if not isinstance(manifest, dict):
+        raise RecordError("manifest is no JSON object")
     for name, expected in spec.to_dict().items():
         if manifest.get(name) != expected:
             raise RecordError(f"manifest field {name!r} is {manifest.get(name)!r}, this run expects {expected!r}")
-    tokens, rows = manifest["tokens"], manifest["rows"]
+    tokens, rows = manifest.get("tokens"), manifest.get("rows")
+    if type(tokens) is not int or type(rows) is not int or tokens < 1:
+        raise RecordError(f"manifest fields 'tokens' and 'rows' are {tokens!r} and {rows!r}, no counts")
     if rows not in (tokens, tokens - 1):
         raise RecordError(f"{rows} rows of states for {tokens} tokens; expected {tokens} or {tokens - 1}")
     total = spec.layout(tokens, rows).total

@@ -79,7 +79,7 @@ def main() -> NoReturn:
     except Exception as error:
         traceback.print_exc()
         _say(error=str(error) or type(error).__name__)
-    if client is not None and job.master is not None:
+    if client is not None and job.master is not None and status == 0:  # else nobody answers
         client.remove_by_regex(f"^{re.escape(job.run)}/.*", True)
         client.close()
     if master is not None:
@@ -123,15 +123,16 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def start_master(host: str, *, pick_port: Callable[[str], int] = free_port) -> tuple[subprocess.Popen[bytes], int]:
+def start_master(host: str, *, pick_port: Callable[[str], int] = free_port, abandon_seconds: int = 30) -> tuple[subprocess.Popen[bytes], int]:
     """Start ``mooncake_master`` on free ports, its output on our stderr; returns it and its port once it listens.
 
     Eviction is off (a watermark of 1, and a ratio of 0): a full store refuses. That also makes the master's clean-up thread run, which
-    with eviction at work was seen never to give back the space of a hard-pinned put whose writer was killed; now 60 to 120 s do.
+    with eviction at work was seen never to give back the space of a hard-pinned put whose writer was killed; now it does.
 
     Args:
         host: address it binds to. It asks for no credentials, so this must be loopback or a private interface.
         pick_port: gives a port that looks free on a host; one that is taken after all costs another try.
+        abandon_seconds: age of an unfinished put at which its key may be put again; its space comes back at two to four times that age.
 
     Raises:
         UserError: the binary is missing.
@@ -155,11 +156,11 @@ def start_master(host: str, *, pick_port: Callable[[str], int] = free_port) -> t
             "--enable_metric_reporting=false",
             "--eviction_high_watermark_ratio=1",
             "--eviction_ratio=0",
-            "--put_start_discard_timeout_sec=30",
-            "--put_start_release_timeout_sec=60",
+            f"--put_start_discard_timeout_sec={abandon_seconds}",
+            f"--put_start_release_timeout_sec={2 * abandon_seconds}",
             "--logtostderr",
         ]
-        master = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, preexec_fn=_die_with_parent)
+        master = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, preexec_fn=_die_with_parent)
         while master.poll() is None:
             if listens(master.pid, port):
                 return master, port

@@ -74,7 +74,8 @@ class Store(Protocol):
         """Write uint8 runs; whole when it returns. Values outside a :meth:`buffer` work too, at the cost of a copy.
 
         A key is written once: a put to a key that is there leaves its first value and is no error, so that a batch may be put again
-        after :class:`StoreError` ``full``. A writer that dies inside a put leaves no value.
+        after :class:`StoreError` ``full``. A writer that dies inside a put leaves no value; until the backend gives that put up, another put
+        of the same key may be refused as ``io``, so a new attempt takes a new key.
 
         Raises:
             StoreError: the first key that failed; keys before it are written, keys after it are not.

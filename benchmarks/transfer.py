@@ -1,0 +1,127 @@
+"""Rates of the hidden-state store: put and get by 1, 2 and 4 processes at once, beside a plain memory copy by the same processes.
+
+    python benchmarks/transfer.py --kinds shm mooncake --sizes 1 7 64 --writers 1 2 4 --seconds 1
+
+Prints one JSON line a case. Rates are 10^9 bytes a second over all processes, measured while all of them are at it;
+each process moves records of one size out of (put) and into (get) buffers of the store, which exist and were touched before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from torchspec.transfer import StoreConfig, make_server, open_store  # noqa: E402
+
+MB = 1_000_000
+ROUND = 64 * MB
+"""Bytes that a process has in the store at most."""
+
+
+def work(address: dict[str, Any], name: str, nbytes: int, seconds: float) -> None:
+    """One process: for each of copy, put, get, wait for a line on stdin, move records for ``seconds``, say bytes and time."""
+    import torch
+
+    torch.set_num_threads(1)
+    store = open_store(address)
+    count = max(1, ROUND // nbytes)
+    source, sink = store.buffer(count * nbytes), store.buffer(count * nbytes)
+    source.random_(0, 256)
+    sink.zero_()
+    parts = [slice(i * nbytes, (i + 1) * nbytes) for i in range(count)]
+    keys = [f"{name}/{i}" for i in range(count)]
+
+    def copy() -> None:
+        for part in parts:
+            sink[part].copy_(source[part])
+
+    def put() -> None:
+        for key, part in zip(keys, parts, strict=True):
+            store.put([key], [source[part]])
+
+    def get() -> None:
+        for key, part in zip(keys, parts, strict=True):
+            store.get([key], [sink[part]])
+
+    put()  # warm: connections, and pages of the store
+    for action in (copy, put, get):
+        print("ready", flush=True)
+        input()
+        moved, busy = 0, 0.0
+        while busy < seconds:
+            if action is put:
+                store.delete(keys)
+            began = time.perf_counter()
+            action()
+            busy += time.perf_counter() - began
+            moved += count * nbytes
+        print(json.dumps([moved, busy]), flush=True)
+    store.close()
+
+
+def measure(kind: Any, nbytes: int, writers: int, seconds: float) -> dict[str, Any]:
+    """One case."""
+    server = make_server(StoreConfig(kind=kind), run=f"bench-{os.getpid()}", budget=2 * writers * max(ROUND, nbytes))
+    server.start()
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        for number in range(writers):
+            arguments = json.dumps([server.address, f"bench/{number}", nbytes, seconds])
+            processes.append(subprocess.Popen([sys.executable, __file__, "--worker", arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        rates = {}
+        for action in ("memcpy", "put", "get"):
+            for process in processes:
+                _line(process.stdout)
+            for process in processes:
+                assert process.stdin is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+            # Deleting between rounds is not the put's time, so each process says its own busy time; they overlap all along.
+            results = [json.loads(_line(process.stdout)) for process in processes]
+            rates[f"{action}_gb_s"] = round(sum(moved / busy for moved, busy in results) / 1e9, 2)
+        for process in processes:
+            process.wait(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        server.close()
+    return {"store": kind, "record_mb": nbytes / MB, "writers": writers, **rates}
+
+
+def _line(pipe: IO[str] | None) -> str:
+    assert pipe is not None
+    line = pipe.readline()
+    if not line:
+        raise RuntimeError("a benchmark process ended early; its error is above")
+    return line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", default=["shm", "mooncake"], choices=["shm", "mooncake"])
+    parser.add_argument("--sizes", nargs="+", type=float, default=[1, 7, 64], help="record sizes, 10^6 bytes")
+    parser.add_argument("--writers", nargs="+", type=int, default=[1, 2, 4], help="processes at once")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time of each measurement")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(*json.loads(arguments.worker))
+        return
+    for kind in arguments.kinds:
+        for size in arguments.sizes:
+            for writers in arguments.writers:
+                print(json.dumps(measure(kind, int(size * MB), writers, arguments.seconds)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""The cache: built once, found again only when nothing changed, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from tests.tiny import save_conversations, save_tokenizer
+from torchspec.batch import supervised_counts
+from torchspec.data.dataset import TokenizedDataset
+from torchspec.data.prepare import DataOptions, prepare
+from torchspec.errors import UserError
+
+VOCAB = 384
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def build(source: Path | list[str], cache: Path, tokenizer: Any, **changes: Any) -> TokenizedDataset:
+    options = DataOptions(
+        max_length=changes.pop("max_length", 256), min_supervised_tokens=changes.pop("min_supervised_tokens", 2), messages_key=changes.pop("messages_key", None)
+    )
+    given = source if isinstance(source, list) else str(source)
+    return prepare(given, **{"options": options, "tokenizer": tokenizer, "vocab_size": VOCAB, "cache_dir": cache, "target_name": "tiny", **changes})
+
+
+def entries(cache: Path) -> list[str]:
+    return sorted(p.name for p in cache.iterdir())
+
+
+def chat(question: str, answer: str) -> str:
+    return json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+
+
+def test_samples_come_back_in_order_with_their_place(tmp_path: Path, tokenizer: Any) -> None:
+    source = save_conversations(tmp_path / "a.jsonl", 50, turns=2)
+    data = build(source, tmp_path / "cache", tokenizer)
+    assert len(data) == 50 and data.summary.kept == 50 and data.summary.bad == 0
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    for i in (0, 17, 49):
+        expected = tokenizer.apply_chat_template(rows[i]["conversations"], tokenize=True, return_dict=True)["input_ids"]
+        assert data.ids(i).tolist() == expected
+        answers = "".join(m["content"] + "<|im_end|>" for m in rows[i]["conversations"] if m["role"] == "assistant")
+        assert tokenizer.decode(data.ids(i)[data.mask(i) == 1].tolist()) == answers
+        assert data.place(i) == f"{source}:{i + 1}"
+    assert data.lengths.tolist() == [len(data.ids(i)) for i in range(50)]
+    assert data.end_ids == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_counts_are_those_of_the_rule(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = build(save_conversations(tmp_path / "a.jsonl", 40, turns=3), tmp_path / "cache", tokenizer)
+    expected = [supervised_counts(data.mask(i), 5).tolist() for i in range(40)]
+    assert data.supervised_counts(5).tolist() == expected
+    monkeypatch.setattr("torchspec.data.dataset._CHUNK", 100)  # many chunks, some smaller than a conversation
+    assert data.supervised_counts(5).tolist() == expected
+    counted = np.zeros(VOCAB, dtype=np.int64)
+    for i in range(40):
+        np.add.at(counted, data.ids(i)[data.mask(i) == 1], 1)
+    assert data.token_counts(VOCAB).tolist() == counted.tolist()
+    assert data.token_counts(VOCAB + 64).shape == (VOCAB + 64,)
+
+
+def test_counts_of_masks_that_begin_or_end_a_conversation(tmp_path: Path) -> None:
+    masks = [[1, 1, 1, 1], [1, 1], [0, 1, 1], [1, 0, 1, 1, 1, 0, 0, 1], [1, 1, 1], [0, 0, 1, 1, 1, 1]]
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"input_ids": list(range(len(m))), "loss_mask": m}) + "\n" for m in masks))
+    data = build(source, tmp_path / "cache", None)
+    assert data.supervised_counts(4).tolist() == [supervised_counts(np.array(m), 4).tolist() for m in masks]
+    assert data.tokenizer == "" and data.mask(3).tolist() == masks[3]
+
+
+def test_a_second_run_reads_the_cache(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_conversations(tmp_path / "a.jsonl", 5)
+    first = build(source, tmp_path / "cache", tokenizer)
+    monkeypatch.setattr("torchspec.data.prepare._build", lambda *a: pytest.fail("built again"))
+    os.utime(source, (1, 1))
+    assert build(source, tmp_path / "cache", tokenizer).content == first.content
+    assert entries(tmp_path / "cache") == [first.folder.name]
+
+
+def test_everything_that_changes_the_result_makes_another_entry(tmp_path: Path, tokenizer: Any) -> None:
+    source = save_conversations(tmp_path / "a.jsonl", 5)
+    other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    other.chat_template = "{# another #}" + tokenizer.chat_template
+    cache = tmp_path / "cache"
+    folders = [
+        build(source, cache, tokenizer).folder,
+        build(source, cache, tokenizer, max_length=40).folder,
+        build(source, cache, tokenizer, min_supervised_tokens=3).folder,
+    ]
+    folders += [
+        build(source, cache, tokenizer, messages_key="conversations").folder,
+        build(source, cache, other).folder,
+        build(source, cache, tokenizer, vocab_size=VOCAB + 1).folder,
+    ]
+    source.write_text(source.read_text() + chat("why", "because it is") + "\n")
+    folders.append(build(source, cache, tokenizer).folder)
+    assert len(set(folders)) == 7
+
+
+def test_damage_is_noticed_and_built_anew(tmp_path: Path, tokenizer: Any) -> None:
+    source = save_conversations(tmp_path / "a.jsonl", 5)
+    folder = build(source, tmp_path / "cache", tokenizer).folder
+    for name in ("tokens.i32", "offsets.npy"):
+        with (folder / name).open("r+b") as handle:
+            handle.truncate(8)
+        with pytest.raises(FileNotFoundError, match=name):
+            TokenizedDataset(folder)
+        assert len(build(source, tmp_path / "cache", tokenizer)) == 5
+
+
+def test_a_crash_while_writing_leaves_nothing(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_conversations(tmp_path / "a.jsonl", 5)
+    cache = tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            build(source, cache, tokenizer)
+    assert entries(cache) == []
+    # a build that was killed leaves its folder; the next one of that entry removes it
+    key = build(source, cache, tokenizer).folder.name
+    import socket
+
+    left = cache / f".{key}.{socket.gethostname()}.999999999"
+    left.mkdir()
+    (cache / key / "meta.json").unlink()
+    build(source, cache, tokenizer)
+    assert entries(cache) == [key]
+
+
+def test_truncation_is_on_the_right_and_counted(tmp_path: Path, tokenizer: Any) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text(chat("hi", "the cat " * 50) + "\n" + chat("the dog " * 30, "two") + "\n" + chat("hi", "the small dog runs") + "\n")
+    whole, cut = build(source, tmp_path / "cache", tokenizer), build(source, tmp_path / "cache", tokenizer, max_length=40)
+    assert cut.summary.truncated == 1 and cut.summary.too_short == 1 and len(cut) == 2  # the long question leaves no answer
+    assert cut.ids(0).tolist() == whole.ids(0)[:40].tolist() and cut.mask(0).tolist() == whole.mask(0)[:40].tolist()
+    assert cut.place(1).endswith(":3")
+    assert "1 with too few supervised tokens" in str(cut.summary) and "2 of 3 conversations" in str(cut.summary)
+
+
+def test_bad_rows_are_named_and_bounded(tmp_path: Path, tokenizer: Any) -> None:
+    source = tmp_path / "a.jsonl"
+    narrator = json.dumps({"messages": [{"role": "narrator", "content": "x"}]})
+    source.write_text("\n".join([chat("hi", "the dog"), "{broken", chat("hi", "the cat"), narrator, chat("hi", "we two")]) + "\n")
+    with pytest.raises(UserError) as caught:
+        build(source, tmp_path / "cache", tokenizer, max_bad_fraction=0.3)
+    said = str(caught.value)
+    assert f"{source}:2" in said and "no valid JSON" in said and f"{source}:4" in said and "narrator" in said and "2 of 5 rows" in said and "\n" not in said
+    data = build(source, tmp_path / "cache", tokenizer, max_bad_fraction=0.4)
+    assert len(data) == 3 and [data.place(i)[-1] for i in range(3)] == ["1", "3", "5"]
+    listed = [json.loads(line)["place"] for line in (data.folder / "bad_rows.jsonl").read_text().splitlines()]
+    assert listed == [f"{source}:2", f"{source}:4"]
+    with pytest.raises(UserError, match="2 of 5 rows are bad"):  # a cached entry does not make it lenient
+        build(source, tmp_path / "cache", tokenizer, max_bad_fraction=0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no rows"),
+        ("\n\n", "holds no rows"),
+        ("[]", "holds no rows"),
+        (chat("hi", "") + "\n", "leaves no conversation"),
+        (chat("the " * 300, "dog"), "leaves no conversation"),
+    ],
+)
+def test_an_empty_result_is_an_error(tmp_path: Path, tokenizer: Any, text: str, said: str) -> None:
+    source = tmp_path / ("a.json" if text == "[]" else "a.jsonl")
+    source.write_text(text)
+    with pytest.raises(UserError, match=said) as caught:
+        build(source, tmp_path / "cache", tokenizer)
+    assert str(source) in str(caught.value)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+    source = save_conversations(tmp_path / "a.jsonl", 3)
+    with pytest.raises(UserError, match=r"has 100 tokens, but .*a\.jsonl:1 renders to id"):
+        build(source, tmp_path / "cache", tokenizer, vocab_size=100)
+
+
+def test_a_target_without_tokenizer_or_template(tmp_path: Path, tokenizer: Any) -> None:
+    source = save_conversations(tmp_path / "a.jsonl", 3)
+    with pytest.raises(UserError, match="no tokenizer"):
+        build(source, tmp_path / "cache", None)
+    bare = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    bare.chat_template = None
+    with pytest.raises(UserError, match="ships no chat template"):
+        build(source, tmp_path / "cache", bare)
+
+
+def test_several_sources_and_processes_keep_the_order(tmp_path: Path, tokenizer: Any) -> None:
+    one, two = save_conversations(tmp_path / "a.jsonl", 30), save_conversations(tmp_path / "b.jsonl", 20, seed=1)
+    alone = build([str(one), str(two)], tmp_path / "cache", tokenizer)
+    together = build([str(one), str(two)], tmp_path / "other", tokenizer, num_proc=2)
+    assert together.content == alone.content
+    assert together.place(29) == f"{one}:30" and together.place(30) == f"{two}:1"
+    swapped = build([str(two), str(one)], tmp_path / "cache", tokenizer)
+    assert swapped.content != alone.content

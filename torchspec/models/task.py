@@ -1,0 +1,138 @@
+"""The whole training computation of one batch in one module: draft, target head, loss, metric sums. This is what gets sharded.
+
+Everything that touches a parameter happens inside ``forward``, so that FSDP2 gathers once and a rank with nothing to supervise still takes part in every collective.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from torchspec.batch import PackedBatch
+from torchspec.models.draft_config import DraftConfig
+from torchspec.models.eagle3 import Eagle3Draft
+from torchspec.models.loss import head_loss, target_distribution
+from torchspec.models.target_weights import TargetHead, read_embedding
+from torchspec.models.vocabulary import VocabularyMapping
+from torchspec.target import Target
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Result of a batch on this rank."""
+
+    loss: Tensor
+    """Scalar: sum_k w_k * (this rank's loss sum of step k) / count_k; adds up over ranks and micro-batches to the loss of the optimizer step."""
+    sums: dict[str, Tensor]
+    """[K] each: ``rows`` supervised here, ``loss``, ``correct``, ``correct_so_far`` (this and every earlier step right), and when measured ``alpha``, ``alpha_so_far``."""
+    accepted: Tensor
+    """[R_0] int64: leading right steps of each supervised row."""
+
+
+class DraftTask(nn.Module):
+    """Draft and frozen target head.
+
+    Args:
+        draft: the network to train.
+        head: the target's norm and head.
+        draft_ids: [W] target ids of the draft's rows; None for the whole vocabulary.
+        step_weights: [K] w_k.
+    """
+
+    step_weights: Tensor
+    draft_ids: Tensor | None
+
+    def __init__(self, draft: Eagle3Draft, head: TargetHead, *, draft_ids: Tensor | None, step_weights: list[float]) -> None:
+        super().__init__()
+        self.draft = draft
+        self.head = head
+        self.register_buffer("draft_ids", draft_ids, persistent=False)
+        self.register_buffer("step_weights", torch.tensor(step_weights, dtype=torch.float32), persistent=False)
+
+    @classmethod
+    def build(
+        cls,
+        config: DraftConfig,
+        *,
+        target: Target,
+        vocabulary: VocabularyMapping | None,
+        step_weights: list[float],
+        compute_dtype: torch.dtype,
+        init: Literal["target", "random"],
+    ) -> DraftTask:
+        """A fresh task for a target; weights from torch's global random state.
+
+        Args:
+            config: the draft's architecture.
+            target: gives embedding table, head and final norm.
+            vocabulary: of the draft; None for the whole one.
+            step_weights: [K] w_k.
+            compute_dtype: of the draft.
+            init: ``target`` starts head rows and final norm from the target's, where its hidden size is the draft's and its norm an RMSNorm.
+        """
+        head = TargetHead.of(target)
+        draft = Eagle3Draft(config, compute_dtype=compute_dtype)
+        draft.initialise()
+        if not config.owns_embedding:
+            draft.set_embedding(head.weight if config.vocab_size == head.weight.shape[0] and _tied(target) else read_embedding(target))
+        pruned = vocabulary is not None and vocabulary.size < config.vocab_size
+        ids = vocabulary.draft_ids if vocabulary is not None and pruned else None
+        if init == "target" and config.hidden_size == config.target_hidden_size:
+            with torch.no_grad():
+                draft.lm_head.weight.copy_(head.weight if ids is None else head.weight[ids])
+                norm = head.rms_weight()
+                if norm is not None:
+                    draft.norm.weight.copy_(norm)
+        return cls(draft, head, draft_ids=ids, step_weights=step_weights)
+
+    def forward(self, batch: PackedBatch, measure: bool = False) -> StepOutput:
+        """Loss and metric sums of a batch.
+
+        Args:
+            batch: on this module's device.
+            measure: also alpha (validation).
+        """
+        steps = batch.rows.steps
+        if batch.rows.base.shape[0] == 0:
+            return self._nothing(steps, measure)
+        draft = self.draft
+        states = [draft.norm(hidden) for hidden in draft(batch)]
+        target = target_distribution(self.head, batch.last[batch.rows.base + 1], self.draft_ids, dtype=draft.compute_dtype, measure=measure)
+        scale = self.step_weights.to(torch.float64 if draft.compute_dtype == torch.float64 else torch.float32) / batch.counts.clamp(min=1.0)
+        result = head_loss(states, draft.lm_head.weight.to(draft.compute_dtype), target, batch.rows.index, scale=scale, measure=measure)
+        return self._summed(result.loss, result.loss_sum, result.hit, result.alpha, batch)
+
+    @staticmethod
+    def _summed(loss: Tensor, loss_sum: Tensor, hit: tuple[Tensor, ...], alpha: tuple[Tensor, ...] | None, batch: PackedBatch) -> StepOutput:
+        rows = batch.rows
+        accepted = torch.zeros_like(rows.base)
+        right, chance = torch.ones_like(rows.base, dtype=torch.bool), None if alpha is None else torch.ones_like(alpha[0])
+        table: dict[str, list[Tensor]] = {"rows": [], "correct": [], "correct_so_far": []}
+        if alpha is not None:
+            table |= {"alpha": [], "alpha_so_far": []}
+        for k in range(rows.steps):
+            right = right[rows.keep[k]] & hit[k]
+            accepted.index_add_(0, rows.index[k], right.long())
+            table["rows"].append(torch.full_like(loss_sum[k], hit[k].shape[0]))
+            table["correct"].append(hit[k].sum())
+            table["correct_so_far"].append(right.sum())
+            if alpha is not None and chance is not None:
+                chance = chance[rows.keep[k]] * alpha[k]
+                table["alpha"].append(alpha[k].sum())
+                table["alpha_so_far"].append(chance.sum())
+        sums = {name: torch.stack([value.to(loss_sum.dtype) for value in values]) for name, values in table.items()}
+        return StepOutput(loss, {**sums, "loss": loss_sum}, accepted)
+
+    def _nothing(self, steps: int, measure: bool) -> StepOutput:
+        """A zero tied to every trainable parameter."""
+        zero = torch.stack([parameter.float().sum() for parameter in self.parameters() if parameter.requires_grad]).sum() * 0.0
+        names = ["rows", "correct", "correct_so_far", *(["alpha", "alpha_so_far"] if measure else []), "loss"]
+        empty = torch.zeros(steps, device=self.step_weights.device)
+        return StepOutput(zero, {name: empty for name in names}, torch.zeros(0, dtype=torch.int64, device=empty.device))
+
+
+def _tied(target: Target) -> bool:
+    return bool(getattr(target.full_hf_config, "tie_word_embeddings", False) or getattr(target.hf_config, "tie_word_embeddings", False))
