@@ -77,6 +77,7 @@ def test_every_sample_is_trained_once_an_epoch(whole: Path) -> None:
     assert all(len(packs) == 4 for packs in per_step.values()) and len(per_step) == len(toy.notes(whole, "step"))
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_same_steps(world: dict[str, str], whole: Path, tmp_path: Path) -> None:
     fit_on_two(tmp_path / "two", {**world, "validate": None}, trainer={"max_epochs": 2})  # type: ignore[dict-item]
     one = packs_by_step(toy.notes(whole, "train"))
@@ -137,10 +138,25 @@ def test_validation_sees_each_sample_once_each_time(world: dict[str, str], tmp_p
 
 
 def test_resume_in_the_middle_of_validations(world: dict[str, str], whole: Path, tmp_path: Path) -> None:
-    trainer = {"max_epochs": 3, "val_check_interval": 4}
-    fit(tmp_path / "first", world, trainer={**trainer, "max_steps": 2})
-    fit(tmp_path / "rest", world, trainer=trainer, resume=str(tmp_path / "first" / "last.ckpt"))
-    assert packs_by_step(toy.notes(tmp_path / "first", "train"), toy.notes(tmp_path / "rest", "train")) == packs_by_step(toy.notes(whole, "train"))
+    trainer = {"max_epochs": 3, "val_check_interval": 8}
+    fit(tmp_path / "whole", world, trainer=trainer)
+    for stop in (1, 2, 3):
+        first, rest = tmp_path / f"first {stop}", tmp_path / f"rest {stop}"
+        fit(first, world, trainer={**trainer, "max_steps": stop})
+        fit(rest, world, trainer=trainer, resume=str(first / "last.ckpt"))
+        assert packs_by_step(toy.notes(first, "train"), toy.notes(rest, "train")) == packs_by_step(toy.notes(whole, "train"))
+        validated = [{e["step"] for e in toy.notes(folder, "validate")} for folder in (first, rest) if any(folder.glob("notes.*"))]
+        assert set.union(*validated) == {e["step"] for e in toy.notes(tmp_path / "whole", "validate")}
+
+
+@pytest.mark.parametrize("stop", [3, "epoch end"])
+def test_resume_of_a_run_that_counts_steps_only(world: dict[str, str], whole: Path, tmp_path: Path, stop: int | str) -> None:
+    steps = len(weights(whole))
+    at = steps // 3 if stop == "epoch end" else int(stop)
+    alone = {**world, "validate": None}
+    fit(tmp_path / "first", alone, trainer={"max_epochs": -1, "max_steps": at})  # type: ignore[arg-type]
+    fit(tmp_path / "rest", alone, trainer={"max_epochs": -1, "max_steps": steps}, resume=str(tmp_path / "first" / "last.ckpt"))  # type: ignore[arg-type]
+    assert {**weights(tmp_path / "first"), **weights(tmp_path / "rest")} == weights(whole)
 
 
 def test_limits_take_what_they_say_and_the_next_epoch_goes_on_from_there(world: dict[str, str], whole: Path, tmp_path: Path) -> None:
@@ -188,6 +204,7 @@ def test_a_checkpoint_of_another_plan_is_refused(world: dict[str, str], tmp_path
         fit(tmp_path / "rest", alone, data=data, resume=str(tmp_path / "first" / "last.ckpt"))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_an_indivisible_step_is_refused_on_two_ranks(world: dict[str, str], tmp_path: Path) -> None:
     words = json.dumps(arguments(tmp_path / "run", world, trainer={"devices": 2, "strategy": "ddp"}, data={"packs_per_step": 3}))
     done = subprocess.run([sys.executable, "-m", "tests.data.toy", words], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)

@@ -88,7 +88,8 @@ def test_turns_are_answered_in_order_on_top_of_the_targets_own(target: TargetCon
         messages = row["conversations"]
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                prompt = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+                text = str(tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, tokenize=False))
+                prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
                 assert message["content"] == echo.words(prompt)
 
 

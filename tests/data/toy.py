@@ -80,7 +80,7 @@ def fit(
         "num_sanity_val_steps": 0,
         **trainer,
     }
-    callbacks = [ModelCheckpoint(**{"dirpath": folder, "save_last": True, "save_top_k": -1, "filename": "{step}", **checkpoint})]
+    callbacks: list[pl.Callback] = [ModelCheckpoint(**{"dirpath": folder, "save_last": True, "save_top_k": -1, "filename": "{step}", **checkpoint})]
     pl.Trainer(default_root_dir=folder, callbacks=callbacks, **settings).fit(module, datamodule=datamodule, ckpt_path=resume)
     return module
 

@@ -263,6 +263,24 @@ def test_two_servers_at_once() -> None:
     two.close()
 
 
+def test_another_address_than_loopback() -> None:
+    """What other hosts will use: master, holder and clients on this machine's own address."""
+    try:
+        host = mooncake.route_to("10.255.255.255", 9)
+    except OSError:
+        host = "127.0.0.1"
+    if host.startswith("127."):
+        pytest.skip("this machine has no other address")
+    one = make_server(StoreConfig(kind="mooncake"), run="r", budget=8 << 20, expected_host=host)
+    one.start()
+    assert one.address["master"].startswith(f"{host}:")
+    store, value = open_store(one.address), torch.arange(200, dtype=torch.uint8)
+    store.put(["r/1"], [value])
+    assert store.get(["r/1"], [value.zero_()]) == [200] and value[199] == 199
+    store.close()
+    one.close()
+
+
 def test_unresolvable_host() -> None:
     with pytest.raises(UserError, match=r"store\.host='no such host'"):
         server(host="no such host").start()

@@ -117,6 +117,15 @@ def test_empty_value_is_refused(store: Store, new_key: Callable[[], str]) -> Non
         store.put([new_key()], [torch.empty(0, dtype=torch.uint8)])
 
 
+def test_failed_put_stops_the_batch(store: Store, new_key: Callable[[], str]) -> None:
+    """Keys before the one that failed are written, keys after it are not (a Mooncake batch would write them)."""
+    keys = [new_key() for _ in range(3)]
+    with pytest.raises(StoreError) as raised:
+        store.put(keys, [pattern(10), pattern(0), pattern(10)])
+    assert raised.value.key == keys[1]
+    assert store.exists(keys) == [True, False, False]
+
+
 def test_delete_while_the_read_lease_is_held(store: Store, new_key: Callable[[], str]) -> None:
     """A Mooncake key that was just read answers -706 to a plain remove."""
     key = new_key()

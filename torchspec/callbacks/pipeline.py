@@ -79,13 +79,10 @@ class PipelineMetrics(pl.Callback):
         return {name: float(value) for name, value in values.items()}
 
     def _group(self, trainer: pl.Trainer) -> dict[str, Any] | None:
-        endpoint = trainer.datamodule.endpoint  # type: ignore[attr-defined]
-        if endpoint is None or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return None
         if self._observer is None:
-            from torchspec.engines.client import TrainerClient
-
-            self._observer = TrainerClient(endpoint, "pipeline-metrics", role="observer")
+            self._observer = trainer.datamodule.connect("pipeline-metrics", role="observer")  # type: ignore[attr-defined]
         state: dict[str, Any] = self._observer.ask()
         return state
 

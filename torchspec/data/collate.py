@@ -46,9 +46,10 @@ def collate(
     lengths = np.array([records[i].input_ids.shape[0] for i in arrived], dtype=np.int64)
     bounds = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
     total, width = int(bounds[-1]), len(spec.aux_layers) * spec.hidden_size
+    dtype = spec.torch_dtype
     ids = torch.empty(total, dtype=torch.int64, pin_memory=pin)
-    aux = torch.empty(total, width, dtype=spec.torch_dtype, pin_memory=pin)
-    last = torch.empty(total, spec.hidden_size, dtype=spec.torch_dtype, pin_memory=pin)
+    aux = torch.empty(total, width, dtype=dtype, pin_memory=pin)
+    last = torch.empty(total, spec.hidden_size, dtype=dtype, pin_memory=pin)
     mask = np.zeros(total, dtype=np.uint8)
     for i, low, high in zip(arrived, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         record = records[i]

@@ -437,6 +437,7 @@ class DraftDataModule(pl.LightningDataModule):
                 pin=trainer.strategy.root_device.type == "cuda",
                 health=self._check_group,
                 interrupted=lambda: bool(trainer.received_sigterm),
+                chained=stage == "train",
             )
             self._loaders[stage] = PackLoader(config, connect=self.connect, begin=begin, length=length)
         return self._loaders[stage]

@@ -91,6 +91,8 @@ class LoaderConfig:
     """Raises when the engine group is gone."""
     interrupted: Callable[[], bool]
     """True once the run was told to end (SIGTERM)."""
+    chained: bool = False
+    """Another pass follows when one is exhausted, until one is empty: the trainer's epochs need not be those of the plan."""
 
 
 class PackLoader:
@@ -146,7 +148,10 @@ class PackLoader:
 
 
 class PackStream:
-    """The iterator of one pass. It begins with the first ``next`` (Lightning also makes iterators that it never uses); dropping it ends its thread."""
+    """The iterator of one pass, or of several in a row (``LoaderConfig.chained``).
+
+    It begins with the first ``next``: Lightning also makes iterators that it never uses. Dropping it ends its thread.
+    """
 
     def __init__(self, config: LoaderConfig, begin: Callable[[], tuple[_Link, Pass]], stats: LoaderStats) -> None:
         self._config = config
@@ -157,23 +162,27 @@ class PackStream:
         self._thread: threading.Thread | None = None
         self._left = 0
 
-    def _start(self) -> None:
-        assert self._begin is not None
-        self._link, what = self._begin()
-        self._begin = None
+    def _next_pass(self) -> bool:
+        """Begin a pass; False when none is left to go through."""
+        if self._begin is None:
+            return False
+        begin, self._begin = self._begin, (self._begin if self._config.chained else None)
+        self._end_thread()
+        self._link, what = begin()
+        self._channel = _Channel(self._config.prefetch_packs)
         fetcher = _Fetcher(self._config, self._link, what, self._stats, self._channel)
         self._left = len(fetcher.mine)
-        self._thread = threading.Thread(target=fetcher.run, name=f"{self._config.stage}-loader", daemon=True)
-        self._thread.start()
+        if self._left:
+            self._thread = threading.Thread(target=fetcher.run, name=f"{self._config.stage}-loader", daemon=True)
+            self._thread.start()
+        return self._left > 0
 
     def __iter__(self) -> PackStream:
         return self
 
     def __next__(self) -> PackedBatch:
         started = time.monotonic()
-        if self._begin is not None:
-            self._start()
-        if self._left == 0:
+        if self._left == 0 and not self._next_pass():
             self.close()
             raise StopIteration
         try:
@@ -187,27 +196,30 @@ class PackStream:
         from lightning.pytorch.utilities.exceptions import SIGTERMException
 
         while True:
-            if self._config.interrupted():
-                self.close()
-                raise SIGTERMException
             item = self._channel.take(SLICE)
             if isinstance(item, PackedBatch):
                 return item
-            if isinstance(item, BaseException):
+            if self._config.interrupted():
+                self.close()
+                raise SIGTERMException
+            if item is not None:
                 self.close()
                 self._config.health()  # knows more than "connection lost"
                 raise item
             self._config.health()
 
-    def close(self) -> None:
-        """End the thread and give back what it holds. Idempotent."""
-        self._begin = None
-        self._left = 0
+    def _end_thread(self) -> None:
         self._channel.stop()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=_JOIN)
             if self._thread.is_alive() and self._link is not None:
                 self._link.broken = True  # it is stuck in a call: never share its connection
+
+    def close(self) -> None:
+        """End the thread and give back what it holds. Idempotent."""
+        self._begin = None
+        self._left = 0
+        self._end_thread()
 
     def __del__(self) -> None:
         self._channel.stop()

@@ -44,3 +44,4 @@ def set_progress(trainer: pl.Trainer, *, batches_per_epoch: int, packs_per_step:
         for counter in (epochs.total, epochs.current):
             counter.ready = counter.started = trainer.global_step // steps_in_epoch + 1
             counter.processed = counter.completed = counter.ready - 1
+        trainer.fit_loop.restarting = True

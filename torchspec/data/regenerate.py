@@ -104,7 +104,7 @@ def regenerate(
     Raises:
         UserError: for bad input, or an output made with other settings.
     """
-    from torchspec.engines.transformers_engine import TransformersGenerator
+    from torchspec.engines.transformers_generator import TransformersGenerator
 
     config = TargetConfig(target, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torchspec.engines.messages import Failed, Finished, Lease
 from torchspec.target import TargetConfig
-from torchspec.transfer.record import RecordSpec
+from torchspec.transfer.spec import RecordSpec
 from torchspec.transfer.store import Address
 
 
@@ -119,8 +119,8 @@ class Engine(Protocol):
         """Take leases; returns at once."""
         ...
 
-    def cancel(self, leases: Sequence[int]) -> None:
-        """Forget leases that have not started."""
+    def cancel(self, leases: Sequence[int]) -> list[int]:
+        """Forget those of the leases that have not started; returns which."""
         ...
 
     def poll(self, timeout: float) -> tuple[list[Finished], list[Failed]]:

@@ -1,7 +1,7 @@
 """Everything that crosses a coordinator socket: msgspec structs, never pickle.
 
-A frame is a 4-byte little-endian length and one MessagePack map that names its type. Each side numbers its frames from 0
-(``seq``); a frame out of order is refused and the connection closed. The first frame of a client is :class:`Hello`.
+A frame is a 4-byte little-endian length, a 4-byte number and one MessagePack map that names its type. Each side numbers its frames from 0;
+a frame out of order is refused and the connection closed. The first frame of a client is :class:`Hello`.
 
     trainer  -> Hello OpenStage Submit Acknowledge Reissue CloseStage Ask      <- Welcome PackReady Answer Stop
     worker   -> Hello Ready Pull Report Beat                                   <- Welcome Work Cancel Stop
@@ -21,9 +21,6 @@ MAX_FRAME = 64 * 2**20
 
 class Message(msgspec.Struct, tag=True, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of every frame."""
-
-    seq: int = -1
-    """Set by the connection when it sends."""
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -203,6 +200,8 @@ class Welcome(Message, frozen=True, kw_only=True):
     """Store address, to be opened by ``transfer.open_store``."""
     spec: dict[str, Any]
     """The run's expected record spec."""
+    job: dict[str, Any]
+    """What a worker builds its engine from (``worker.py``); empty for other roles."""
 
 
 class PackReady(Message, frozen=True, kw_only=True):

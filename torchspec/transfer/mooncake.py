@@ -188,7 +188,7 @@ class MooncakeStore:
             source = value if self._is_registered(value) else self._staged(value.numel())
             if source is not value:
                 source.copy_(value)
-            elif value.device.type == "cuda":
+            else:
                 _wait_for_device(value)
             (code,) = client.batch_put_from([key], [source.data_ptr()], [value.numel()], self._pinned)
             _check(code, key)
@@ -199,6 +199,8 @@ class MooncakeStore:
 
     def get(self, keys: Sequence[str], outs: Sequence[Tensor]) -> list[int]:
         client = self._open()
+        for out in outs:
+            _wait_for_device(out)
         if all(self._is_registered(out) for out in outs):
             sizes = client.batch_get_into(list(keys), [out.data_ptr() for out in outs], [out.numel() for out in outs])
             for key, size in zip(keys, sizes, strict=True):
@@ -226,6 +228,7 @@ class MooncakeStore:
                 _check(code, key)
 
     def close(self) -> None:
+        """Takes up to a second, with the interpreter lock held: Mooncake waits for its heartbeat thread."""
         client, self._client = self._client, None
         if client is not None:
             for start, _ in self._registered:
@@ -265,11 +268,12 @@ def _moves_cuda(library: str) -> bool:
     return b"libcudart" in Path(library).read_bytes()
 
 
-def _wait_for_device(value: Tensor) -> None:
-    """The transport reads device memory outside of any CUDA stream, so what fills the value must be done."""
-    import torch
+def _wait_for_device(tensor: Tensor) -> None:
+    """The transport touches device memory outside of the caller's CUDA stream, so what the stream still does with it must be done."""
+    if tensor.device.type == "cuda":
+        import torch
 
-    torch.cuda.current_stream(value.device).synchronize()
+        torch.cuda.current_stream(tensor.device).synchronize()
 
 
 def _words(code: int) -> str:

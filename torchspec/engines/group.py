@@ -1,0 +1,214 @@
+"""The engine group as its owner (global rank 0's datamodule) sees it: start, watch, close.
+
+The coordinator is a fresh interpreter in a session of its own, so that a Ctrl-C in the terminal reaches it through its owner only. The pipe to its stdin is the lifeline: when this process
+goes, however it goes, the coordinator ends everything. ``close`` is idempotent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torchspec
+from torchspec.engines.client import Endpoint, GroupStopped, TrainerClient
+from torchspec.engines.engine import EngineConfig
+from torchspec.errors import UserError
+from torchspec.target import TargetConfig
+from torchspec.transfer import remove_leftovers
+from torchspec.transfer.spec import RecordSpec
+from torchspec.transfer.store import StoreConfig
+
+__all__ = ["Endpoint", "EngineGroup", "GroupConfig", "GroupStopped"]
+
+_LISTENS = 60.0
+"""Seconds for the coordinator to listen; it imports little."""
+_ENDS = 20.0
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Everything a group needs."""
+
+    target: TargetConfig
+    spec: RecordSpec
+    """What the trainer expects of every record."""
+    store: StoreConfig
+    engine: str
+    """transformers, ..."""
+    engines: EngineConfig
+    budget: int
+    """Bytes of records alive at once."""
+    reserve: int
+    """Bytes of it that only validation may use."""
+    max_length: int
+    """Longest sample, tokens."""
+    log_dir: Path
+    run: str = field(default_factory=lambda: secrets.token_hex(6))
+    incarnation: int = 0
+    listen_host: str = "127.0.0.1"
+    """Address to bind; anything else than loopback lets other hosts connect (they need the token)."""
+    listen_port: int = 0
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+
+    def to_json(self) -> str:
+        """One line for the coordinator."""
+        devices = worker_devices(self.engines)
+        loopback = self.listen_host in ("127.0.0.1", "localhost", "::1")
+        plain = {
+            "target": asdict(self.target), "spec": self.spec.to_dict(), "store": asdict(self.store), "engine": self.engine, "engines": asdict(self.engines), "budget": self.budget,
+            "reserve": self.reserve, "max_length": self.max_length, "log_dir": str(self.log_dir.resolve()), "run": self.run, "incarnation": self.incarnation,
+            "listen_host": self.listen_host, "listen_port": self.listen_port, "token": self.token, "devices": devices, "expected_host": None if loopback else self.listen_host,
+        }  # fmt: skip
+        return json.dumps(plain)
+
+
+def worker_devices(config: EngineConfig) -> list[str]:
+    """The device of each worker: as configured, else the CUDA devices in turn, else cpu.
+
+    Raises:
+        UserError: when the list does not fit the number of workers.
+    """
+    if config.workers < 0:
+        raise UserError("data.engines.workers", config.workers, "is negative", "use 0 or more (0 waits for workers started by hand)")
+    if config.devices is not None:
+        if len(config.devices) != config.workers:
+            raise UserError("data.engines.devices", config.devices, f"names {len(config.devices)} devices for {config.workers} workers", "give one entry a worker")
+        return list(config.devices)
+    count = _cuda_devices()
+    return [str(i % count) if count else "cpu" for i in range(config.workers)]
+
+
+def _cuda_devices() -> int:
+    """Visible CUDA devices, without creating a context in this process."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+class EngineGroup:
+    """See the module.
+
+    Args:
+        config: of the group.
+    """
+
+    def __init__(self, config: GroupConfig) -> None:
+        self.config = config
+        self._process: subprocess.Popen[bytes] | None = None
+        self._said = b""
+        self._error: str | None = None
+        self._endpoint: Endpoint | None = None
+
+    def start(self) -> Endpoint:
+        """Start the coordinator; returns as soon as it listens (store and engines go on loading).
+
+        Raises:
+            GroupStopped: it ended or did not listen in time.
+        """
+        line = self.config.to_json()
+        root = str(Path(torchspec.__file__).resolve().parent.parent)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "torchspec.engines.coordinator"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+        )
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
+            said = self._listen(time.monotonic() + _LISTENS)
+        except BaseException:
+            self.close()
+            raise
+        host = "127.0.0.1" if self.config.listen_host in ("0.0.0.0", "::") else self.config.listen_host
+        self._endpoint = Endpoint(host, said["port"], self.config.token)
+        return self._endpoint
+
+    def _listen(self, deadline: float) -> dict[str, Any]:
+        """The coordinator's first words."""
+        while True:
+            for words in self._words(max(0.0, deadline - time.monotonic())):
+                if "port" in words:
+                    return words
+            self.check()
+            if time.monotonic() >= deadline:
+                raise GroupStopped(f"the coordinator did not listen within {_LISTENS:.0f} s; see {self.config.log_dir / 'coordinator.log'}")
+
+    def _words(self, timeout: float) -> list[dict[str, Any]]:
+        """JSON lines that it said since the last call."""
+        assert self._process is not None and self._process.stdout is not None
+        output: IO[bytes] = self._process.stdout
+        if output.closed or not select.select([output], [], [], timeout)[0]:
+            return []
+        self._said += os.read(output.fileno(), 65536)
+        *lines, self._said = self._said.split(b"\n")
+        words = [json.loads(line) for line in lines if line.startswith(b"{")]
+        for said in words:
+            self._error = said.get("error", self._error)
+        return words
+
+    def check(self) -> None:
+        """Raise when the group has ended.
+
+        Raises:
+            GroupStopped: with the coordinator's last words.
+        """
+        if self._process is None:
+            raise GroupStopped("the engine group is closed")
+        self._words(0.0)
+        code = self._process.poll()
+        if self._error is None and code is not None:
+            self._words(0.2)
+            self._error = self._error or f"the coordinator ended with code {code}; see {self.config.log_dir / 'coordinator.log'}"
+        if self._error is not None:
+            raise GroupStopped(self._error)
+
+    def wait_ready(self, timeout: float, progress: Callable[[float], None] | None = None) -> None:
+        """Wait until every local worker is ready. ``progress`` is called with the seconds so far, about twice a second.
+
+        Raises:
+            GroupStopped: the group ended, or the time was up.
+        """
+        assert self._endpoint is not None
+        started = time.monotonic()
+        client = TrainerClient(self._endpoint, "owner", role="observer")
+        try:
+            while True:
+                ready = sum(worker["alive"] for worker in client.ask()["workers"].values())
+                if ready >= self.config.engines.workers:
+                    return
+                waited = time.monotonic() - started
+                if waited > timeout:
+                    raise GroupStopped(f"{ready} of {self.config.engines.workers} engine workers ready after {timeout:.0f} s; see {self.config.log_dir}")
+                if progress is not None:
+                    progress(waited)
+                time.sleep(0.5)
+                self.check()
+        finally:
+            client.close()
+
+    def close(self) -> None:
+        """End the group and whatever it left. Idempotent."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.close()
+        except OSError:
+            pass
+        try:
+            process.wait(_ENDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+        remove_leftovers(self.config.store, run=self.config.run)

@@ -1,0 +1,98 @@
+"""Reading a Transformers model's residual stream at chosen indices, without keeping the rest and without computing logits.
+
+Index i is ``hidden_states[i]``: the output of block i-1; 0 is the embedding output (the input of block 0); L is what enters the final norm. Blocks after the last wanted one are skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchspec.errors import UserError
+
+
+class _Enough(Exception):
+    """Everything wanted has been seen."""
+
+
+class HiddenStates:
+    """Captures states of forwards of ``model``.
+
+    Args:
+        model: a causal LM of Transformers.
+        indices: what to keep.
+        num_layers: L of the target's configuration.
+
+    Raises:
+        UserError: when the stack of blocks or the final norm is not found.
+    """
+
+    def __init__(self, model: nn.Module, indices: tuple[int, ...], *, num_layers: int) -> None:
+        self.inner = self._stack_owner(model, num_layers)
+        self.blocks: nn.ModuleList = next(child for child in self.inner.children() if isinstance(child, nn.ModuleList) and len(child) == num_layers)
+        self.norm = self._final_norm()
+        self.indices = indices
+        self.num_layers = num_layers
+
+    @staticmethod
+    def _stack_owner(model: nn.Module, num_layers: int) -> nn.Module:
+        """The module whose forward runs the blocks."""
+        owners = [
+            module
+            for module in model.modules()
+            if any(isinstance(child, nn.ModuleList) and len(child) == num_layers for child in module.children()) and not isinstance(module, nn.ModuleList)
+        ]
+        if not owners:
+            raise UserError("data.target", type(model).__name__, f"has no list of {num_layers} blocks that we can find", "report this architecture")
+        return max(owners, key=lambda module: sum(p.numel() for p in module.parameters()) if not hasattr(module, "lm_head") else 0)
+
+    def _final_norm(self) -> nn.Module:
+        children = list(self.inner.children())
+        after = children[next(i for i, child in enumerate(children) if child is self.blocks) + 1 :]
+        for child in after:
+            if "norm" in type(child).__name__.lower():
+                return child
+        raise UserError("data.target", type(self.inner).__name__, "has no final norm after its blocks that we can find", "report this architecture")
+
+    @contextmanager
+    def capturing(self) -> Iterator[dict[int, Tensor]]:
+        """Inside, each forward of the model fills the dictionary, index → [B, T, D]. Use :meth:`run` to forward."""
+        states: dict[int, Tensor] = {}
+        last = max(self.indices)
+
+        def keep(index: int, value: Any) -> None:
+            states[index] = value[0] if isinstance(value, tuple) else value
+            if index == last:
+                raise _Enough
+
+        handles = []
+        for index in self.indices:
+            if index == self.num_layers:
+                handles.append(self.norm.register_forward_pre_hook(lambda _, args, i=index: keep(i, args)))
+            elif index == 0:
+                handles.append(self.blocks[0].register_forward_pre_hook(lambda _, args, kwargs: keep(0, args or kwargs["hidden_states"]), with_kwargs=True))
+            else:
+                handles.append(self.blocks[index - 1].register_forward_hook(lambda _, args, out, i=index: keep(i, out)))
+        try:
+            yield states
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.inference_mode()
+    def run(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> dict[int, Tensor]:
+        """States of one forward: index → [B, T, D].
+
+        Args:
+            input_ids, attention_mask, position_ids: [B, T], padded on the right.
+        """
+        with self.capturing() as states:
+            try:
+                self.inner(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+            except _Enough:
+                pass
+        return states

@@ -1,0 +1,174 @@
+"""One engine worker: ``python -m torchspec.engines.worker``, or ``main.py worker`` by hand.
+
+It connects, builds the engine that the coordinator names, says ready, and from then on asks for work whenever it has room. A thread of its own sends a heartbeat a second.
+It ends when the connection does; started by a coordinator it also dies with it (parent-death signal).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+
+from torchspec.engines.connection import Closed, Connection
+from torchspec.engines.engine import Engine, EngineConfig, Job
+from torchspec.engines.messages import Beat, Cancel, Failed, Hello, Pull, Ready, Report, Stop, ToWorker, Welcome, Work
+from torchspec.errors import UserError
+from torchspec.target import TargetConfig
+from torchspec.transfer.spec import RecordSpec
+
+log = logging.getLogger("torchspec.worker")
+
+ENGINES = {"transformers": "torchspec.engines.transformers_engine:TransformersEngine"}
+"""Engine by its name in the configuration; imported in the worker alone."""
+
+_PR_SET_PDEATHSIG = 1
+_WELCOME = 180.0
+_POLL = 0.25
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when the coordinator that started it dies."""
+    parent = os.environ.get("TORCHSPEC_PARENT")
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it died before we asked
+        os._exit(1)
+
+
+def build(kind: str, job: Job) -> Engine:
+    """The engine of that name.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if kind not in ENGINES:
+        raise UserError("data.engine", kind, "is unknown", f"use one of {', '.join(ENGINES)}")
+    module, name = ENGINES[kind].split(":")
+    engine: Engine = getattr(importlib.import_module(module), name)(job)
+    return engine
+
+
+def work(host: str, port: int, *, token: str, name: str, device: str) -> None:
+    """Serve a coordinator until it ends.
+
+    Args:
+        host, port: where it listens.
+        token: of the run.
+        name: unique among the run's workers.
+        device: torch device, cpu or cuda:0.
+
+    Raises:
+        UserError: refused, or the engine cannot be built.
+        Closed: the coordinator is gone.
+    """
+    connection = Connection((host, port), ToWorker)
+    connection.send(Hello(token=token, role="worker", name=name))
+    welcome = connection.receive(_WELCOME)
+    if isinstance(welcome, Stop):
+        raise UserError("coordinator", f"{host}:{port}", welcome.error or "has ended", "check address and token")
+    if not isinstance(welcome, Welcome):
+        raise UserError("coordinator", f"{host}:{port}", f"did not answer within {_WELCOME:.0f} s", "look at its log")
+    plain = welcome.job
+    job = Job(
+        target=TargetConfig(**plain["target"]),
+        spec=RecordSpec.from_dict(welcome.spec),
+        store=welcome.store,
+        config=EngineConfig(**plain["engines"]),
+        max_length=plain["max_length"],
+        device=device,
+    )
+    engine = build(plain["engine"], job)
+    stopped = threading.Event()
+    try:
+        started = time.monotonic()
+        info = engine.start()
+        log.info("engine up after %.1f s: %s", time.monotonic() - started, info)
+        connection.send(Ready(spec=engine.spec.to_dict(), info={**info, "pid": os.getpid()}, max_tokens=engine.max_tokens))
+        threading.Thread(target=_beat, args=(connection, engine, stopped), name="heartbeat", daemon=True).start()
+        _loop(connection, engine)
+    finally:
+        stopped.set()
+        engine.close()
+        connection.close()
+
+
+def _beat(connection: Connection, engine: Engine, stopped: threading.Event) -> None:
+    while not stopped.is_set():
+        stats = engine.stats()
+        try:
+            connection.send(Beat(samples=stats.samples, tokens=stats.tokens, busy_s=stats.busy_s, write_s=stats.write_s))
+        except Closed:
+            return
+        stopped.wait(1.0)
+
+
+def _loop(connection: Connection, engine: Engine) -> None:
+    """Pull while there is room, work, report."""
+    held = 0
+    asked: tuple[int, int] | None = None
+    while True:
+        samples, tokens = engine.room()
+        if samples > 0 and tokens > 0 and asked != (samples, tokens):
+            connection.send(Pull(samples=samples, tokens=tokens))
+            asked = (samples, tokens)
+        message = connection.receive(0.0 if held else _POLL)
+        while message is not None:
+            if isinstance(message, Stop):
+                log.info("the coordinator ended the run%s", f": {message.error}" if message.error else "")
+                return
+            if isinstance(message, Work):
+                engine.submit(message.leases)
+                held += len(message.leases)
+                asked = None
+            elif isinstance(message, Cancel):
+                dropped = engine.cancel(message.leases)
+                held -= len(dropped)
+                if dropped:
+                    connection.send(Report(finished=[], failed=[Failed(lease, "cancelled") for lease in dropped]))
+            message = connection.receive(0.0)
+        if held:
+            finished, failed = engine.poll(_POLL)
+            held -= len(finished) + len(failed)
+            if finished or failed:
+                connection.send(Report(finished=finished, failed=failed))
+                asked = None
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry of the process."""
+    die_with_parent()
+    parser = argparse.ArgumentParser(prog="torchspec.engines.worker", allow_abbrev=False)
+    parser.add_argument("--coordinator", required=True, help="HOST:PORT")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    host, _, port = args.coordinator.rpartition(":")
+    code = 0
+    try:
+        work(host, int(port), token=os.environ.get("TORCHSPEC_TOKEN", ""), name=args.name, device=args.device)
+    except Closed as error:
+        log.info("%s", error)
+    except UserError as error:
+        log.error("%s", error)
+        code = 2
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stderr.flush()
+    os._exit(code)  # no engine's atexit may hold the process
+
+
+
+if __name__ == "__main__":
+    main()
