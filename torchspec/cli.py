@@ -92,7 +92,7 @@ def _train(words: list[str]) -> None:
             }
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.link_arguments("data.target", "model.target")
+            parser.link_arguments("data", "model.target", compute_fn=lambda data: data.target.config, apply_on="instantiate")
             parser.link_arguments("model.unroll_steps", "data.unroll_steps")
             parser.link_arguments("model.aux_layers", "data.aux_layers")
 

@@ -323,12 +323,12 @@ class DraftDataModule(pl.LightningDataModule):
         loader = self._loaders.get(stage)
         return loader.stats if loader is not None else LoaderStats()
 
-    def connect(self, name: str) -> TrainerClient:
-        """A connection of this process to the coordinator; the caller closes it."""
+    def connect(self, name: str, role: str = "trainer") -> TrainerClient:
+        """A connection of this process to the coordinator, as ``trainer`` or ``observer``; the caller closes it."""
         from torchspec.engines.client import TrainerClient
 
         assert self.endpoint is not None, "the engine group is not running"
-        return TrainerClient(self.endpoint, name)
+        return TrainerClient(self.endpoint, name, role=role)
 
     # -- inside
 

@@ -1,0 +1,166 @@
+"""The commands beside training. Each is a function whose arguments are the command's options; heavy imports happen inside."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from torchspec.errors import UserError
+
+
+def regenerate(
+    target: str,
+    input: str,
+    output: str,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    limit: int | None = None,
+    messages_key: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Answer the prompts of a conversation file with the target itself.
+
+    Args:
+        target: hub id or directory of the target.
+        input: conversation file, folder or hub id; the assistant turns in it are replaced.
+        output: jsonl file to write, or to go on with.
+        max_new_tokens: length limit of an answer.
+        temperature: 0 takes the most likely token each time.
+        top_p: nucleus sampling.
+        seed: of the sampling.
+        batch_size: conversations answered at once.
+        limit: rows of the input to take; all of them when empty.
+        messages_key: column of the messages; empty takes conversations or messages.
+        revision: branch, tag or commit of a hub id.
+        dtype: auto, bfloat16, float16 or float32.
+        device: auto, cpu, or a CUDA device such as cuda:0.
+        trust_remote_code: run modelling code that ships with the target.
+    """
+    from torchspec.data.regenerate import regenerate as run
+
+    report = run(
+        target,
+        input=input,
+        output=output,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        batch_size=batch_size,
+        limit=limit,
+        messages_key=messages_key,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    rate = report.tokens / report.seconds if report.seconds else 0.0
+    print(f"{report.answered} answered, {report.skipped} were there, {report.failed} failed, {report.cut} cut by the length limit; {report.tokens} tokens at {rate:.0f} tokens/s -> {output}")
+
+
+def export(checkpoint: str, target: str, output: str, dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto", revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """Turn a training checkpoint into a draft directory that vLLM serves.
+
+    Args:
+        checkpoint: a .ckpt file, or the folder of a sharded one.
+        target: hub id or directory of the target that the draft was trained for.
+        output: directory to write; an earlier export there is replaced.
+        dtype: type of the tensors; auto takes the target's.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run modelling code that ships with the target.
+    """
+    from torchspec.models.export import export_for
+    from torchspec.target import TargetConfig
+
+    report = export_for(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code), Path(checkpoint), Path(output), dtype=dtype)
+    print(f"{report.directory}: {report.tensors} tensors, {report.nbytes / 2**20:.1f} MiB; reloaded and compared, largest difference {report.max_logit_difference:g}")
+
+
+def acceptance(
+    target: str,
+    draft: str,
+    prompts: str,
+    num_speculative_tokens: int = 3,
+    max_new_tokens: int = 256,
+    limit: int | None = None,
+    temperature: float = 0.0,
+    output: str | None = None,
+    engine_args: dict[str, Any] | None = None,
+) -> None:
+    """Serve a draft in vLLM and measure its acceptance length and speed.
+
+    Args:
+        target: hub id or directory of the target.
+        draft: exported draft directory.
+        prompts: conversation file; the last assistant turn of each row is left out and answered anew.
+        num_speculative_tokens: drafts proposed at a time.
+        max_new_tokens: length limit of an answer.
+        limit: prompts to serve; all of them when empty.
+        temperature: of the target's sampling; 0 is greedy.
+        output: JSON file for the result.
+        engine_args: further engine arguments of vLLM, as JSON.
+    """
+    from torchspec.acceptance import measure
+
+    measure(
+        target,
+        draft,
+        prompts=prompts,
+        num_speculative_tokens=num_speculative_tokens,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        temperature=temperature,
+        output=output,
+        engine_args=engine_args,
+    )
+
+
+def worker(coordinator: str, name: str | None = None, device: str = "auto") -> None:
+    """Start an engine worker by hand and connect it to a running coordinator.
+
+    The run token comes from the environment variable TORCHSPEC_TOKEN; the coordinator tells which engine and target to run.
+
+    Args:
+        coordinator: HOST:PORT, as the run prints it.
+        name: unique among the run's workers; empty makes one from host and process.
+        device: auto, cpu, or a CUDA device such as cuda:0.
+    """
+    import logging
+    import socket
+
+    from torchspec.engines.connection import Closed
+    from torchspec.engines.worker import work
+
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError("coordinator", coordinator, "is no HOST:PORT", "copy it from the run's output")
+    token = os.environ.get("TORCHSPEC_TOKEN")
+    if not token:
+        raise UserError("TORCHSPEC_TOKEN", token, "is not set", "export the run's token")
+    if device == "auto":
+        import torch
+
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        work(host, int(port), token=token, name=name or f"{socket.gethostname()}-{os.getpid()}", device=device)
+    except Closed as error:
+        raise UserError("coordinator", coordinator, f"is gone ({error})", "start the run first, then its workers") from error
+
+
+def doctor(store: Literal["auto", "mooncake", "shm"] = "auto") -> int:
+    """Check this machine: versions, libraries, GPU, ports, memory, the store.
+
+    Args:
+        store: which store to try.
+    """
+    from torchspec.doctor import checks
+
+    return checks(store)
