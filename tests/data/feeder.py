@@ -67,7 +67,7 @@ class FedDataModule(DraftDataModule):
     def _start_group(self, training: bool) -> None:
         self.endpoint = "fed"  # type: ignore[assignment]
 
-    def connect(self, name: str) -> Any:
+    def connect(self, name: str, role: str = "trainer") -> Any:
         if not hasattr(self, "_server"):
             self._server = make_server(StoreConfig(kind="shm", budget="16MiB"), run=f"fed-{os.getpid()}-{time.monotonic_ns()}", budget=16 << 20)
             self._server.start()

@@ -54,7 +54,7 @@ def run(folder: Path, world: dict[str, str], *, data: dict[str, Any] | None = No
         "max_tokens": 256,
         "packs_per_step": 2,
         "unroll_steps": 2,
-        "store": store(tmp_path),
+        "store": store(folder),
         "engines": engines,
     }
     datamodule = DraftDataModule(TargetConfig(world["target"]), world["train"], world["validate"], cache_dir=world["cache"], **{**settings, **(data or {})})

@@ -31,7 +31,7 @@ def config(folder: Path, target: Path, train: Path, validate: Path | None, **cha
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,
             "enable_progress_bar": False,
-            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder), "name": "metrics", "version": "0"}},
+            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder), "name": "metrics", "version": "csv"}},
             "callbacks": [
                 {"class_path": "torchspec.callbacks.provenance.Provenance"},
                 {"class_path": "torchspec.callbacks.vocabulary.VocabularyPruning", "init_args": {"size": 128}},
@@ -54,7 +54,7 @@ def config(folder: Path, target: Path, train: Path, validate: Path | None, **cha
             "cache_dir": str(folder / "cache"),
             "engine": "transformers",
             "engines": {"deterministic": True, "threads": 1},
-            "store": {"kind": "shm", "budget": "32MiB"},
+            "store": {"kind": "shm", "budget": "32MiB", "shm_dir": str(folder / "shm")},
         },
         "model": {
             "unroll_steps": 3,
@@ -69,7 +69,7 @@ def config(folder: Path, target: Path, train: Path, validate: Path | None, **cha
         for name in parents:
             at = at[name]
         at[last] = value
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "shm").mkdir(parents=True, exist_ok=True)
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(described))
     return file
@@ -114,12 +114,12 @@ def descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
-def shared_files() -> set[str]:
-    """What stores of ours have in /dev/shm."""
-    return {path.name for path in Path("/dev/shm").glob("torchspec-*")}
+def store_files(folder: Path) -> list[str]:
+    """What the run's store has left."""
+    return sorted(path.name for path in (folder / "shm").iterdir())
 
 
 def metrics(folder: Path, column: str) -> list[float]:
     """A column of the run's CSV log, in order."""
-    with (folder / "metrics" / "0" / "metrics.csv").open() as handle:
+    with (folder / "metrics" / "csv" / "metrics.csv").open() as handle:
         return [float(row[column]) for row in csv.DictReader(handle) if row.get(column)]

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.e2e.runs import config, descendants, metrics, run, shared_files, start, wait_for
+from tests.e2e.runs import config, descendants, metrics, run, start, store_files, wait_for
 from tests.tiny import save_conversations, save_target
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -35,10 +35,9 @@ def make(folder: Path, world: dict[str, Path], **changes: object) -> Path:
 def whole(world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An unbroken run, which other tests compare with."""
     folder = tmp_path_factory.mktemp("whole")
-    before = shared_files()
     code, output = run("fit", "--config", str(make(folder, world)))
     assert code == 0, output
-    assert shared_files() == before
+    assert store_files(folder) == []
     return folder
 
 
@@ -81,7 +80,7 @@ def test_killed_worker_is_replaced_and_nothing_is_lost(world: dict[str, Path], w
 
     def working() -> bool:
         worker[:] = [p for p in descendants(process.pid) if "torchspec.engines.worker" in " ".join(p.cmdline())]
-        return bool(worker) and (tmp_path / "metrics" / "0" / "metrics.csv").exists()
+        return bool(worker) and (tmp_path / "metrics" / "csv" / "metrics.csv").exists()
 
     wait_for(working, timeout=120, what="the first training step", process=process)
     worker[0].kill()
@@ -95,7 +94,6 @@ def test_killed_worker_is_replaced_and_nothing_is_lost(world: dict[str, Path], w
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("moment", ["engine start", "mid-step", "waiting for data"])
 def test_a_signal_leaves_nothing_behind(world: dict[str, Path], tmp_path: Path, number: signal.Signals, moment: str) -> None:
-    before = shared_files()
     process = start("fit", "--config", str(make(tmp_path, world, trainer__max_epochs=50)))
     seen: set[psutil.Process] = set()
 
@@ -106,12 +104,12 @@ def test_a_signal_leaves_nothing_behind(world: dict[str, Path], tmp_path: Path, 
 
     wait_for(lambda: bool(engines()), timeout=120, what="an engine worker", process=process)
     if moment != "engine start":
-        wait_for(lambda: (tmp_path / "metrics" / "0" / "metrics.csv").exists(), timeout=120, what="the first steps", process=process)
+        wait_for(lambda: (tmp_path / "metrics" / "csv" / "metrics.csv").exists(), timeout=120, what="the first steps", process=process)
         engines()
     if moment == "waiting for data":
         stopped = engines()[0]
         stopped.suspend()
-        csv = tmp_path / "metrics" / "0" / "metrics.csv"
+        csv = tmp_path / "metrics" / "csv" / "metrics.csv"
         sizes = [csv.stat().st_size]
 
         def quiet() -> bool:
@@ -127,7 +125,7 @@ def test_a_signal_leaves_nothing_behind(world: dict[str, Path], tmp_path: Path, 
     assert process.returncode == 128 + number, output
     gone, alive = psutil.wait_procs(list(seen), timeout=10)
     assert not alive, alive
-    assert shared_files() == before
+    assert store_files(tmp_path) == []
     if moment != "engine start":
         last = tmp_path / "checkpoints" / "last.ckpt"
         assert last.exists(), output
