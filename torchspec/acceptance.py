@@ -46,7 +46,7 @@ def measure(
     dtype: str = "auto",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Serve a draft in vLLM and count what it accepts.
+    """Serve a draft in vLLM, count what it accepts, print a table and a JSON line.
 
     Args:
         target: directory or hub id of the target.
@@ -121,6 +121,8 @@ def measure(
         for file in logs.iterdir():
             file.unlink()
         logs.rmdir()
+    print(table(report), flush=True)
+    print(json.dumps(report), flush=True)
     return report
 
 

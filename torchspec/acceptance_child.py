@@ -38,7 +38,7 @@ def main() -> None:
     if on_cpu:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         arguments.setdefault("enforce_eager", True)
-        arguments.setdefault("max_num_seqs", 16)
+        arguments.setdefault("max_num_seqs", 64)
 
     class Answers(tqdm):  # type: ignore[type-arg]
         """vLLM's own bar of finished answers, told to the parent instead of drawn."""

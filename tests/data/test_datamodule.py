@@ -209,3 +209,4 @@ def test_an_indivisible_step_is_refused_on_two_ranks(world: dict[str, str], tmp_
     words = json.dumps(arguments(tmp_path / "run", world, trainer={"devices": 2, "strategy": "ddp"}, data={"packs_per_step": 3}))
     done = subprocess.run([sys.executable, "-m", "tests.data.toy", words], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode != 0 and "packs_per_step=3 is no multiple of the 2 ranks" in done.stderr
+    assert done.stderr.count("UserError: ") == 1 and "rank1" not in done.stderr  # one rank says it

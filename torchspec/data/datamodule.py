@@ -11,6 +11,7 @@ makes the plan and takes the group's address from rank 0; the loaders stream; ``
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 _ENGINES = EngineConfig()
 _STORE = StoreConfig()
+_LONG_START = 5.0
+"""Seconds without a first batch before the log says what is waited for."""
 
 
 class DraftDataModule(pl.LightningDataModule):
@@ -119,6 +122,9 @@ class DraftDataModule(pl.LightningDataModule):
         self._validations = 0
         self._loaders: dict[str, PackLoader] = {}
         self._restored: dict[str, Any] | None = None
+        self._refusal: Exception | None = None
+        self._started = 0.0
+        self._said_waiting = False
 
     # -- data sets and plans
 
@@ -228,6 +234,14 @@ class DraftDataModule(pl.LightningDataModule):
     # -- Lightning's hooks
 
     def prepare_data(self) -> None:
+        try:
+            self._prepare()
+        except Exception as error:
+            if self._trainer.world_size == 1:
+                raise
+            self._refusal = error  # the other ranks wait: setup, which all of them run, ends the run for all
+
+    def _prepare(self) -> None:
         self._check()
         trainer = self._trainer
         training = trainer.state.fn == TrainerFn.FITTING
@@ -238,8 +252,11 @@ class DraftDataModule(pl.LightningDataModule):
             self._start_group(training)
 
     def setup(self, stage: str) -> None:
-        self._check()
         trainer = self._trainer
+        if not trainer.strategy.reduce_boolean_decision(self._refusal is None, all=True):
+            if self._refusal is not None:
+                raise self._refusal
+            raise SystemExit(2)  # the rank that knows why says it
         if stage == "fit":
             trainer.accumulate_grad_batches = self.packs_per_step // trainer.world_size
             self.plan(0)
@@ -413,6 +430,7 @@ class DraftDataModule(pl.LightningDataModule):
                 log_dir=Path(self._trainer.default_root_dir) / "logs",
             )
         )
+        self._started = time.monotonic()
         self.endpoint = self.group.start()
 
     def _pack_bytes(self, stage: str, plan: Plan) -> np.ndarray:
@@ -443,8 +461,17 @@ class DraftDataModule(pl.LightningDataModule):
         return self._loaders[stage]
 
     def _check_group(self) -> None:
-        if self.group is not None:
-            self.group.check()
+        """Raise when the group is gone; says once what a long start is waiting for."""
+        if self.group is None:
+            return
+        self.group.check()
+        if (
+            not self._said_waiting
+            and self.loader_stats("train").packs + self.loader_stats("validate").packs == 0
+            and time.monotonic() - self._started > _LONG_START
+        ):
+            self._said_waiting = True
+            rank_zero_info(f"waiting for the first states: engine workers are loading the target (logs in {self.group.config.log_dir})")
 
     def _begin_train(self) -> Pass:
         """From where the optimizer stands to the end of the trainer's epoch."""

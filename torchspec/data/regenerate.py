@@ -108,7 +108,10 @@ def regenerate(
 
     config = TargetConfig(target, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    find_sources(input, config_key="input")  # a wrong path is found before a model is loaded
+    # what is wrong is found before a model is loaded
+    find_sources(input, config_key="input")
+    Renderer(Target(config).tokenizer(), name=target)
+    _open_output(Path(output), _made_with(config, sampling))
     generator = TransformersGenerator(config, batch_size=batch_size, device=device)
     try:
         return answer_file(
@@ -144,7 +147,7 @@ def answer_file(
     from tqdm import tqdm
 
     renderer = Renderer(Target(config).tokenizer(), name=config.path)
-    made = {"target": config.path, **asdict(sampling)}
+    made = _made_with(config, sampling)
     done = _open_output(output, made)
     failed_file = output.with_name(output.name + ".failed.jsonl")
     failed_file.unlink(missing_ok=True)
@@ -243,6 +246,11 @@ def _rows(input: str, messages_key: str | None, limit: int | None) -> tuple[Iter
             yield _Row(id, place, fields, conversation, [])
 
     return generate(), len(places)
+
+
+def _made_with(config: TargetConfig, sampling: Sampling) -> dict[str, Any]:
+    """What a row says of how it was made."""
+    return {"target": config.path, **asdict(sampling)}
 
 
 def _open_output(output: Path, made: dict[str, Any]) -> set[str]:

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from torchspec.models.target_weights import TargetHead
 
-_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
-"""Logits of a chunk: what stays in a CPU's cache, or a fraction of a GPU's memory."""
+_CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+"""Logits of a chunk, at most."""
+_CHUNK_ROWS = {"cpu": 256, "cuda": 2**14}
+"""Rows of a chunk, at most: on a CPU enough for its matrix products and few enough for its cache (measured on SmolLM2's shapes)."""
 
 
 def _chunks(rows: int, width: int, device: torch.device) -> list[tuple[int, int]]:
-    size = max(32, _CHUNK_ELEMENTS.get(device.type, 2**26) // width)
+    size = max(32, min(_CHUNK_ELEMENTS.get(device.type, 2**26) // width, _CHUNK_ROWS.get(device.type, 2**14)))
     return [(low, min(low + size, rows)) for low in range(0, rows, size)]
 
 

@@ -1,0 +1,50 @@
+"""Every YAML that we ship is accepted by the command line as it is, and a misspelt key is refused (known defect 26)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from torchspec.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted([*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "examples").rglob("*.yaml")])
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: str(f.relative_to(ROOT)))
+def test_a_shipped_config_parses(file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--config", str(file), "--print_config"])
+    printed = capsys.readouterr()
+    assert done.value.code in (0, None), printed.err[-2000:]
+    effective = yaml.safe_load(printed.out)
+    given = yaml.safe_load(file.read_text())
+    assert effective["data"]["target"]["path"] == given["data"]["target"]["path"]
+    assert effective["model"]["unroll_steps"] == given["model"]["unroll_steps"]
+
+
+@pytest.mark.parametrize("flag", ["--data.max_lenght=5", "--model.unrol_steps=2", "--trainer.max_stepz=1", "--data.max_len=5", "--data.store.budgt=1GiB"])
+def test_unknown_and_abbreviated_keys_are_refused(flag: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), flag, "--print_config"])
+    assert done.value.code not in (0, None)
+    assert flag.split("=")[0].rsplit(".", 1)[1].lstrip("-") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["regenerate", "export", "acceptance", "worker", "doctor"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0
+    assert f"usage: main.py {command}" in capsys.readouterr().out
+
+
+def test_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["trian"])
+    assert done.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
