@@ -1,0 +1,60 @@
+"""The CUDA paths against the CPU ones, in value and gradient. Runs where there is a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models.packs import conversation, draft_config, pack, task
+from torchspec.models.attention import unroll_attention
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 4, 64), (8, 2, 128), (9, 3, 64), (4, 1, 96)])
+@pytest.mark.parametrize("extra", [0, 1, 6])
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_flash_equals_blocked(heads: int, groups: int, size: int, extra: int, share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1, 300, 17, 600]
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    total = int(cu[-1])
+    rows = torch.nonzero(torch.rand(total, generator=generator) < share)[:, 0]
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    given = [make(len(rows), heads, size), make(total, groups, size), make(total, groups, size), make(len(rows), extra, groups, size), make(len(rows), extra, groups, size)]
+    grad = make(len(rows), heads, size)
+    results = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        tensors = [t.to(device, dtype).requires_grad_() for t in given]
+        query, key, value, extra_key, extra_value = tensors
+        out = unroll_attention(query, key, value, extra_key if extra else None, extra_value if extra else None, rows=rows.to(device), cu_seqlens=cu)
+        out.backward(grad.to(device, dtype))
+        results.append([out.detach().cpu().float(), *[t.grad.cpu().float() for t in tensors if t.grad is not None and t.numel()]])
+    for name, slow, fast in zip(("out", "query", "key", "value", "extra_key", "extra_value"), *results, strict=False):
+        error = (slow - fast).norm() / slow.norm()
+        assert error < 0.012, (name, error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_task_on_cuda_equals_cpu(dtype: torch.dtype) -> None:
+    config = draft_config(head_dim=16).with_draft_vocabulary(24)
+    ids = list(range(3, 27))
+    conversations = [conversation(config, mask, seed) for seed, mask in enumerate(([0] + [1] * 40, [0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1], [1], [0] * 5))]
+    losses, gradients = [], []
+    for device in ("cpu", "cuda"):
+        made = task(config, draft_ids=ids, step_weights=[1.0, 0.8, 0.6], dtype=dtype)
+        made.head.to(dtype)
+        made.to(device)
+        output = made(pack(config, conversations, 3, dtype=dtype).to(device), measure=True)
+        output.loss.backward()
+        losses.append(output.loss.item())
+        gradients.append({name: p.grad.cpu() for name, p in made.draft.named_parameters()})
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+    for name, slow in gradients[0].items():
+        fast = gradients[1][name]
+        assert (slow - fast).norm() / slow.norm().clamp(min=1e-6) < (1e-3 if dtype == torch.float32 else 0.15), name
