@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torchspec.errors import UserError
+from torchspec.errors import GroupStopped, UserError
 
 COMMANDS: dict[str, str] = {
     "regenerate": "answer the prompts of a conversation file with the target itself",
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError("command", words[0], "does not exist", f"use one of {', '.join([*TRAINING, *COMMANDS])}")
     except UserError as error:
         _fail(error)
+    except GroupStopped as error:
+        _fail(error, code=1)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -56,9 +58,9 @@ def _overview() -> str:
     return f"usage: main.py COMMAND ...\n\nTorchSpec trains the draft models of speculative decoding.\n\n{rows}\n\nmain.py COMMAND --help shows the options of a command."
 
 
-def _fail(error: BaseException) -> None:
+def _fail(error: BaseException, code: int = 2) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(2) from None
+    raise SystemExit(code) from None
 
 
 def _command(name: str, words: list[str]) -> None:

@@ -30,3 +30,7 @@ class UserError(ValueError):
         self.value = value
         self.problem = problem
         self.fix = fix
+
+
+class GroupStopped(Exception):
+    """The engine group ended while it was needed; the message, one line, says why."""

@@ -10,13 +10,12 @@ from typing import Any
 
 from torchspec.engines.connection import BadFrame, Closed, Connection
 from torchspec.engines.messages import Acknowledge, Answer, Ask, CloseStage, Hello, Message, OpenStage, Pack, PackReady, Reissue, Stop, Submit, ToTrainer, Welcome
+from torchspec.errors import GroupStopped
+
+__all__ = ["Endpoint", "GroupStopped", "TrainerClient"]
 
 _WELCOME = 180.0
 """Seconds for the coordinator to start its store."""
-
-
-class GroupStopped(Exception):
-    """The engine group ended; the message is for the user."""
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,9 @@ def start_master(host: str, *, pick_port: Callable[[str], int] = free_port, aban
         UserError: the binary is missing.
         RuntimeError: it did not come up.
     """
-    package = mooncake.load().__file__
-    binary = Path(package or "").with_name("mooncake_master")
+    file = Path(mooncake.load().__file__ or "")  # mooncake/store.*.so, or mooncake/store/__init__.py in the CUDA 13 wheel
+    folder = file.parent.parent if file.name == "__init__.py" else file.parent
+    binary = folder / "mooncake_master"
     if not binary.is_file():
         raise UserError("store.kind", "mooncake", f"needs {binary}, which is missing", mooncake.INSTALL_WHEEL)
     if not os.access(binary, os.X_OK):
