@@ -1,9 +1,9 @@
 """A plain EAGLE-3 training loop in one process, as one would write it from the paper: the yardstick for TorchSpec's speed.
 
-Padded batches of 4 conversations; the target runs inside the loop with ``output_hidden_states``; K unroll steps over an explicitly growing list of keys with an explicit
-mask; soft cross-entropy on a pruned vocabulary; AdamW; PyTorch's own kernels everywhere, and nothing slowed down on purpose: the target runs in bfloat16 where that is
-faster on this machine, batches are padded only to their longest row, attention is ``scaled_dot_product_attention``. Only reading and rendering of conversations is
-shared with TorchSpec. It prints one JSON line; tokens are real ones, padding is not counted, and the time covers the target.
+Padded batches of 4 conversations; the target runs inside the loop with ``output_hidden_states``; K unroll steps over an explicitly growing list of
+keys with an explicit mask; soft cross-entropy on a pruned vocabulary; AdamW; PyTorch's own kernels everywhere, and nothing slowed down on purpose: the
+target runs in its own bfloat16, batches are padded only to their longest row, attention is ``scaled_dot_product_attention``. Only reading and
+rendering of conversations is shared with TorchSpec. It prints one JSON line; tokens are real ones, padding is not counted, the time covers the target.
 
     python benchmarks/plain_loop.py --target outputs/quickstart/target --data examples/hf-quickstart/data/train.jsonl --seconds 60
 """
@@ -34,8 +34,9 @@ class PlainDraft(nn.Module):
     def __init__(self, config: LlamaConfig, aux_layers: int, draft_vocab_size: int) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or hidden // self.heads
+        self.heads: int = config.num_attention_heads
+        self.kv_heads: int = config.num_key_value_heads or self.heads
+        self.head_dim: int = getattr(config, "head_dim", None) or hidden // self.heads
         self.fc = nn.Linear(aux_layers * hidden, hidden, bias=False)
         self.embed_norm, self.hidden_norm = LlamaRMSNorm(hidden, eps), LlamaRMSNorm(hidden, eps)
         self.q = nn.Linear(2 * hidden, self.heads * self.head_dim, bias=False)
@@ -84,7 +85,9 @@ def shift(tensor: Tensor, by: int) -> Tensor:
     return torch.cat([tensor[:, by:], torch.zeros_like(tensor[:, :by])], dim=1)
 
 
-def batch_loss(draft: PlainDraft, target: PreTrainedModel, ids: Tensor, loss_mask: Tensor, valid: Tensor, draft_ids: Tensor, in_draft: Tensor, steps: int, aux: list[int]) -> Tensor:
+def batch_loss(
+    draft: PlainDraft, target: PreTrainedModel, ids: Tensor, loss_mask: Tensor, valid: Tensor, draft_ids: Tensor, in_draft: Tensor, steps: int, aux: list[int]
+) -> Tensor:
     """Loss of one padded batch: ``ids``, ``loss_mask``, ``valid`` [B, T]; ``draft_ids`` [W]; ``in_draft`` [V]."""
     with torch.inference_mode():
         out = target(input_ids=ids, attention_mask=valid.long(), output_hidden_states=True, use_cache=False)
@@ -157,7 +160,8 @@ def main() -> None:
     rows = load(args.data, args.target, args.max_length)
     if len(rows) < args.batch_size:
         raise SystemExit(f"error: {args.data} holds {len(rows)} usable conversations, fewer than --batch_size {args.batch_size}")
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=getattr(torch, args.target_dtype)).to(device).eval().requires_grad_(False)
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=getattr(torch, args.target_dtype))
+    target = target.eval().requires_grad_(False).to(device)
     layers = target.config.num_hidden_layers
     aux = [2, layers // 2, layers - 3]
 
@@ -189,13 +193,13 @@ def main() -> None:
         seconds = time.perf_counter() - started
         if seconds >= args.seconds:
             break
-    tail = losses[-max(1, len(losses) // 10) :]
+    tenth = max(1, len(losses) // 10)
     report = {
         "tokens_per_s": round(tokens / seconds, 1),
         "steps": len(losses),
         "seconds": round(seconds, 1),
-        "loss_start": round(losses[0], 4),
-        "loss_end": round(sum(tail) / len(tail), 4),
+        "loss_start": round(sum(losses[:tenth]) / tenth, 4),  # means of the first and the last tenth of the steps
+        "loss_end": round(sum(losses[-tenth:]) / tenth, 4),
         "tokens": tokens,
         "threads": torch.get_num_threads(),
         "device": device.type,

@@ -28,7 +28,7 @@ from torchspec.target import Target, TargetConfig
 OWNED = ("model", "tokenizer", "speculative_config", "disable_log_stats", "dtype")
 """Engine options that the measurement sets itself."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_LAST_ERROR = re.compile(r"^(?:\([^)]*\)\s*)?(?:ERROR\b.*?\s)?([\w.]*(?:Error|Exception|Interrupt)\b: .*)$")
+_LAST_ERROR = re.compile(r"^(?:\([^)]*\)\s*|\[rank\d+\]:\s*)?(?:ERROR\b.*?\s)?([\w.]*(?:Error|Exception|Interrupt)\b: .*)$")
 
 
 def measure(
@@ -71,12 +71,20 @@ def measure(
     """
     _check(draft, num_speculative_tokens=num_speculative_tokens, max_new_tokens=max_new_tokens, limit=limit, temperature=temperature, engine_args=engine_args)
     facts = Target(TargetConfig(path=target, dtype=dtype))
-    requests, skipped = read_requests(prompts, facts, limit=limit)
+    try:
+        facts.dtype  # noqa: B018 - reads the target's configuration
+        requests, skipped = read_requests(prompts, facts, limit=limit)
+    except UserError as error:
+        if error.field.startswith("data.target."):  # the key of a training config; here it is an option of its own
+            raise UserError(error.field.removeprefix("data.").removesuffix(".path"), error.value, error.problem, error.fix) from error
+        raise
     room = int(getattr(facts.hf_config, "max_position_embeddings", 0) or 1 << 30)
     longest = room if not engine_args or "max_model_len" not in engine_args else int(engine_args["max_model_len"])
     fitting = [ids for ids in requests if len(ids) + max_new_tokens + num_speculative_tokens < longest]
     if not fitting:
-        raise UserError("prompts", prompts, f"holds no prompt that leaves room for {max_new_tokens} new tokens in {longest}", "lower max_new_tokens or take shorter prompts")
+        raise UserError(
+            "prompts", prompts, f"holds no prompt that leaves room for {max_new_tokens} new tokens in {longest}", "lower max_new_tokens or take shorter prompts"
+        )
     skipped += len(requests) - len(fitting)
 
     common: dict[str, Any] = {
@@ -133,11 +141,21 @@ def table(report: dict[str, Any]) -> str:
         ("acceptance length", f"{report['acceptance_length']:.3f}", f"tokens a pass of the target yields, of at most {1 + report['num_speculative_tokens']}"),
         ("accepted by position", rates, ""),
         ("drafts", f"{report['drafts']:,}", f"with {report['draft_tokens']:,} tokens, {report['accepted_tokens']:,} accepted"),
-        ("answers", f"{report['prompts']:,}", f"{report['generated_tokens']:,} tokens" + (f"; {report['prompts_skipped']} prompts left out" if report["prompts_skipped"] else "")),
+        (
+            "answers",
+            f"{report['prompts']:,}",
+            f"{report['generated_tokens']:,} tokens" + (f"; {report['prompts_skipped']} prompts left out" if report["prompts_skipped"] else ""),
+        ),
         ("tokens/s with draft", f"{report['tokens_per_s']:.1f}", ""),
     ]
     if "speedup" in report:
-        rows.append(("tokens/s without", f"{report['tokens_per_s_without_draft']:.1f}", f"speed-up {report['speedup']:.2f}; {report['same_answers']:.0%} of the answers are equal"))
+        rows.append(
+            (
+                "tokens/s without",
+                f"{report['tokens_per_s_without_draft']:.1f}",
+                f"speed-up {report['speedup']:.2f}; {report['same_answers']:.0%} of the answers are equal",
+            )
+        )
     return "\n".join(f"  {label:<22}{value}{'   (' + note + ')' if note else ''}" for label, value, note in rows)
 
 
@@ -232,7 +250,12 @@ def _serve(job: dict[str, Any], log: Path, what: str) -> dict[str, Any]:
             bar.close()
             _kill_group(child)
     if result is None:
-        raise UserError("vllm log", str(log), f"tells why vLLM failed ({_why(log, code)})", "read it; common causes are memory (engine_args) and a draft that is not for this target")
+        raise UserError(
+            "vllm log",
+            str(log),
+            f"tells why vLLM failed ({_why(log, code)})",
+            "read it; common causes are memory (engine_args) and a draft that is not for this target",
+        )
     return result
 
 

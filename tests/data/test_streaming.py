@@ -115,7 +115,7 @@ def test_a_small_budget_still_delivers_everything(world: dict[str, str], tmp_pat
         packs_per_step=2,
         unroll_steps=2,
     )
-    largest = [int(probe._pack_bytes("train", probe.plan(0)).max()), int(probe._pack_bytes("validate", probe.validation_plan(1)).max())]
+    largest = [probe.corpus.largest_pack(stage, probe.spec) for stage in ("train", "validate")]
     with pytest.raises(UserError, match=r"data\.store\.budget=.* is less than the"):
         run(tmp_path / "refused", world, data={"store": store(tmp_path, sum(largest) - 1)})
     run(tmp_path / "run", world, data={"store": store(tmp_path, sum(largest))}, trainer={"max_epochs": 1})

@@ -40,7 +40,10 @@ def save_random_draft(folder: Path, target: Path, *, draft_vocab_size: int, seed
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     described = {
-        **{name: getattr(config, name) for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")},
+        **{
+            name: getattr(config, name)
+            for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
+        },
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
         "num_hidden_layers": 1,

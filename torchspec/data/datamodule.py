@@ -10,25 +10,22 @@ makes the plan and takes the group's address from rank 0; the loaders stream; ``
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from torchspec.batch import PackedBatch
-from torchspec.data.dataset import TokenizedDataset
+from torchspec.data.corpus import Corpus, default_cache_dir
 from torchspec.data.failures import cut_failures
 from torchspec.data.loader import LoaderConfig, LoaderStats, PackLoader, Pass
-from torchspec.data.plan import Plan
-from torchspec.data.prepare import DataOptions, prepare
-from torchspec.data.progress import batches_in_epoch, set_progress
+from torchspec.data.prepare import DataOptions
+from torchspec.data.progress import batches_in_epoch, check_limit, check_trainer, set_progress
 from torchspec.engines.engine import EngineConfig
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
@@ -37,8 +34,8 @@ from torchspec.transfer.sizes import parse_bytes, show_bytes
 from torchspec.transfer.store import StoreConfig
 
 if TYPE_CHECKING:
-    from torchspec.engines.client import TrainerClient
-    from torchspec.engines.group import Endpoint, EngineGroup
+    from torchspec.engines.client import Endpoint, TrainerClient
+    from torchspec.engines.group import EngineGroup
 
 _ENGINES = EngineConfig()
 _STORE = StoreConfig()
@@ -96,244 +93,62 @@ class DraftDataModule(pl.LightningDataModule):
             if value < 1:
                 raise UserError(f"data.{name}", value, "is below 1", "use 1 or more")
         if max_length > max_tokens:
-            raise UserError(
-                "data.max_length",
-                max_length,
-                f"is longer than data.max_tokens={max_tokens}: a conversation must fit into a pack",
-                "lower it or raise data.max_tokens",
-            )
+            problem = f"is longer than data.max_tokens={max_tokens}: a conversation must fit into a pack"
+            raise UserError("data.max_length", max_length, problem, "lower it or raise data.max_tokens")
         if not 0.0 <= max_bad_fraction < 1.0:
             raise UserError("data.max_bad_fraction", max_bad_fraction, "is no share", "use a number from 0 up to, but not including, 1")
         self.target = Target(target)
-        self.train_source, self.validate_source = train, validate
-        self.unroll_steps = unroll_steps
         self.aux_layers = self.target.aux_layers(aux_layers)
-        self.max_tokens, self.packs_per_step, self.seed = max_tokens, packs_per_step, seed
+        self.max_length, self.packs_per_step, self.seed, self.prefetch_packs = max_length, packs_per_step, seed, prefetch_packs
         self.engine, self.engines, self.store = engine, engines, store
         self.budget = parse_bytes(store.budget, field="data.store.budget")
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchspec"
-        self.options = DataOptions(max_length=max_length, min_supervised_tokens=min_supervised_tokens, messages_key=messages_key)
-        self.max_bad_fraction, self.num_proc, self.prefetch_packs = max_bad_fraction, num_proc, prefetch_packs
+        self.validates = validate is not None
+        self.corpus = Corpus(
+            self.target,
+            sources={"train": train, "validate": validate},
+            options=DataOptions(max_length=max_length, min_supervised_tokens=min_supervised_tokens, messages_key=messages_key),
+            unroll_steps=unroll_steps,
+            max_tokens=max_tokens,
+            packs_per_step=packs_per_step,
+            seed=seed,
+            cache_dir=Path(cache_dir).expanduser() if cache_dir else default_cache_dir(),
+            max_bad_fraction=max_bad_fraction,
+            num_proc=num_proc,
+            say=rank_zero_info,
+        )
         self.group: EngineGroup | None = None
         self.endpoint: Endpoint | None = None
-        self._data: dict[str, TokenizedDataset] = {}
-        self._plans: dict[str, Plan] = {}
-        self._counts: np.ndarray | None = None
-        self._validations = 0
         self._loaders: dict[str, PackLoader] = {}
+        self._validations = 0
         self._restored: dict[str, Any] | None = None
         self._refusal: Exception | None = None
         self._started = 0.0
         self._said_waiting = False
 
-    # -- data sets and plans
-
-    def dataset(self, stage: str) -> TokenizedDataset:
-        """The tokenised data of ``train`` or ``validate``; built on first use."""
-        if stage not in self._data:
-            source = self.train_source if stage == "train" else self.validate_source
-            assert source is not None
-            tokenizer = self.target.tokenizer() if self._has_tokenizer() else None
-            self._data[stage] = prepare(
-                source,
-                options=self.options,
-                tokenizer=tokenizer,
-                vocab_size=self.target.vocab_size,
-                cache_dir=self.cache_dir,
-                target_name=self.target.config.path,
-                config_key=f"data.{stage}",
-                max_bad_fraction=self.max_bad_fraction,
-                num_proc=self.num_proc,
-            )
-            rank_zero_info(f"{stage}: {self._data[stage].summary}")
-        return self._data[stage]
-
-    def plan(self, epoch: int) -> Plan:
-        """The plan of a training epoch."""
-        known = self._plans.get("train")
-        if known is None or known.epoch != epoch:
-            data = self.dataset("train")
-            if self._counts is None:
-                self._counts = data.supervised_counts(self.unroll_steps)
-            known = self._plans["train"] = Plan(
-                data.lengths,
-                seed=self.seed,
-                epoch=epoch,
-                max_tokens=self.max_tokens,
-                packs_per_step=self.packs_per_step,
-                counts=self._counts,
-                content=data.content,
-                num_packs=None if known is None else len(known),
-            )
-        return known
-
-    def validation_plan(self, world: int) -> Plan:
-        """Validation data in its own order, padded so that every rank has as many packs."""
-        if "validate" not in self._plans:
-            data = self.dataset("validate")
-            self._plans["validate"] = Plan(
-                data.lengths,
-                seed=0,
-                epoch=0,
-                max_tokens=self.max_tokens,
-                packs_per_step=world,
-                counts=data.supervised_counts(self.unroll_steps),
-                shuffle=False,
-                content=data.content,
-            )
-        return self._plans["validate"]
+    # -- what callbacks and the module read
 
     @property
     def fingerprint(self) -> dict[str, str]:
         """Content hashes of the data, for provenance."""
-        return {stage: data.content for stage, data in self._data.items()}
+        return {stage: data.content for stage, data in self.corpus.loaded.items()}
 
     def token_counts(self) -> torch.Tensor:
         """[V] int64, supervised occurrences of each token in the training set."""
-        return torch.from_numpy(self.dataset("train").token_counts(self.target.vocab_size))
+        return self.corpus.token_counts()
 
     def special_end_ids(self) -> list[int]:
-        """Ids that end what the target generates: by its generation config, its tokenizer, and the data."""
-        ids = set(self.dataset("train").end_ids)
-        for given in (
-            self._generation_config().get("eos_token_id"),
-            self.target.hf_config.eos_token_id,
-            self.target.tokenizer().eos_token_id if self._has_tokenizer() else None,
-        ):
-            ids.update([given] if isinstance(given, int) else given or [])
-        return sorted(i for i in ids if 0 <= i < self.target.vocab_size)
-
-    def _generation_config(self) -> dict[str, Any]:
-        from transformers import GenerationConfig
-
-        try:
-            described: dict[str, Any] = GenerationConfig.from_pretrained(self.target.config.path, revision=self.target.config.revision or "main").to_dict()
-        except (OSError, ValueError):
-            return {}
-        return described
-
-    def _has_tokenizer(self) -> bool:
-        try:
-            self.target.tokenizer()
-        except UserError:
-            return False
-        return True
+        """Ids that end what the target generates."""
+        return self.corpus.special_end_ids()
 
     @property
     def spec(self) -> RecordSpec:
         """What every record of this run must say of itself."""
-        data = self._data.get("train") or self._data["validate"]
-        return RecordSpec(
-            target=self.target.fingerprint,
-            tokenizer=data.tokenizer,
-            aux_layers=self.aux_layers,
-            hidden_size=self.target.hidden_size,
-            dtype=str(self.target.dtype).removeprefix("torch."),
-        )
-
-    # -- Lightning's hooks
-
-    def prepare_data(self) -> None:
-        try:
-            self._prepare()
-        except Exception as error:
-            if self._trainer.world_size == 1:
-                raise
-            self._refusal = error  # the other ranks wait: setup, which all of them run, ends the run for all
-
-    def _prepare(self) -> None:
-        self._check()
-        trainer = self._trainer
-        training = trainer.state.fn == TrainerFn.FITTING
-        for stage, source in (("train", self.train_source), ("validate", self.validate_source)):
-            if source is not None and (training or stage == "validate"):
-                self.dataset(stage)
-        if trainer.is_global_zero:
-            self._start_group(training)
-
-    def setup(self, stage: str) -> None:
-        trainer = self._trainer
-        if not trainer.strategy.reduce_boolean_decision(self._refusal is None, all=True):
-            if self._refusal is not None:
-                raise self._refusal
-            raise SystemExit(2)  # the rank that knows why says it
-        if stage == "fit":
-            trainer.accumulate_grad_batches = self.packs_per_step // trainer.world_size
-            self.plan(0)
-        if self.validate_source is not None:
-            self.validation_plan(trainer.world_size)
-        self.endpoint = trainer.strategy.broadcast(self.endpoint)
-
-    def train_dataloader(self) -> PackLoader:
-        if self._restored is not None:
-            set_progress(self._trainer, batches_per_epoch=self._batches, packs_per_step=self.packs_per_step, saved_world=int(self._restored["world_size"]))
-            self._restored = None
-        if self._trainer.is_global_zero:
-            epoch, step = divmod(self._trainer.global_step, self.plan(0).steps)
-            cut_failures(self._failed_path, epoch=epoch, pack=step * self.packs_per_step)
-        return self._loader("train", self._begin_train, lambda: self._batches)
-
-    def val_dataloader(self) -> PackLoader | list[Any]:
-        if self.validate_source is None:
-            return []
-        plan = self.validation_plan(self._trainer.world_size)
-        return self._loader("validate", self._begin_validation, lambda: len(plan) // self._trainer.world_size)
-
-    def transfer_batch_to_device(self, batch: PackedBatch, device: torch.device, dataloader_idx: int) -> PackedBatch:
-        return batch if device.type == "cpu" else batch.to(device)
-
-    def teardown(self, stage: str) -> None:
-        self.close()
-
-    def on_exception(self, exception: BaseException) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End loaders and engines. Idempotent."""
-        for loader in self._loaders.values():
-            loader.close()
-        self._loaders.clear()
-        if self.group is not None:
-            self.group.close()
-            self.group = None
-        self.endpoint = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """The cursor; the same on every rank."""
-        if "train" not in self._data:
-            return {}
-        epoch, step = divmod(self._trainer.global_step, self.plan(0).steps if not self._plans.get("train") else self._plans["train"].steps)
-        return {
-            "seed": self.seed,
-            "epoch": epoch,
-            "packs_trained": step * self.packs_per_step,
-            "packs_per_step": self.packs_per_step,
-            "plan_fingerprint": self._plans["train"].fingerprint,
-            "world_size": self._trainer.world_size,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self._trainer.state.fn != TrainerFn.FITTING:
-            return
-        ours = self.state_dict()
-        for name in ("packs_per_step", "seed", "plan_fingerprint"):
-            if state.get(name) != ours[name]:
-                what = "data (content, max_length, max_tokens or order)" if name == "plan_fingerprint" else f"data.{name}"
-                raise UserError(
-                    f"ckpt_path ({name})",
-                    state.get(name),
-                    f"differs from this run's {ours[name]}",
-                    f"resume with the {what} of the checkpoint, or start a new run",
-                )
-        self._restored = dict(state)
-
-    # -- for callbacks
+        return self.corpus.spec(self.aux_layers)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch of the trainer."""
-        accumulation = self._trainer.accumulate_grad_batches
-        return -(-self._batches_limited // accumulation)
+        return -(-self._batches_limited // self._trainer.accumulate_grad_batches)
 
     def loader_stats(self, stage: str) -> LoaderStats:
         """Counters of this rank's loader of a stage."""
@@ -347,107 +162,96 @@ class DraftDataModule(pl.LightningDataModule):
         assert self.endpoint is not None, "the engine group is not running"
         return TrainerClient(self.endpoint, name, role=role)
 
-    # -- inside
+    # -- start
 
-    @property
-    def _trainer(self) -> pl.Trainer:
-        assert self.trainer is not None, "the datamodule is used by a trainer"
-        return self.trainer
+    def prepare_data(self) -> None:
+        try:
+            self._prepare()
+        except Exception as error:
+            if self._trainer.world_size == 1:
+                raise
+            self._refusal = error  # the other ranks wait: setup, which all of them run, ends the run for all
 
-    @property
-    def _batches(self) -> int:
-        """Micro-batches of a rank in an epoch."""
-        return len(self.plan(0) if "train" not in self._plans else self._plans["train"]) // self._trainer.world_size
-
-    @property
-    def _batches_limited(self) -> int:
-        return batches_in_epoch(self._batches, self._trainer.limit_train_batches)
-
-    @property
-    def _failed_path(self) -> Path:
-        return Path(self._trainer.default_root_dir) / "failed_samples.jsonl"
-
-    def _check(self) -> None:
-        trainer: Any = self._trainer
-        world = trainer.world_size
-        if self.packs_per_step % world:
-            raise UserError(
-                "data.packs_per_step",
-                self.packs_per_step,
-                f"is no multiple of the {world} ranks",
-                f"use a multiple of {world}, or another number of devices (accumulation is the quotient)",
-            )
-        if trainer.accumulate_grad_batches not in (1, self.packs_per_step // world):
-            raise UserError(
-                "trainer.accumulate_grad_batches",
-                trainer.accumulate_grad_batches,
-                f"contradicts data.packs_per_step={self.packs_per_step} on {world} ranks, which means {self.packs_per_step // world}",
-                "leave it out: data.packs_per_step alone sets the size of a step",
-            )
-        if trainer.reload_dataloaders_every_n_epochs:
-            raise UserError(
-                "trainer.reload_dataloaders_every_n_epochs",
-                trainer.reload_dataloaders_every_n_epochs,
-                "is of no use here: the plan orders each epoch anew",
-                "leave it out",
-            )
-        if trainer.overfit_batches:
-            raise UserError(
-                "trainer.overfit_batches",
-                trainer.overfit_batches,
-                "needs a loader that Lightning may rearrange",
-                "use trainer.limit_train_batches, or a small training file",
-            )
+    def _prepare(self) -> None:
+        trainer = self._trainer
+        check_trainer(trainer, packs_per_step=self.packs_per_step)
+        training = trainer.state.fn == TrainerFn.FITTING
+        if training:
+            self.corpus.dataset("train")
+        if self.validates:
+            self.corpus.dataset("validate")
+        if trainer.is_global_zero:
+            self._start_group(training)
 
     def _start_group(self, training: bool) -> None:
+        """Start coordinator, store and workers; they load while the trainer builds the model.
+
+        Raises:
+            UserError: when the budget cannot hold one pack of each rank.
+        """
         from torchspec.engines.group import EngineGroup, GroupConfig
 
-        world = self._trainer.world_size
-        spec = self.spec
-        largest = {}
-        if training:
-            largest["train"] = int(self._pack_bytes("train", self.plan(0)).max())
-        if self.validate_source is not None:
-            largest["validate"] = int(self._pack_bytes("validate", self.validation_plan(world)).max())
-        need = world * sum(largest.values())
-        if self.budget < need:
-            raise UserError(
-                "data.store.budget",
-                self.store.budget,
-                f"is less than the {show_bytes(need)} that one pack of each of the {world} ranks needs (training and validation)",
-                "raise it or lower data.max_tokens",
-            )
-        self.group = EngineGroup(
-            GroupConfig(
-                target=self.target.config,
-                spec=spec,
-                store=self.store,
-                engine=self.engine,
-                engines=self.engines,
-                budget=self.budget,
-                reserve=world * largest.get("validate", 0),
-                max_length=self.options.max_length,
-                log_dir=Path(self._trainer.default_root_dir) / "logs",
-            )
+        world, spec = self._trainer.world_size, self.spec
+        train = world * self.corpus.largest_pack("train", spec) if training else 0
+        reserve = world * self.corpus.largest_pack("validate", spec) if self.validates else 0
+        if self.budget < train + reserve:
+            problem = f"is less than the {show_bytes(train + reserve)} that one pack for each of {world} ranks needs (training and validation)"
+            raise UserError("data.store.budget", self.store.budget, problem, "raise it or lower data.max_tokens")
+        config = GroupConfig(
+            target=self.target.config,
+            spec=spec,
+            store=self.store,
+            engine=self.engine,
+            engines=self.engines,
+            budget=self.budget,
+            reserve=reserve,
+            max_length=self.max_length,
+            log_dir=Path(self._trainer.default_root_dir) / "logs",
         )
+        self.group = EngineGroup(config)
         self._started = time.monotonic()
         self.endpoint = self.group.start()
 
-    def _pack_bytes(self, stage: str, plan: Plan) -> np.ndarray:
-        """[packs] bytes of the records of each pack."""
-        lengths = self.dataset(stage).lengths
-        spec = self.spec
-        of_length = {int(length): spec.nbytes(int(length)) for length in np.unique(lengths)}
-        return plan.sums(np.array([of_length[int(length)] for length in lengths], dtype=np.int64))
+    def setup(self, stage: str) -> None:
+        trainer = self._trainer
+        if not trainer.strategy.reduce_boolean_decision(self._refusal is None, all=True):
+            if self._refusal is not None:
+                raise self._refusal
+            raise SystemExit(2)  # the rank that knows why says it
+        self._loaders.clear()
+        if stage == "fit":
+            trainer.accumulate_grad_batches = self.packs_per_step // trainer.world_size
+            check_limit(trainer, batches_per_epoch=self._batches)
+        if self.validates:
+            self.corpus.validation_plan(trainer.world_size)
+        self.endpoint = trainer.strategy.broadcast(self.endpoint)
 
-    def _loader(self, stage: str, begin: Any, length: Any) -> PackLoader:
+    # -- loaders
+
+    def train_dataloader(self) -> PackLoader:
+        trainer = self._trainer
+        if self._restored is not None:
+            set_progress(trainer, batches_per_epoch=self._batches, packs_per_step=self.packs_per_step, saved_world=int(self._restored["world_size"]))
+            self._restored = None
+        if trainer.is_global_zero:
+            epoch, step = divmod(trainer.global_step, self.corpus.any_plan.steps)
+            cut_failures(self._failed_path, epoch=epoch, pack=step * self.packs_per_step)
+        return self._loader("train", self._begin_train, lambda: self._batches)
+
+    def val_dataloader(self) -> PackLoader | list[Any]:
+        if not self.validates:
+            return []
+        world = self._trainer.world_size
+        return self._loader("validate", self._begin_validation, lambda: len(self.corpus.validation_plan(world)) // world)
+
+    def _loader(self, stage: str, begin: Callable[[], Pass], length: Callable[[], int]) -> PackLoader:
         trainer = self._trainer
         if stage not in self._loaders:
             config = LoaderConfig(
                 stage=stage,
                 rank=trainer.global_rank,
                 world=trainer.world_size,
-                dataset=self.dataset(stage),
+                dataset=self.corpus.dataset(stage),
                 spec=self.spec,
                 window_bytes=self.budget,
                 prefetch_packs=self.prefetch_packs,
@@ -460,36 +264,100 @@ class DraftDataModule(pl.LightningDataModule):
             self._loaders[stage] = PackLoader(config, connect=self.connect, begin=begin, length=length)
         return self._loaders[stage]
 
-    def _check_group(self) -> None:
-        """Raise when the group is gone; says once what a long start is waiting for."""
-        if self.group is None:
-            return
-        self.group.check()
-        if (
-            not self._said_waiting
-            and self.loader_stats("train").packs + self.loader_stats("validate").packs == 0
-            and time.monotonic() - self._started > _LONG_START
-        ):
-            self._said_waiting = True
-            rank_zero_info(f"waiting for the first states: engine workers are loading the target (logs in {self.group.config.log_dir})")
-
     def _begin_train(self) -> Pass:
-        """From where the optimizer stands to the end of the trainer's epoch."""
+        """From where the optimizer stands to the end of the plan's epoch, the trainer's epoch or the run, whichever is first."""
         trainer = self._trainer
-        world = trainer.world_size
-        steps = self._plans["train"].steps
-        epoch, step = divmod(trainer.global_step, steps)
-        plan = self.plan(epoch)
+        epoch, step = divmod(trainer.global_step, self.corpus.any_plan.steps)
+        plan = self.corpus.plan(epoch)
         first = step * self.packs_per_step
-        left = [len(plan) - first, (self._batches_limited - trainer.fit_loop.epoch_loop.batch_progress.current.ready) * world]
+        left = [len(plan) - first, (self._batches_limited - trainer.fit_loop.epoch_loop.batch_progress.current.ready) * trainer.world_size]
         if trainer.max_steps > 0:
             left.append((trainer.max_steps - trainer.global_step) * self.packs_per_step)
         return Pass(plan, epoch, first, first + max(min(left), 0))
 
     def _begin_validation(self) -> Pass:
-        """The first batches that Lightning will take, or all."""
+        """The batches that Lightning will take, from the first on."""
         trainer = self._trainer
         loop = trainer.validate_loop if trainer.state.fn == TrainerFn.VALIDATING else trainer.fit_loop.epoch_loop.val_loop
-        plan = self.validation_plan(trainer.world_size)
+        plan = self.corpus.validation_plan(trainer.world_size)
         self._validations += 1
-        return Pass(plan, self._validations, 0, min(len(plan), int(min(loop.max_batches[0], len(plan))) * trainer.world_size))
+        return Pass(plan, self._validations, 0, int(min(loop.max_batches[0] * trainer.world_size, len(plan))))
+
+    def _check_group(self) -> None:
+        """Raise when the group is gone; says once what a long start is waiting for."""
+        if self.group is None:
+            return
+        self.group.check()
+        nothing_yet = self.loader_stats("train").packs + self.loader_stats("validate").packs == 0
+        if nothing_yet and not self._said_waiting and time.monotonic() - self._started > _LONG_START:
+            self._said_waiting = True
+            rank_zero_info(f"waiting for the first states: engine workers are loading the target (logs in {self.group.config.log_dir})")
+
+    def transfer_batch_to_device(self, batch: PackedBatch, device: torch.device, dataloader_idx: int) -> PackedBatch:
+        return batch if device.type == "cpu" else batch.to(device)
+
+    # -- end
+
+    def teardown(self, stage: str) -> None:
+        self.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End loaders and engines. Idempotent."""
+        for loader in self._loaders.values():
+            loader.close()
+        if self.group is not None:
+            self.group.close()
+            self.group = None
+        self.endpoint = None
+
+    # -- position
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor; the same on every rank."""
+        if "train" not in self.corpus.loaded:
+            return {}
+        plan = self.corpus.any_plan
+        epoch, step = divmod(self._trainer.global_step, plan.steps)
+        return {
+            "seed": self.seed,
+            "epoch": epoch,
+            "packs_trained": step * self.packs_per_step,
+            "packs_per_step": self.packs_per_step,
+            "plan_fingerprint": plan.fingerprint,
+            "world_size": self._trainer.world_size,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        if self._trainer.state.fn != TrainerFn.FITTING:
+            return
+        ours = self.state_dict()
+        for name in ("packs_per_step", "seed", "plan_fingerprint"):
+            if state_dict.get(name) != ours[name]:
+                what = "data (content, max_length, max_tokens, order)" if name == "plan_fingerprint" else f"data.{name}"
+                fix = f"resume with the {what} of the checkpoint, or start a new run"
+                raise UserError(f"ckpt_path ({name})", state_dict.get(name), f"differs from this run's {ours[name]}", fix)
+        self._restored = dict(state_dict)
+
+    # -- arithmetic
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        assert self.trainer is not None, "the datamodule is used by a trainer"
+        return self.trainer
+
+    @property
+    def _batches(self) -> int:
+        """Micro-batches of a rank in an epoch of the plan."""
+        return len(self.corpus.any_plan) // self._trainer.world_size
+
+    @property
+    def _batches_limited(self) -> int:
+        """Micro-batches of a rank in an epoch of the trainer."""
+        return batches_in_epoch(self._batches, self._trainer.limit_train_batches)
+
+    @property
+    def _failed_path(self) -> Path:
+        return Path(self._trainer.default_root_dir) / "failed_samples.jsonl"

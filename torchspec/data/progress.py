@@ -1,4 +1,4 @@
-"""Lightning's batch and epoch counters after a resume, for any number of ranks.
+"""What must hold between plan and Lightning's loops: settings that contradict the plan, and the counters after a resume on any number of ranks.
 
 Lightning restores how many micro-batches *a rank of the saved run* had taken. On another number of ranks that is another share of the epoch, and after an
 interruption inside an accumulation it counts micro-batches whose gradient was lost. The optimizer steps say what was trained: the counter is set to the
@@ -11,12 +11,48 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from torchspec.errors import UserError
+
 
 def batches_in_epoch(batches: int, limit: int | float | None) -> int:
     """Micro-batches of an epoch of the trainer, given ``limit_train_batches`` (a number, or a share as float)."""
     if limit is None:
         return batches
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def check_trainer(trainer: Any, *, packs_per_step: int) -> None:
+    """Refuse settings of the trainer that the plan cannot follow.
+
+    Raises:
+        UserError: by name.
+    """
+    world = trainer.world_size
+    if packs_per_step % world:
+        fix = f"use a multiple of {world}, or another number of devices (accumulation is the quotient)"
+        raise UserError("data.packs_per_step", packs_per_step, f"is no multiple of the {world} ranks", fix)
+    if trainer.accumulate_grad_batches not in (1, packs_per_step // world):
+        problem = f"contradicts data.packs_per_step={packs_per_step} on {world} ranks, which means {packs_per_step // world}"
+        fix = "leave it out: data.packs_per_step alone sets the size of a step"
+        raise UserError("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, problem, fix)
+    if trainer.reload_dataloaders_every_n_epochs:
+        problem = "is of no use here: the plan orders each epoch anew"
+        raise UserError("trainer.reload_dataloaders_every_n_epochs", trainer.reload_dataloaders_every_n_epochs, problem, "leave it out")
+    if trainer.overfit_batches:
+        fix = "use trainer.limit_train_batches, or a small training file"
+        raise UserError("trainer.overfit_batches", trainer.overfit_batches, "needs a loader that Lightning may rearrange", fix)
+
+
+def check_limit(trainer: Any, *, batches_per_epoch: int) -> None:
+    """Refuse a limit that would end the trainer's epoch inside an optimizer step (Lightning would step on a part of its packs).
+
+    Raises:
+        UserError: when it does.
+    """
+    limited = batches_in_epoch(batches_per_epoch, trainer.limit_train_batches)
+    if limited % trainer.accumulate_grad_batches and not trainer.fast_dev_run:
+        problem = f"means {limited} micro-batches of a rank, which is no whole number of steps of {trainer.accumulate_grad_batches}"
+        raise UserError("trainer.limit_train_batches", trainer.limit_train_batches, problem, f"use a multiple of {trainer.accumulate_grad_batches}")
 
 
 def set_progress(trainer: pl.Trainer, *, batches_per_epoch: int, packs_per_step: int, saved_world: int) -> None:

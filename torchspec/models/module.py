@@ -41,7 +41,7 @@ class DraftModule(pl.LightningModule):
         aux_layers: hidden-state indices fed to the draft, in Transformers' counting; None means [2, L//2, L-3].
         unroll_steps: K, steps trained in a row on the draft's own states.
         step_weights: weight of each step's loss; None means 0.8^k.
-        init: ``target`` starts head and final norm from the target's own, ``random`` does not.
+        init: ``target`` starts from the target's head and final norm with fc passing the last aux state on; ``random`` starts from noise.
         compute_dtype: type of matrix products; masters, gradients' reduction and norms are fp32 in either case.
         optimizer: made from the trainable parameters.
         lr_scheduler: made from the optimizer, stepped every optimizer step.

@@ -19,6 +19,11 @@ from torchspec.models.target_weights import TargetHead, read_embedding
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target
 
+_FLAT = 0.3
+"""Scale of the final norm at the start, see :func:`start_from_target`."""
+_NOISE = 0.1
+"""What is left of fc's random weights there."""
+
 
 @dataclass(frozen=True)
 class StepOutput:
@@ -71,7 +76,7 @@ class DraftTask(nn.Module):
             vocabulary: of the draft; None for the whole one.
             step_weights: [K] w_k.
             compute_dtype: of the draft.
-            init: ``target`` starts head rows and final norm from the target's, where its hidden size is the draft's and its norm an RMSNorm.
+            init: ``random``, or ``target`` for :func:`start_from_target` (where the hidden sizes are equal).
         """
         head = TargetHead.of(target)
         draft = Eagle3Draft(config, compute_dtype=compute_dtype)
@@ -81,11 +86,7 @@ class DraftTask(nn.Module):
         pruned = vocabulary is not None and vocabulary.size < config.vocab_size
         ids = vocabulary.draft_ids if vocabulary is not None and pruned else None
         if init == "target" and config.hidden_size == config.target_hidden_size:
-            with torch.no_grad():
-                draft.lm_head.weight.copy_(head.weight if ids is None else head.weight[ids])
-                norm = head.rms_weight()
-                if norm is not None:
-                    draft.norm.weight.copy_(norm)
+            start_from_target(draft, head, ids)
         return cls(draft, head, draft_ids=ids, step_weights=step_weights)
 
     def forward(self, batch: PackedBatch, measure: bool = False) -> StepOutput:
@@ -132,6 +133,27 @@ class DraftTask(nn.Module):
         names = ["rows", "correct", "correct_so_far", *(["alpha", "alpha_so_far"] if measure else []), "loss"]
         empty = torch.zeros(steps, device=self.step_weights.device)
         return StepOutput(zero, {name: empty for name in names}, torch.zeros(0, dtype=torch.int64, device=empty.device))
+
+
+@torch.no_grad()
+def start_from_target(draft: Eagle3Draft, head: TargetHead, draft_ids: Tensor | None) -> None:
+    """Begin near what the target already knows: its head, its final norm, and the last aux state passed on by fc.
+
+    The norm starts at 0.3 of the target's, because logits of a draft that knows nothing yet should be flat: at full scale the first steps only unlearn false certainty.
+    Measured on SmolLM2-135M (K=4, W=8192, 200k tokens, one seed; acceptance length of the serving walk, k=3): random start 1.377, target's head and norm 1.335, norm at 0.3 1.401, with fc as
+    here 1.464.
+
+    Args:
+        draft: with random weights; changed in place.
+        head: of the target.
+        draft_ids: [W] rows to take from the head; None for all.
+    """
+    draft.lm_head.weight.copy_(head.weight if draft_ids is None else head.weight[draft_ids])
+    norm = head.rms_weight()
+    if norm is not None:
+        draft.norm.weight.copy_(_FLAT * norm)
+    draft.fc.weight.mul_(_NOISE)
+    draft.fc.weight[:, -draft.config.target_hidden_size :] += torch.eye(draft.config.target_hidden_size)
 
 
 def _tied(target: Target) -> bool:

