@@ -8,8 +8,10 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,10 +31,14 @@ input()
 """
 
 
-@pytest.fixture
-def parent(tmp_path: Path) -> Path:
-    """A directory for stores of this test alone, memory-backed where there is room (any file system with nameless files will do)."""
-    return tmp_path
+@pytest.fixture(params=["memory", "disk"])
+def parent(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A directory for the stores of one test: on the real /dev/shm, and on a disk, where deleting is slow and races last longer."""
+    if request.param == "disk":
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pytest-") as directory:
+        yield Path(directory)
 
 
 def server(parent: Path, run: str = "r", budget: int = 1 << 20) -> ShmServer:
@@ -146,44 +152,73 @@ def test_sweep_touches_stores_only(parent: Path) -> None:
     (parent / "torchspec-mine" / "results.txt").write_text("precious")
     (parent / "torchspec-file").write_text("precious")
     (parent / "elsewhere").mkdir()
-    (parent / "elsewhere" / "store").write_text("x")
+    (parent / "elsewhere" / "open").write_text("x")
     (parent / "torchspec-link").symlink_to(parent / "elsewhere")
     one = server(parent)
     one.start()
     one.close()
     assert (parent / "torchspec-mine" / "results.txt").read_text() == "precious"
-    assert (parent / "torchspec-file").exists() and (parent / "elsewhere" / "store").exists()
+    assert (parent / "torchspec-file").exists() and (parent / "elsewhere" / "open").exists()
     with pytest.raises(UserError, match="is no store"):
         server(parent, run="mine").start()
 
 
 def test_writers_do_not_keep_a_closing_server(parent: Path) -> None:
-    """close() beside a writer that never stops: it ends, nothing is left, the writer is told."""
+    """close() beside writers that never stop: it ends at once, nothing is left, each writer is told why."""
     one = server(parent)
     one.start()
     told: list[str] = []
-    going = threading.Event()
+    going = threading.Barrier(3)
 
-    def write() -> None:
+    def write(name: int) -> None:
         store = open_store(one.address)
-        number = 0
         try:
-            while True:
-                store.put([f"k/{number}"], [value(100)])
-                number += 1
-                going.set()
+            for number in range(1_000_000):
+                store.put([f"{name}/{number}"], [value(100)])
+                if number == 50:
+                    going.wait(timeout=30)
         except StoreError as error:
             told.append(error.reason)
+        finally:
+            store.close()
 
-    writers = [threading.Thread(target=write) for _ in range(2)]
+    writers = [threading.Thread(target=write, args=(name,), daemon=True) for name in range(2)]
     for writer in writers:
         writer.start()
-    going.wait(timeout=10)
-    one.close()
+    going.wait(timeout=30)
+    closing = threading.Thread(target=one.close, daemon=True)
+    closing.start()
+    closing.join(timeout=20)
+    assert not closing.is_alive(), "writers keep it from closing"
     for writer in writers:
         writer.join(timeout=10)
     assert told == ["unreachable"] * 2
     assert list(parent.iterdir()) == []
+
+
+def test_interrupted_removal_is_taken_up(parent: Path) -> None:
+    """A server that died while it removed its files: the next one still knows a store when it sees one."""
+    with script(START, str(parent), "half") as owner:
+        path = Path(owner.hear())
+        store = open_store({"kind": "shm", "directory": str(path)})
+        store.put(["x/1", "x/2"], [value(), value()])
+        owner.kill()
+    (path / "open").rename(path / "closed")
+    with pytest.raises(StoreError) as raised:
+        store.put(["x/3"], [value()])
+    assert raised.value.reason == "unreachable"
+    assert sweep(parent) == [path.name] and not path.exists()
+
+
+def test_sweep_leaves_a_strangers_file(parent: Path) -> None:
+    """A store with something in it that is not ours ends in finite time, and that something stays."""
+    one = server(parent)
+    one.start()
+    stranger = Path(one.address["directory"]) / "notes.txt"
+    stranger.write_text("precious")
+    open_store(one.address).put(["x/1"], [value()])
+    one.close()
+    assert [file.name for file in stranger.parent.iterdir()] == ["notes.txt"]
 
 
 def test_lock_outlives_no_process(parent: Path) -> None:

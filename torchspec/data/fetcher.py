@@ -1,6 +1,7 @@
 """What a loader's background thread does: submit packs, wait for them, read and verify their records, collate, acknowledge.
 
-A pass is one way through a part of a plan; a link is a rank's connection for one stage, kept over its passes; a channel takes finished batches to the trainer's thread.
+A pass is one way through a part of a plan; a link is a rank's connection for one stage, kept over its passes; a channel takes finished batches to the
+trainer's thread.
 """
 
 from __future__ import annotations

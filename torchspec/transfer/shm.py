@@ -19,6 +19,8 @@ from torchspec.transfer.store import Address, StoreError
 if TYPE_CHECKING:
     from torch import Tensor
 
+OPEN_MARK = "open"
+"""File in the directory while the server takes records. Each put looks for it, so a writer adds at most one record after it is gone."""
 _REMOVED = "the store's directory was removed"
 _CHUNK = 1 << 30
 """Bytes of one read or write call; Linux moves at most 2 GiB - 4 KiB in one."""
@@ -58,6 +60,7 @@ class ShmStore:
             if value.numel() == 0:
                 raise StoreError("io", key, "value is empty")
             try:
+                os.stat(OPEN_MARK, dir_fd=directory)
                 file = nameless_file(directory)
                 try:
                     data = _bytes_of(value.cpu())
@@ -69,9 +72,10 @@ class ShmStore:
                     pass
                 finally:
                     os.close(file)
-            except FileNotFoundError as error:
-                raise StoreError("unreachable", key, _REMOVED) from error
             except OSError as error:
+                # What a call on a directory that is being removed says differs between file systems; the mark does not.
+                if not _is_file(directory, OPEN_MARK):
+                    raise StoreError("unreachable", key, _REMOVED) from error
                 raise _store_error(error, key) from error
 
     def get(self, keys: Sequence[str], outs: Sequence[Tensor]) -> list[int]:
@@ -97,7 +101,7 @@ class ShmStore:
 
     def exists(self, keys: Sequence[str]) -> list[bool]:
         directory = self._open()
-        return [_lookup(directory, key) for key in keys]
+        return [_is_file(directory, _file_name(key)) for key in keys]
 
     def delete(self, keys: Sequence[str]) -> None:
         directory = self._open()
@@ -150,9 +154,9 @@ def _file_name(key: str) -> str:
     return name
 
 
-def _lookup(directory: int, key: str) -> bool:
+def _is_file(directory: int, name: str) -> bool:
     try:
-        return stat.S_ISREG(os.stat(_file_name(key), dir_fd=directory).st_mode)
+        return stat.S_ISREG(os.stat(name, dir_fd=directory).st_mode)
     except FileNotFoundError:
         return False
 
