@@ -2,8 +2,9 @@
 
     python benchmarks/transfer.py --kinds shm mooncake --sizes 1 7 64 --writers 1 2 4 --seconds 1
 
-Prints one JSON line a case. Rates are 10^9 bytes a second over all processes, measured while all of them are at it;
-each process moves records of one size out of (put) and into (get) buffers of the store, which exist and were touched before.
+Prints one JSON line a case. A rate is 10^9 bytes a second over all processes: what they moved, divided by the time from the first one's
+start to the last one's end. (Adding up each one's own rate would flatter processes that take turns.) A put includes the deletion of the
+record it replaces, as in a run. Records are of one size, moved out of and into buffers of the store that exist and were touched before.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ROUND = 64 * MB
 
 
 def work(address: dict[str, Any], name: str, nbytes: int, seconds: float) -> None:
-    """One process: for each of copy, put, get, wait for a line on stdin, move records for ``seconds``, say bytes and time."""
+    """One process: for each of copy, put, get, wait for a line on stdin, move records for ``seconds``, say bytes, start and end."""
     import torch
 
     torch.set_num_threads(1)
@@ -56,15 +57,13 @@ def work(address: dict[str, Any], name: str, nbytes: int, seconds: float) -> Non
     for action in (copy, put, get):
         print("ready", flush=True)
         input()
-        moved, busy = 0, 0.0
-        while busy < seconds:
+        moved, began = 0, time.monotonic()  # one clock for all processes of the host
+        while time.monotonic() < began + seconds:
             if action is put:
                 store.delete(keys)
-            began = time.perf_counter()
             action()
-            busy += time.perf_counter() - began
             moved += count * nbytes
-        print(json.dumps([moved, busy]), flush=True)
+        print(json.dumps([moved, began, time.monotonic()]), flush=True)
     store.close()
 
 
@@ -85,9 +84,9 @@ def measure(kind: Any, nbytes: int, writers: int, seconds: float) -> dict[str, A
                 assert process.stdin is not None
                 process.stdin.write("\n")
                 process.stdin.flush()
-            # Deleting between rounds is not the put's time, so each process says its own busy time; they overlap all along.
             results = [json.loads(_line(process.stdout)) for process in processes]
-            rates[f"{action}_gb_s"] = round(sum(moved / busy for moved, busy in results) / 1e9, 2)
+            span = max(end for _, _, end in results) - min(began for _, began, _ in results)
+            rates[f"{action}_gb_s"] = round(sum(moved for moved, _, _ in results) / span / 1e9, 2)
         for process in processes:
             process.wait(timeout=60)
     finally:

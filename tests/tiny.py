@@ -32,7 +32,9 @@ def save_tokenizer(folder: Path) -> int:
     return len(fast)
 
 
-def save_target(folder: Path, *, layers: int = 8, hidden: int = 128, heads: int = 2, tie: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+def save_target(
+    folder: Path, *, layers: int = 8, hidden: int = 128, heads: int = 2, tie: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Path:
     """A random Llama of a few hundred kilobytes (head_dim 64, which vLLM's CPU build takes)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -70,6 +72,8 @@ def save_conversations(file: Path, rows: int, *, seed: int = 0, turns: int = 1) 
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as handle:
         for row in range(rows):
-            messages = [message for _ in range(turns) for message in ({"role": "user", "content": sentence(2, 8)}, {"role": "assistant", "content": sentence(3, 24)})]
+            messages = [
+                message for _ in range(turns) for message in ({"role": "user", "content": sentence(2, 8)}, {"role": "assistant", "content": sentence(3, 24)})
+            ]
             handle.write(json.dumps({"id": f"row-{row}", "conversations": messages}) + "\n")
     return file

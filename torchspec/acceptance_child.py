@@ -49,7 +49,7 @@ def main() -> None:
                 events.write(json.dumps({"done": int(self.n)}) + "\n")
             return None
 
-        def display(self, *_: Any, **__: Any) -> bool:
+        def display(self, *_: Any, **__: Any) -> bool:  # type: ignore[override]  # the stubs say None, tqdm returns a bool
             return True
 
     llm = vllm.LLM(**arguments, speculative_config=job["speculative_config"], disable_log_stats=False)

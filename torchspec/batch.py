@@ -93,12 +93,12 @@ class PackedBatch:
             return t.to(device, non_blocking=non_blocking)
 
         moved = {f.name: move(getattr(self, f.name)) for f in fields(self) if isinstance(getattr(self, f.name), Tensor) and f.name != "cu_seqlens"}
-        return replace(self, rows=self.rows.map(move), **moved)
+        return replace(self, rows=self.rows.map(move), **moved)  # type: ignore[arg-type]  # tensors under their own names
 
     def pin_memory(self) -> PackedBatch:
         """A copy in page-locked memory, so that ``to`` overlaps with compute."""
         moved = {f.name: getattr(self, f.name).pin_memory() for f in fields(self) if isinstance(getattr(self, f.name), Tensor) and f.name != "cu_seqlens"}
-        return replace(self, rows=self.rows.map(lambda t: t.pin_memory()), **moved)
+        return replace(self, rows=self.rows.map(lambda t: t.pin_memory()), **moved)  # type: ignore[arg-type]  # as above
 
 
 def turns(mask: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:

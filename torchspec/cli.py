@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _overview() -> str:
     rows = "\n".join(f"  {name:<12}{what}" for name, what in {**TRAINING, **COMMANDS}.items())
-    return f"usage: main.py COMMAND ...\n\nTorchSpec trains the draft models of speculative decoding.\n\n{rows}\n\nmain.py COMMAND --help shows the options of a command."
+    head = "usage: main.py COMMAND ...\n\nTorchSpec trains the draft models of speculative decoding."
+    return f"{head}\n\n{rows}\n\nmain.py COMMAND --help shows the options of a command."
 
 
 def _fail(error: BaseException, code: int = 2) -> None:

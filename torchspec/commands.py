@@ -62,10 +62,20 @@ def regenerate(
         trust_remote_code=trust_remote_code,
     )
     rate = report.tokens / report.seconds if report.seconds else 0.0
-    print(f"{report.answered} answered, {report.skipped} were there, {report.failed} failed, {report.cut} cut by the length limit; {report.tokens} tokens at {rate:.0f} tokens/s -> {output}")
+    print(
+        f"{report.answered} answered, {report.skipped} were there, {report.failed} failed, {report.cut} cut by the length limit; "
+        f"{report.tokens} tokens at {rate:.0f} tokens/s -> {output}"
+    )
 
 
-def export(checkpoint: str, target: str, output: str, dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto", revision: str | None = None, trust_remote_code: bool = False) -> None:
+def export(
+    checkpoint: str,
+    target: str,
+    output: str,
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
     """Turn a training checkpoint into a draft directory that vLLM serves.
 
     Args:
@@ -80,7 +90,10 @@ def export(checkpoint: str, target: str, output: str, dtype: Literal["auto", "bf
     from torchspec.target import TargetConfig
 
     report = export_for(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code), Path(checkpoint), Path(output), dtype=dtype)
-    print(f"{report.directory}: {report.tensors} tensors, {report.nbytes / 2**20:.1f} MiB; reloaded and compared, largest difference {report.max_logit_difference:g}")
+    print(
+        f"{report.directory}: {report.tensors} tensors, {report.nbytes / 2**20:.1f} MiB; "
+        f"reloaded and compared, largest difference {report.max_logit_difference:g}"
+    )
 
 
 def acceptance(

@@ -11,6 +11,7 @@ import json
 import struct
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,9 @@ class Target:
             loaded = AutoConfig.from_pretrained(self.config.path, revision=self.config.revision, trust_remote_code=self.config.trust_remote_code)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError("data.target.path", self.config.path, f"cannot be read ({reason})", "check the path or hub id, the network, and trust_remote_code") from error
+            raise UserError(
+                "data.target.path", self.config.path, f"cannot be read ({reason})", "check the path or hub id, the network, and trust_remote_code"
+            ) from error
         if getattr(loaded.get_text_config(), "hidden_size", None) is None:
             raise UserError("data.target.path", self.config.path, f"is a {loaded.model_type} without hidden_size", "give a causal language model")
         return loaded
@@ -151,10 +154,16 @@ class Target:
             return (2, layers // 2, layers - 3)
         if not chosen or any(not 0 <= i <= layers for i in chosen):
             raise UserError("model.aux_layers", chosen, f"must lie in 0..{layers}", "use Transformers' hidden_states indices")
-        if any(b <= a for a, b in zip(chosen, chosen[1:], strict=False)):
+        if any(b <= a for a, b in pairwise(chosen)):
             raise UserError("model.aux_layers", chosen, "is not strictly increasing", "sort the indices and drop repeats")
         return tuple(chosen)
 
     def describe(self) -> dict[str, Any]:
         """Plain values for logs and manifests."""
-        return {"path": self.config.path, "fingerprint": self.fingerprint, "hidden_size": self.hidden_size, "num_layers": self.num_layers, "vocab_size": self.vocab_size}
+        return {
+            "path": self.config.path,
+            "fingerprint": self.fingerprint,
+            "hidden_size": self.hidden_size,
+            "num_layers": self.num_layers,
+            "vocab_size": self.vocab_size,
+        }

@@ -1,9 +1,11 @@
 """Lightning's Trainer with the two things a run of ours needs around it: what it resumes from, and how it ends.
 
-*Resume.* ``resume_path`` is the checkpoint chosen by ``--ckpt_path``, known before ``setup``: the vocabulary mapping is read from it before the model exists. ``last`` with no
+*Resume.* ``resume_path`` is the checkpoint chosen by ``--ckpt_path``, known before ``setup``: the vocabulary mapping is read from it before the model
+exists. ``last`` with no
 checkpoint is an error, never a fresh start.
 
-*End.* Before training, SIGINT and SIGTERM raise SystemExit, so that engines close. During training SIGTERM is Lightning's (it stops at the end of the batch); a first Ctrl-C
+*End.* Before training, SIGINT and SIGTERM raise SystemExit, so that engines close. During training SIGTERM is Lightning's (it stops at the end of the
+batch); a first Ctrl-C
 is turned into it, so that a step is never cut in half and the checkpoint saved on the way out is whole; a second one breaks. The exit code is 128 + signal.
 """
 
@@ -27,7 +29,7 @@ from torchspec.models.checkpoint import read_entries
 
 def _continue_wandb_run(trainer: pl.Trainer, checkpoint: str) -> None:
     """Give W&B loggers the run id of the checkpoint (``Provenance`` keeps it there), before they start; an id given by the user stays."""
-    loggers = [logger for logger in trainer.loggers if type(logger).__name__ == "WandbLogger"]
+    loggers: list[Any] = [logger for logger in trainer.loggers if type(logger).__name__ == "WandbLogger"]
     if not loggers or trainer.state.fn != TrainerFn.FITTING:
         return
     record = read_entries(Path(checkpoint)).get("callbacks", {}).get("Provenance", {}).get("record", {})
@@ -46,12 +48,22 @@ class Trainer(pl.Trainer):
     exit_signal: int | None = None
     """Signal that ended the run."""
 
-    def fit(self, model: Any, train_dataloaders: Any = None, val_dataloaders: Any = None, datamodule: Any = None, ckpt_path: Any = None, weights_only: bool | None = None) -> None:
+    def fit(
+        self,
+        model: Any,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        ckpt_path: Any = None,
+        weights_only: bool | None = None,
+    ) -> None:
         """Train a draft: start engines, stream hidden states, train, validate, save, export."""
         with self._end_with_signal_code():
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
-    def validate(self, model: Any = None, dataloaders: Any = None, ckpt_path: Any = None, verbose: bool = True, datamodule: Any = None, weights_only: bool | None = None) -> Any:
+    def validate(
+        self, model: Any = None, dataloaders: Any = None, ckpt_path: Any = None, verbose: bool = True, datamodule: Any = None, weights_only: bool | None = None
+    ) -> Any:
         """Measure a draft on the validation data."""
         with self._end_with_signal_code():
             return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)

@@ -1,6 +1,7 @@
 """The quickstart: a real target, a real draft, trained, exported, served and measured, with a table at the end.
 
-Each part is a command of the project that a user can run alone; this script runs them in order and sums up. Parts whose result exists (the converted target) are skipped.
+Each part is a command of the project that a user can run alone; this script runs them in order and sums up. Parts whose result exists (the converted
+target) are skipped.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ def main() -> None:
     plain = None
     if args.compare:
         say("plain loop, for comparison (60 s)")
-        plain = json.loads(run(sys.executable, "benchmarks/plain_loop.py", "--target", str(target), "--data", str(HERE / "data/train.jsonl"), "--seconds", "60", capture=True).splitlines()[-1])
+        plain = json.loads(
+            run(
+                sys.executable, "benchmarks/plain_loop.py", "--target", str(target), "--data", str(HERE / "data/train.jsonl"), "--seconds", "60", capture=True
+            ).splitlines()[-1]
+        )
 
     say("2/4 training")
     fit = [sys.executable, "main.py", "fit", "--config", "configs/quickstart.yaml", "--trainer.default_root_dir", str(out), "--data.target.path", str(target)]
@@ -88,7 +93,18 @@ def table(s: dict[str, Any], target: Path) -> str:
     rate = f"trained {s['steps']} steps in {s['train_seconds']:.0f} s at {s['tokens_per_s']:.0f} tokens/s; engine {s['engine']}, store {s['store']}"
     if s["plain_loop_tokens_per_s"]:
         rate += f"; a plain loop made {s['plain_loop_tokens_per_s']:.0f} tokens/s ({s['tokens_per_s'] / s['plain_loop_tokens_per_s']:.2f}x)"
-    return "\n".join(["", *lines, "", f"  {rate}", f"  exported draft: {s['draft_dir']}", "  serve it with:", f"    vllm serve {target} --speculative-config '{speculative}'", ""])
+    return "\n".join(
+        [
+            "",
+            *lines,
+            "",
+            f"  {rate}",
+            f"  exported draft: {s['draft_dir']}",
+            "  serve it with:",
+            f"    vllm serve {target} --speculative-config '{speculative}'",
+            "",
+        ]
+    )
 
 
 def say(line: str) -> None:

@@ -79,7 +79,14 @@ def start(*words: str, **popen: Any) -> subprocess.Popen[str]:
     """``python main.py WORDS``, in its own session so that a test can signal it as a terminal would."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [PYTHON, str(ROOT / "main.py"), *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **popen
+        [PYTHON, str(ROOT / "main.py"), *words],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **popen,
     )
 
 
@@ -100,7 +107,9 @@ def wait_for(condition: Any, *, timeout: float, what: str, process: subprocess.P
     deadline = time.monotonic() + timeout
     while not condition():
         if process is not None and process.poll() is not None:
-            raise AssertionError(f"the run ended with {process.returncode} while waiting for {what}:\n{(process.stdout.read() if process.stdout else '')[-4000:]}")
+            raise AssertionError(
+                f"the run ended with {process.returncode} while waiting for {what}:\n{(process.stdout.read() if process.stdout else '')[-4000:]}"
+            )
         if time.monotonic() > deadline:
             raise AssertionError(f"{what} did not happen within {timeout} s")
         time.sleep(0.05)

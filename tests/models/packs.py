@@ -27,7 +27,8 @@ class PlainNorm(nn.Module):
 
 def draft_config(**changes: Any) -> DraftConfig:
     plain: dict[str, Any] = {
-        "hidden_size": 16, "intermediate_size": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "vocab_size": 40, "draft_vocab_size": 40, "target_hidden_size": 16,
+        "hidden_size": 16, "intermediate_size": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "vocab_size": 40, "draft_vocab_size": 40,
+        "target_hidden_size": 16,
         "aux_layers": (1, 2, 3), "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "max_position_embeddings": 64, "initializer_range": 0.3,
     }  # fmt: skip
     return DraftConfig(**{**plain, **changes})
@@ -70,7 +71,9 @@ def counts(conversations: list[Conversation], steps: int) -> list[float]:
     return [float(max(c, 1)) for c in total]
 
 
-def pack(config: DraftConfig, conversations: list[Conversation], steps: int, *, dtype: torch.dtype = torch.float64, global_counts: list[float] | None = None) -> PackedBatch:
+def pack(
+    config: DraftConfig, conversations: list[Conversation], steps: int, *, dtype: torch.dtype = torch.float64, global_counts: list[float] | None = None
+) -> PackedBatch:
     cu = np.cumsum([0] + [len(c.ids) for c in conversations])
     mask = np.array([m for c in conversations for m in c.mask], dtype=np.uint8)
     turn = turns(mask, cu)

@@ -25,7 +25,13 @@ def test_flash_equals_blocked(heads: int, groups: int, size: int, extra: int, sh
     def make(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).bfloat16()
 
-    given = [make(len(rows), heads, size), make(total, groups, size), make(total, groups, size), make(len(rows), extra, groups, size), make(len(rows), extra, groups, size)]
+    given = [
+        make(len(rows), heads, size),
+        make(total, groups, size),
+        make(total, groups, size),
+        make(len(rows), extra, groups, size),
+        make(len(rows), extra, groups, size),
+    ]
     grad = make(len(rows), heads, size)
     results = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):

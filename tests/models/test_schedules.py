@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ def test_first_step_trains_and_peak_is_reached(make: type[Schedule]) -> None:
     assert seen[0] == pytest.approx(2.0 / 5)
     assert seen[4] == pytest.approx(2.0)
     assert all(rate > 0 for rate in seen)
-    assert all(b > a for a, b in zip(seen[:4], seen[1:5], strict=True))
+    assert all(b > a for a, b in pairwise(seen[:5]))
 
 
 def test_shapes_after_warmup() -> None:

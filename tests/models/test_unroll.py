@@ -18,14 +18,17 @@ MASKS = [[0, 0, 1, 1, 1, 1], [1], [0, 1, 1], [0, 1, 1, 1, 0, 0, 1, 1, 1, 1], [1,
 PRUNED = [1, 4, 5, 9, 11, 12, 17, 18, 20, 23, 25, 26, 28, 30, 31, 33, 36, 38, 39]
 
 
-def expected(made: DraftTask, config: DraftConfig, conversations: list[Conversation], draft_ids: list[int] | None, over: list[float]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def expected(
+    made: DraftTask, config: DraftConfig, conversations: list[Conversation], draft_ids: list[int] | None, over: list[float]
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     weights = {name: p.detach().double().clone().requires_grad_() for name, p in made.draft.named_parameters()}
     table = weights["embed_tokens.weight"] if config.owns_embedding else made.draft.embedding_table.double()
     total = torch.zeros((), dtype=torch.float64)
     sums: dict[str, list[float]] = {}
     for c in conversations:
         value, one = reference.loss(
-            config, weights, table, ids=c.ids, mask=c.mask, aux=c.aux, last=c.last, head=made.head.weight.double(), head_norm=made.head.norm_weight.double(), head_eps=1e-5,
+            config, weights, table, ids=c.ids, mask=c.mask, aux=c.aux, last=c.last, head=made.head.weight.double(),
+            head_norm=made.head.norm_weight.double(), head_eps=1e-5,
             draft_ids=draft_ids or list(range(config.vocab_size)), step_weights=WEIGHTS, counts=over,
         )  # fmt: skip
         total = total + value
@@ -105,7 +108,10 @@ def test_last_row_of_a_record_is_never_read() -> None:
     config = draft_config()
     made = task(config, draft_ids=None, step_weights=WEIGHTS)
     given = [conversation(config, [0, 1, 1, 1, 1], 1), conversation(config, [0, 1, 1, 1], 2)]
-    spoiled = [Conversation(c.ids, c.mask, c.aux.index_fill(0, torch.tensor([len(c.ids) - 1]), 1e6), c.last.index_fill(0, torch.tensor([len(c.ids) - 1]), 1e6)) for c in given]
+    spoiled = [
+        Conversation(c.ids, c.mask, c.aux.index_fill(0, torch.tensor([len(c.ids) - 1]), 1e6), c.last.index_fill(0, torch.tensor([len(c.ids) - 1]), 1e6))
+        for c in given
+    ]
     assert made(pack(config, given, STEPS)).loss.item() == made(pack(config, spoiled, STEPS)).loss.item()
 
 

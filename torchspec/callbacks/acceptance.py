@@ -1,6 +1,7 @@
 """Acceptance length in validation: the serving walk, and real vLLM when asked.
 
-The walk follows each validation answer as a server would: start at its first token, count how many drafts in a row are right, jump over them and the bonus token, repeat.
+The walk follows each validation answer as a server would: start at its first token, count how many drafts in a row are right, jump over them and the bonus
+token, repeat.
 Run it on answers that the target gave greedily (``regenerate`` with temperature 0), and it is what vLLM reports at temperature 0.
 """
 
@@ -14,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from torchspec.callbacks.export import ExportDraft
 from torchspec.errors import UserError
 from torchspec.models.metrics import serving_walk
 
@@ -39,7 +41,9 @@ class AcceptanceLength(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if not 1 <= self.k <= pl_module.unroll_steps:
-            raise UserError("callbacks.AcceptanceLength.num_speculative_tokens", self.k, f"is not in 1..{pl_module.unroll_steps}", "use at most model.unroll_steps")
+            raise UserError(
+                "callbacks.AcceptanceLength.num_speculative_tokens", self.k, f"is not in 1..{pl_module.unroll_steps}", "use at most model.unroll_steps"
+            )
         if self.serve_prompts is not None and not Path(self.serve_prompts).is_file():
             raise UserError("callbacks.AcceptanceLength.serve_prompts", self.serve_prompts, "does not exist", "give a conversation file")
 
@@ -86,9 +90,16 @@ class AcceptanceLength(pl.Callback):
             return
         from torchspec.acceptance import measure
 
-        draft = next((Path(c.directory or Path(trainer.default_root_dir) / "draft") for c in trainer.callbacks if hasattr(c, "which") and hasattr(c, "directory")), None)  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        exporter = next((c for c in callbacks if isinstance(c, ExportDraft)), None)
+        draft = None if exporter is None else Path(exporter.directory or Path(trainer.default_root_dir) / "draft")
         if draft is None or not (draft / "config.json").is_file():
-            raise UserError("callbacks.AcceptanceLength.serve_prompts", self.serve_prompts, "needs an exported draft", "put ExportDraft before AcceptanceLength in trainer.callbacks")
+            raise UserError(
+                "callbacks.AcceptanceLength.serve_prompts",
+                self.serve_prompts,
+                "needs an exported draft",
+                "put ExportDraft before AcceptanceLength in trainer.callbacks",
+            )
         report = measure(
             pl_module.target.config.path,
             str(draft),

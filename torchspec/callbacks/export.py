@@ -40,7 +40,10 @@ class ExportDraft(pl.Callback):
         if trainer.is_global_zero:
             directory = Path(self.directory or Path(trainer.default_root_dir) / "draft")
             report = export_checkpoint(checkpoint, pl_module.target, directory, dtype=self.dtype)
-            rank_zero_info(f"draft exported to {report.directory}: {report.tensors} tensors, {report.nbytes / 2**20:.1f} MiB; reloaded and compared, largest difference {report.max_logit_difference:g}")
+            rank_zero_info(
+                f"draft exported to {report.directory}: {report.tensors} tensors, {report.nbytes / 2**20:.1f} MiB; "
+                f"reloaded and compared, largest difference {report.max_logit_difference:g}"
+            )
             if self.log_artifact:
                 self._log(trainer, directory)
         trainer.strategy.barrier("export")
@@ -56,7 +59,8 @@ class ExportDraft(pl.Callback):
 
     @staticmethod
     def _log(trainer: pl.Trainer, directory: Path) -> None:
-        for logger in trainer.loggers:
+        loggers: list[Any] = trainer.loggers
+        for logger in loggers:
             if type(logger).__name__ == "WandbLogger":
                 import wandb
 

@@ -1,6 +1,7 @@
 """How well engines and trainers keep each other busy: rates, waits, bytes in flight, and the bottleneck by name.
 
-Logged every ``trainer.log_every_n_steps`` steps under ``pipeline/`` and summed up in ``pipeline.json`` in the run's folder. Capacity is tokens over *busy* time: what a side would
+Logged every ``trainer.log_every_n_steps`` steps under ``pipeline/`` and summed up in ``pipeline.json`` in the run's folder. Capacity is tokens over *busy*
+time: what a side would
 make if it never waited, so the smaller of the two is the bottleneck whatever the buffers hide. Time spent on validation is in neither.
 """
 
@@ -34,7 +35,7 @@ class PipelineMetrics(pl.Callback):
         self._pause()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.training or trainer.validating and self._first_step != trainer.global_step:
+        if trainer.training or (trainer.validating and self._first_step != trainer.global_step):
             self._since = time.monotonic()
 
     def _pause(self) -> None:

@@ -1,6 +1,7 @@
 """Vocabulary pruning: the draft's head covers the W tokens that the target's answers use most.
 
-The mapping is counted once over the supervised tokens of the training set, goes into every checkpoint, and comes from the checkpoint on resume: it is never recomputed over a
+The mapping is counted once over the supervised tokens of the training set, goes into every checkpoint, and comes from the checkpoint on resume: it is never
+recomputed over a
 trained head. A smaller head is most of the draft's cost; tokens outside it count as misses in accuracy and acceptance.
 """
 
@@ -34,13 +35,20 @@ class VocabularyPruning(pl.Callback):
             return
         total = pl_module.target.vocab_size
         if self.size > total:
-            raise UserError("callbacks.VocabularyPruning.size", self.size, f"is larger than the target's vocabulary of {total}", "lower it, or drop the callback")
+            raise UserError(
+                "callbacks.VocabularyPruning.size", self.size, f"is larger than the target's vocabulary of {total}", "lower it, or drop the callback"
+            )
         path = getattr(trainer, "resume_path", None)
         if path is not None:
             ids = read_facts(Path(path))["draft_ids"]
             saved = total if ids is None else len(ids)
             if saved != self.size:
-                raise UserError("callbacks.VocabularyPruning.size", self.size, f"differs from the {saved} tokens of the checkpoint {path}", f"use {saved}, or start a new run")
+                raise UserError(
+                    "callbacks.VocabularyPruning.size",
+                    self.size,
+                    f"differs from the {saved} tokens of the checkpoint {path}",
+                    f"use {saved}, or start a new run",
+                )
             pl_module.vocabulary = None if ids is None else VocabularyMapping(draft_ids=ids, target_size=total)
             return
         counts = trainer.datamodule.token_counts()  # type: ignore[attr-defined]

@@ -9,7 +9,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchspec.engines.connection import BadFrame, Closed, Connection
-from torchspec.engines.messages import Acknowledge, Answer, Ask, CloseStage, Hello, Message, OpenStage, Pack, PackReady, Reissue, Stop, Submit, ToTrainer, Welcome
+from torchspec.engines.messages import (
+    Acknowledge,
+    Answer,
+    Ask,
+    CloseStage,
+    Hello,
+    Message,
+    OpenStage,
+    Pack,
+    PackReady,
+    Reissue,
+    Stop,
+    Submit,
+    ToTrainer,
+    Welcome,
+)
 from torchspec.errors import GroupStopped
 
 __all__ = ["Endpoint", "GroupStopped", "TrainerClient"]

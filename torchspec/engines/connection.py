@@ -10,8 +10,10 @@ import logging
 import select
 import socket
 import struct
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +22,8 @@ import msgspec
 from torchspec.engines.messages import MAX_FRAME, Message
 
 _HEAD = struct.Struct("<II")
+_SILENCE = 60
+"""Seconds that sent bytes may stay without an acknowledgement of the other host before the connection counts as dead."""
 _ENCODER = msgspec.msgpack.Encoder()
 log = logging.getLogger(__name__)
 
@@ -73,13 +77,14 @@ class Framer:
                     raise BadFrame(f"frame {number} came where {self._received} was due")
                 if len(self._buffer) - at - _HEAD.size < length:
                     break
-                body = bytes(self._buffer[at + _HEAD.size : at + _HEAD.size + length])
-                at += _HEAD.size + length
-                self._received += 1
+                at += _HEAD.size
                 try:
-                    message = self._decoder.decode(body)
+                    with memoryview(self._buffer) as view, view[at : at + length] as body:
+                        message = self._decoder.decode(body)
                 except msgspec.DecodeError as error:
                     raise BadFrame(f"frame does not decode: {error}") from error
+                at += length
+                self._received += 1
                 yield message
         finally:
             del self._buffer[:at]
@@ -114,8 +119,10 @@ class Connection:
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if sys.platform == "linux":
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _SILENCE)
         self._framer = Framer(expected)
-        self._pending: list[Any] = []
+        self._pending: deque[Any] = deque()
         self._lock = threading.Lock()
 
     def send(self, message: Message) -> None:
@@ -148,8 +155,8 @@ class Connection:
                 raise Closed(f"connection to the coordinator lost ({error})") from error
             if not data:
                 raise Closed("the coordinator closed the connection")
-            self._pending += self._framer.decode(data)
-        return self._pending.pop(0)
+            self._pending.extend(self._framer.decode(data))
+        return self._pending.popleft()
 
     def close(self) -> None:
         """Idempotent."""
@@ -210,3 +217,8 @@ class Peer(asyncio.Protocol):
         """Send what is queued and end. Idempotent."""
         if self._transport is not None:
             self._transport.close()
+
+    def abort(self) -> None:
+        """End now: the other side does not read."""
+        if self._transport is not None:
+            self._transport.abort()

@@ -1,8 +1,8 @@
 """The coordinator process: ``python -m torchspec.engines.coordinator``.
 
-It gets one JSON line of configuration (``GroupConfig.to_json``) on stdin, says where it listens in one JSON line on stdout, and lives as long as its stdin: at end of
-file, for whatever reason, it kills the workers' process groups, closes the store and exits. The rules are in ``ledger.py``; here they meet sockets, processes and the clock. One
-thread deletes keys, because a store call may block. No torch is imported.
+It gets one JSON line of configuration (``GroupConfig.to_json``) on stdin, says where it listens in one JSON line on stdout, and lives
+as long as its stdin: at end of file, for whatever reason, it kills the workers' process groups, closes the store and exits. The rules
+are in ``ledger.py``; here they meet sockets, processes and the clock. No torch is imported.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import hmac
 import json
 import logging
 import os
-import queue
 import signal
 import sys
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torchspec.engines.cleaner import Cleaner
+from torchspec.engines.client import Endpoint
 from torchspec.engines.connection import Peer
 from torchspec.engines.ledger import Ledger, Out, ProtocolError
 from torchspec.engines.messages import (
@@ -41,12 +42,16 @@ from torchspec.engines.messages import (
     Welcome,
     Work,
 )
-from torchspec.engines.supervisor import WorkerProcess, end_all
-from torchspec.transfer import StoreConfig, make_server, open_store
+from torchspec.engines.supervisor import Supervisor, WorkerProcess
+from torchspec.transfer import StoreConfig, make_server
 from torchspec.transfer.spec import RecordSpec
+from torchspec.transfer.store import StoreServer
 
 log = logging.getLogger("torchspec.coordinator")
 _TICK = 0.1
+"""Seconds between two looks at processes and deadlines."""
+_HELLO = 10.0
+"""Seconds for a client to say who it is."""
 _FROM: dict[str, Any] = {
     "trainer": OpenStage | Submit | Acknowledge | Reissue | CloseStage | Ask,
     "worker": Ready | Pull | Report | Beat,
@@ -66,17 +71,25 @@ class _WorkerView:
         self.idle_for_credit_s = 0.0
         self.idle_for_packs_s = 0.0
 
+    def facts(self) -> dict[str, Any]:
+        b = self.beat
+        counters = {"samples": b.samples, "tokens": b.tokens, "busy_s": b.busy_s, "write_s": b.write_s, "alive": self.ready}
+        return {**counters, "idle_for_credit_s": self.idle_for_credit_s, "idle_for_packs_s": self.idle_for_packs_s}
+
 
 class Coordinator:
     """See the module.
 
     Args:
         config: the JSON line, decoded.
+        say: takes words for the owner.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], *, say: Callable[[dict[str, Any]], None]) -> None:
         self.config = config
         self.engines: dict[str, Any] = config["engines"]
+        self.error: str | None = None
+        self.finished = asyncio.Event()
         spec = RecordSpec.from_dict(config["spec"])
         self.spec = spec.to_dict()
         self.ledger = Ledger(
@@ -89,85 +102,81 @@ class Coordinator:
             lease_timeout=self.engines["lease_timeout"],
         )
         log_dir = Path(config["log_dir"])
-        self.processes = [WorkerProcess(f"worker-{i}", device, log_dir / f"worker-{i}.log") for i, device in enumerate(config["devices"])]
-        self.workers: dict[str, _WorkerView] = {}
-        self.ranks: dict[tuple[int, str], Peer] = {}
-        """Connection of each (rank, stage)."""
-        self.waiting: list[Peer] = []
+        processes = [WorkerProcess(f"worker-{i}", device, log_dir / f"worker-{i}.log") for i, device in enumerate(config["devices"])]
+        self.supervisor = Supervisor(processes, limits=self.engines, on_end=self._worker_ended, on_fatal=self.stop)
+        self._say = say
+        self._store: StoreServer | None = None
+        self._cleaner: Cleaner | None = None
+        self._peers: set[Peer] = set()
+        self._early: list[Peer] = []
         """Clients that came before the store was up."""
-        self.peers: set[Peer] = set()
-        self.store: Any | None = None
-        self.port = 0
-        self.restarts = 0
-        self.error: str | None = None
-        self.finished = asyncio.Event()
-        self._deletions: queue.SimpleQueue[list[str] | None] = queue.SimpleQueue()
-        self._deleter: threading.Thread | None = None
+        self._workers: dict[str, _WorkerView] = {}
+        self._ranks: dict[tuple[int, str], Peer] = {}
+        """Connection of each (rank, stage)."""
+        self._late: list[tuple[float, list[str]]] = []
+        """Keys that a lost worker of another host may still write, and when they are deleted once more."""
         self._last_tick = time.monotonic()
 
     async def run(self) -> int:
-        """Serve until stdin ends; returns the exit code."""
+        """Serve until the owner is gone; returns the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.finished.set)
-        server = await loop.create_server(self._peer, self.config["listen_host"], self.config["listen_port"])
-        self.port = server.sockets[0].getsockname()[1]
-        _say({"port": self.port, "pid": os.getpid()})
         loop.add_reader(sys.stdin.fileno(), self._stdin)
-        ticking: asyncio.Task[None] | None = None
         try:
-            if await self._start_store(loop):
-                for process in self.processes:
-                    process.start(host=self._own_host, port=self.port, token=self.config["token"], now=time.monotonic())
-                ticking = asyncio.create_task(self._ticks())
+            server = await loop.create_server(self._peer, self.config["listen_host"], self.config["listen_port"])
+        except OSError as error:
+            self.stop(f"cannot listen on {self.config['listen_host']}:{self.config['listen_port']} ({error.strerror})")
+            return 1
+        port = server.sockets[0].getsockname()[1]
+        self._say({"port": port, "pid": os.getpid()})
+        ticking = asyncio.create_task(self._ticks())
+        try:
+            host = "127.0.0.1" if self.config["listen_host"] in ("0.0.0.0", "::") else self.config["listen_host"]
+            self.supervisor.start(Endpoint(host, port, self.config["token"]), now=time.monotonic())
+            await self._start_store(loop)
             await self.finished.wait()
         finally:
-            if ticking is not None:
-                ticking.cancel()
+            ticking.cancel()
             server.close()
-            for peer in list(self.peers):
+            for peer in list(self._peers):
                 peer.send(Stop(error=self.error or ""))
                 peer.close()
             await asyncio.sleep(0)  # let the last words out
-            end_all(self.processes)
-            self._deletions.put(None)
-            if self._deleter is not None:
-                await asyncio.to_thread(self._deleter.join, 5.0)
-            if self.store is not None:
-                await asyncio.to_thread(self.store.close)
+            self.supervisor.close()
+            if self._cleaner is not None:
+                await asyncio.to_thread(self._cleaner.close, 5.0)
+            if self._store is not None:
+                await asyncio.to_thread(self._store.close)
         log.info("ended%s", f": {self.error}" if self.error else "")
         return 1 if self.error else 0
 
-    @property
-    def _own_host(self) -> str:
-        host: str = self.config["listen_host"]
-        return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
-
-    async def _start_store(self, loop: asyncio.AbstractEventLoop) -> bool:
+    async def _start_store(self, loop: asyncio.AbstractEventLoop) -> None:
         started = time.monotonic()
+        c = self.config
         try:
-            store = make_server(
-                StoreConfig(**self.config["store"]), run=self.config["run"], budget=self.config["budget"], expected_host=self.config["expected_host"], log_dir=self.config["log_dir"]
-            )
-            self.store = store
+            store = make_server(StoreConfig(**c["store"]), run=c["run"], budget=c["budget"], expected_host=c["expected_host"], log_dir=c["log_dir"])
+            self._store = store
             await asyncio.to_thread(store.start)
         except Exception as error:
             self.stop(f"the store did not start: {error}")
-            return False
+            return
         log.info("store %s (%s) up after %.2f s", store.kind, store.reason, time.monotonic() - started)
-        self._deleter = threading.Thread(target=self._delete, args=(loop, store.address), name="deleter", daemon=True)
-        self._deleter.start()
-        waiting, self.waiting = self.waiting, []
-        for peer in waiting:
+        self._cleaner = Cleaner(
+            store.address,
+            on_deleted=lambda keys: _in_loop(loop, self._deleted, keys),
+            on_error=lambda problem: _in_loop(loop, self.stop, problem),
+        )
+        early, self._early = self._early, []
+        for peer in early:
             self._welcome(peer)
-        return not self.finished.is_set()
 
     def stop(self, error: str) -> None:
-        """End the group; clients are told why."""
+        """End the group; clients are told why. The first reason counts."""
         if self.error is None:
             self.error = error
             log.error("stopping: %s", error)
-            _say({"error": error})
+            self._say({"error": error})
         self.finished.set()
 
     def _stdin(self) -> None:
@@ -179,14 +188,29 @@ class Coordinator:
     # -- clients
 
     def _peer(self) -> Peer:
-        peer = Peer(Hello, on_message=self._hello, on_lost=self._lost)
-        self.peers.add(peer)
+        peer = Peer(Hello, on_message=self._received, on_lost=self._lost)
+        self._peers.add(peer)
+        asyncio.get_running_loop().call_later(_HELLO, self._expect_hello, peer)
         return peer
 
-    def _hello(self, peer: Peer, message: Any) -> None:
-        if peer.role:
-            self._message(peer, message)
+    def _expect_hello(self, peer: Peer) -> None:
+        if not peer.role and peer in self._peers:
+            log.warning("refused %s: it did not say who it is", peer.name)
+            peer.close()
+
+    def _received(self, peer: Peer, message: Any) -> None:
+        if not peer.role:
+            self._hello(peer, message)
             return
+        try:
+            (self._from_worker if peer.role == "worker" else self._from_trainer)(peer, message)
+        except ProtocolError as error:
+            log.error("%s broke the protocol: %s", peer.name, error)
+            peer.send(Stop(error=f"coordinator: {error}"))
+            peer.close()
+        self._settle()
+
+    def _hello(self, peer: Peer, message: Hello) -> None:
         problem = None
         if not hmac.compare_digest(message.token.encode(), self.config["token"].encode()):
             problem = "wrong run token"
@@ -194,38 +218,26 @@ class Coordinator:
             problem = f"speaks protocol {message.protocol}, this run {PROTOCOL}: install the same version of torchspec everywhere"
         elif message.role not in _FROM:
             problem = f"unknown role {message.role!r}"
-        elif message.role == "worker" and message.name in self.workers:
+        elif message.role == "worker" and message.name in self._workers:
             problem = f"a worker named {message.name} is connected already"
         if problem is not None:
-            log.warning("refused %s (%s): %s", peer.name, message.name, problem)
+            log.warning("refused %s (%.40r): %s", peer.name, message.name, problem)
             peer.send(Stop(error=f"the coordinator refused the connection: {problem}"))
             peer.close()
             return
         peer.role, peer.name = message.role, message.name
         peer.accept(_FROM[peer.role])
         if peer.role == "worker":
-            self.workers[peer.name] = _WorkerView(peer)
-        if self._deleter is None:
-            self.waiting.append(peer)
+            self._workers[peer.name] = _WorkerView(peer)
+        if self._cleaner is None:
+            self._early.append(peer)
         else:
             self._welcome(peer)
 
     def _welcome(self, peer: Peer) -> None:
-        assert self.store is not None
+        assert self._store is not None
         job = {name: self.config[name] for name in ("target", "engine", "engines", "max_length")} if peer.role == "worker" else {}
-        peer.send(Welcome(run=self.config["run"], incarnation=self.config["incarnation"], store=self.store.address, spec=self.spec, job=job))
-
-    def _message(self, peer: Peer, message: Any) -> None:
-        try:
-            if peer.role == "worker":
-                self._from_worker(peer, message)
-            else:
-                self._from_trainer(peer, message)
-        except ProtocolError as error:
-            log.error("%s broke the protocol: %s", peer.name, error)
-            peer.send(Stop(error=f"coordinator: {error}"))
-            peer.close()
-        self._settle()
+        peer.send(Welcome(run=self.config["run"], incarnation=self.config["incarnation"], store=self._store.address, spec=self.spec, job=job))
 
     def _from_trainer(self, peer: Peer, m: Any) -> None:
         ledger = self.ledger
@@ -239,29 +251,31 @@ class Coordinator:
                 ledger.reissue(peer.rank, m.stage, m.epoch, m.pack, m.index, m.key, m.reason)
             case OpenStage():
                 peer.rank = m.rank
-                self.ranks[m.rank, m.stage] = peer
+                self._ranks[m.rank, m.stage] = peer
                 ledger.open_stage(m.rank, m.stage, m.epoch, first_pack=m.first_pack, num_packs=m.num_packs, world=m.world)
             case CloseStage():
                 ledger.close_stage(peer.rank, m.stage, m.epoch)
             case Ask():
-                peer.send(Answer(state=self.state()))
+                state = {**ledger.state(), "restarts": self.supervisor.restarts}
+                peer.send(Answer(state={**state, "workers": {name: view.facts() for name, view in self._workers.items()}}))
 
     def _from_worker(self, peer: Peer, m: Any) -> None:
-        view = self.workers[peer.name]
+        view = self._workers[peer.name]
         match m:
-            case Report():
-                if view.ready:
-                    for done in m.finished:
-                        self.ledger.finish(peer.name, done.lease, done.nbytes, done.rows)
-                    for lost in m.failed:
-                        log.warning("%s failed lease %d: %s", peer.name, lost.lease, lost.reason)
-                        self.ledger.fail(peer.name, lost.lease, lost.reason, retry=lost.retry)
-            case Pull():
-                view.pull = m if view.ready else None
+            case Report() if view.ready:
+                for done in m.finished:
+                    self.ledger.finish(peer.name, done.lease, done.nbytes, done.rows)
+                for lost in m.failed:
+                    log.warning("%s failed lease %d: %s", peer.name, lost.lease, lost.reason)
+                    self.ledger.fail(peer.name, lost.lease, lost.reason, retry=lost.retry)
+            case Pull() if view.ready:
+                view.pull = m
             case Beat():
                 view.beat, view.last_beat = m, time.monotonic()
-            case Ready():
+            case Ready() if not view.ready:
                 self._ready(peer, view, m)
+            case _:
+                raise ProtocolError(f"{type(m).__name__} from {peer.name} {'after' if view.ready else 'before'} it was ready")
 
     def _ready(self, peer: Peer, view: _WorkerView, m: Ready) -> None:
         different = [f"{name} is {m.spec.get(name)!r}, the trainer expects {value!r}" for name, value in self.spec.items() if m.spec.get(name) != value]
@@ -269,82 +283,65 @@ class Coordinator:
             self.stop(f"{peer.name} would write other records than this run needs: {'; '.join(different)}")
             return
         if m.max_tokens < self.config["max_length"]:
-            self.stop(f"{peer.name} takes at most {m.max_tokens} tokens, data.max_length is {self.config['max_length']}: lower it, or raise the engine's limit")
+            limit = f"{peer.name} takes at most {m.max_tokens} tokens, data.max_length is {self.config['max_length']}"
+            self.stop(f"{limit}: lower it, or raise the engine's limit")
             return
         log.info("%s ready: %s", peer.name, json.dumps(m.info))
-        view.ready = True
+        view.ready, view.last_beat = True, time.monotonic()
         self.ledger.join(peer.name, m.max_tokens)
-        for process in self.processes:
-            if process.name == peer.name:
-                process.ready = process.was_ready = True
+        self.supervisor.ready(peer.name)
 
     def _lost(self, peer: Peer) -> None:
-        self.peers.discard(peer)
-        if peer in self.waiting:
-            self.waiting.remove(peer)
-        if peer.role == "worker" and self.workers.get(peer.name) is not None and self.workers[peer.name].peer is peer:
-            del self.workers[peer.name]
-            self.ledger.leave(peer.name, f"{peer.name} was lost")
-        for (rank, stage), connected in list(self.ranks.items()):
+        self._peers.discard(peer)
+        if peer in self._early:
+            self._early.remove(peer)
+        view = self._workers.get(peer.name) if peer.role == "worker" else None
+        if view is not None and view.peer is peer:
+            del self._workers[peer.name]
+            if self.supervisor.owns(peer.name):
+                self.supervisor.disconnected(peer.name, now=time.monotonic())  # its leases go back when it has ended and can write no more
+            else:
+                keys = self.ledger.leave(peer.name, f"{peer.name} was lost")
+                self._late.append((time.monotonic() + self.engines["lease_timeout"], keys))
+        for (rank, stage), connected in list(self._ranks.items()):
             if connected is peer:
-                del self.ranks[rank, stage]
-                self._close_passes(rank, stage)
+                del self._ranks[rank, stage]
+                self.ledger.leave_stage(rank, stage)
         self._settle()
 
-    def _close_passes(self, rank: int, stage: str) -> None:
-        for name, epoch in self.ledger.passes():
-            if name == stage:
-                self.ledger.close_stage(rank, stage, epoch)
+    def _worker_ended(self, name: str) -> None:
+        """A worker process of this host is reaped."""
+        view = self._workers.pop(name, None)
+        if view is not None:
+            view.peer.close()
+        self.ledger.leave(name, f"{name} died")
+        self._settle()
 
     # -- consequences
 
     def _settle(self) -> None:
         """Carry out what the ledger decided, and give work to who asked for it."""
         ledger = self.ledger
-        now = time.monotonic()
-        for name, view in self.workers.items():
-            if view.pull is not None and ledger.has_work:
-                leases = ledger.pull(name, view.pull.samples, view.pull.tokens, now)
-                if leases:
-                    view.pull = None
-                    view.peer.send(Work(leases=leases))
+        if ledger.has_work:
+            now = time.monotonic()
+            for name, view in self._workers.items():
+                if view.pull is not None:
+                    leases = ledger.pull(name, view.pull.samples, view.pull.tokens, now)
+                    if leases:
+                        view.pull = None
+                        view.peer.send(Work(leases=leases))
         out, ledger.out = ledger.out, Out()
         for rank, message in out.ready:
-            peer = self.ranks.get((rank, message.stage))
+            peer = self._ranks.get((rank, message.stage))
             if peer is not None:
                 peer.send(message)
         for name, lease in out.cancel:
-            if name in self.workers:
-                self.workers[name].peer.send(Cancel(leases=[lease]))
-        if out.delete:
-            self._deletions.put(out.delete)
+            if name in self._workers:
+                self._workers[name].peer.send(Cancel(leases=[lease]))
+        if out.delete and self._cleaner is not None:
+            self._cleaner.delete(out.delete)
         if out.stop is not None:
             self.stop(out.stop)
-
-    def _delete(self, loop: asyncio.AbstractEventLoop, address: dict[str, Any]) -> None:
-        """The deleting thread: everything queued in one call."""
-        try:
-            store = open_store(address)
-        except Exception as error:
-            loop.call_soon_threadsafe(self.stop, f"the coordinator cannot reach its store: {error}")
-            return
-        while (keys := self._deletions.get()) is not None:
-            last = False
-            while not self._deletions.empty():
-                more = self._deletions.get()
-                if more is None:
-                    last = True
-                    break
-                keys += more
-            try:
-                store.delete(keys)
-            except Exception as error:
-                loop.call_soon_threadsafe(self.stop, f"deleting from the store failed: {error}")
-                break
-            loop.call_soon_threadsafe(self._deleted, keys)
-            if last:
-                break
-        store.close()
 
     def _deleted(self, keys: list[str]) -> None:
         self.ledger.deleted(keys)
@@ -359,79 +356,48 @@ class Coordinator:
                 self._tick(time.monotonic())
             except Exception as error:
                 log.exception("tick failed")
-                self.stop(f"coordinator failed: {error!r}")
+                self.stop(f"the coordinator failed: {error!r}")
 
     def _tick(self, now: float) -> None:
         elapsed, self._last_tick = now - self._last_tick, now
-        assert self.store is not None
-        if not self.store.alive():
-            self.stop(f"the {self.store.kind} store died; see {self.config['log_dir']}")
+        if os.getppid() != self.config["owner"]:
+            log.info("the owner is gone")  # its pipe may be held open by a child of its
+            self.finished.set()
+        if self.finished.is_set():
             return
-        for view in self.workers.values():
+        self.supervisor.watch(now, {name: view.last_beat for name, view in self._workers.items()})
+        if self._cleaner is None or self._store is None:
+            return
+        if not self._store.alive():
+            self.stop(f"the {self._store.kind} store died; see {self.config['log_dir']}")
+            return
+        held_back = self.ledger.waits_for_credit
+        for view in self._workers.values():
             if view.pull is not None:
-                if self.ledger.waits_for_credit:
-                    view.idle_for_credit_s += elapsed
-                else:
-                    view.idle_for_packs_s += elapsed
-        late = self.ledger.overdue(now)
-        for process in self.processes:
-            self._watch(process, late, now)
-        for name in late.keys() - {process.name for process in self.processes}:
-            log.error("%s holds %d leases past their deadline: connection closed", name, late[name])
-            self.workers[name].peer.close()
+                view.idle_for_credit_s += elapsed * held_back
+                view.idle_for_packs_s += elapsed * (not held_back)
+        for name, count in self.ledger.overdue(now).items():
+            self._end_worker(name, f"{count} leases past data.engines.lease_timeout={self.engines['lease_timeout']:g} s")
+        for name, view in list(self._workers.items()):
+            if view.ready and not self.supervisor.owns(name) and now - view.last_beat > self.engines["silence_timeout"]:
+                self._end_worker(name, f"silent for more than {self.engines['silence_timeout']:g} s (data.engines.silence_timeout)")
+        while self._late and self._late[0][0] <= now:
+            self._cleaner.delete(self._late.pop(0)[1])
 
-    def _watch(self, process: WorkerProcess, late: dict[str, int], now: float) -> None:
-        """Restart a worker that ended, hangs or is silent; give up when it cannot start."""
-        if process.process is None:
-            if now >= process.next_start:
-                process.start(host=self._own_host, port=self.port, token=self.config["token"], now=now)
-            return
-        code = process.exit_code()
-        view = self.workers.get(process.name)
-        if code is None and process.ready and view is not None:
-            if process.name in late:
-                log.error("%s holds %d leases past their deadline: killed", process.name, late[process.name])
-                process.kill()
-            elif now - view.last_beat > self.engines["silence_timeout"]:
-                log.error("%s was silent for %.0f s: killed", process.name, now - view.last_beat)
-                process.kill()
-        elif code is None and not process.ready and now - process.started > self.engines["start_timeout"]:
-            process.kill()
-            self.stop(f"{process.name} was not ready after data.engines.start_timeout={self.engines['start_timeout']:.0f} s; its log ends: {process.last_lines()}")
-        if code is not None:
-            self._ended(process, code, view, now)
+    def _end_worker(self, name: str, why: str) -> None:
+        if self.supervisor.owns(name):
+            self.supervisor.kill(name, f"{why}: killed")
+        elif name in self._workers:
+            log.error("%s: %s: connection ended", name, why)
+            self._workers[name].peer.abort()
 
-    def _ended(self, process: WorkerProcess, code: int, view: _WorkerView | None, now: float) -> None:
-        how = f"signal {-code}" if code < 0 else f"code {code}"
-        if not process.was_ready:
-            self.stop(f"{process.name} ended with {how} before it was ready; its log ends: {process.last_lines()}")
-            return
-        if process.restarts >= self.engines["max_restarts"]:
-            self.stop(f"{process.name} ended with {how} after {process.restarts} restarts (data.engines.max_restarts); its log ends: {process.last_lines()}")
-            return
-        process.kill()  # what is left of its group
-        if view is not None:
-            view.peer.close()
-            self._lost(view.peer)
-        self.restarts += 1
-        delay = process.back_off(now)
-        log.warning("%s ended with %s: restart %d in %.1f s", process.name, how, process.restarts, delay)
 
-    def state(self) -> dict[str, Any]:
-        """docs/design.md, "Group metrics"."""
-        workers = {
-            name: {
-                "samples": view.beat.samples,
-                "tokens": view.beat.tokens,
-                "busy_s": view.beat.busy_s,
-                "write_s": view.beat.write_s,
-                "alive": view.ready,
-                "idle_for_credit_s": view.idle_for_credit_s,
-                "idle_for_packs_s": view.idle_for_packs_s,
-            }
-            for name, view in self.workers.items()
-        }
-        return {**self.ledger.state(), "restarts": self.restarts, "workers": workers}
+def _in_loop(loop: asyncio.AbstractEventLoop, function: Callable[[Any], None], argument: Any) -> None:
+    """Call in the loop's thread, or not at all when the loop has ended."""
+    try:
+        loop.call_soon_threadsafe(function, argument)
+    except RuntimeError:
+        pass
 
 
 def _say(words: dict[str, Any]) -> None:
@@ -441,9 +407,21 @@ def _say(words: dict[str, Any]) -> None:
         pass
 
 
+async def _serve(config: dict[str, Any]) -> int:
+    return await Coordinator(config, say=_say).run()
+
+
+def _first_line() -> bytes:
+    """The first line of stdin, unbuffered: what follows is the lifeline."""
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(sys.stdin.fileno(), 1)):
+        line += byte
+    return line
+
+
 def main() -> None:
     """Entry of the process."""
-    config = json.loads(sys.stdin.buffer.raw.readline())  # type: ignore[attr-defined]  # unbuffered: the rest of stdin is the lifeline
+    config = json.loads(_first_line())
     log_dir = Path(config["log_dir"])
     log_dir.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=log_dir / "coordinator.log", level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -451,14 +429,10 @@ def main() -> None:
         code = asyncio.run(_serve(config))
     except Exception as error:
         log.exception("coordinator failed")
-        _say({"error": f"coordinator failed: {error!r}; see {log_dir / 'coordinator.log'}"})
+        _say({"error": f"the coordinator failed: {error!r}; see {log_dir / 'coordinator.log'}"})
         code = 1
     logging.shutdown()
     os._exit(code)
-
-
-async def _serve(config: dict[str, Any]) -> int:
-    return await Coordinator(config).run()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The engine group as its owner (global rank 0's datamodule) sees it: start, watch, close.
 
-The coordinator is a fresh interpreter in a session of its own, so that a Ctrl-C in the terminal reaches it through its owner only. The pipe to its stdin is the lifeline: when this process
-goes, however it goes, the coordinator ends everything. ``close`` is idempotent.
+The coordinator is a fresh interpreter in a session of its own, so that a Ctrl-C in the terminal reaches it through its owner only. The pipe to
+its stdin is the lifeline: when this process goes, however it goes, the coordinator ends everything. ``close`` is idempotent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -61,13 +61,12 @@ class GroupConfig:
 
     def to_json(self) -> str:
         """One line for the coordinator."""
-        devices = worker_devices(self.engines)
-        loopback = self.listen_host in ("127.0.0.1", "localhost", "::1")
-        plain = {
-            "target": asdict(self.target), "spec": self.spec.to_dict(), "store": asdict(self.store), "engine": self.engine, "engines": asdict(self.engines), "budget": self.budget,
-            "reserve": self.reserve, "max_length": self.max_length, "log_dir": str(self.log_dir.resolve()), "run": self.run, "incarnation": self.incarnation,
-            "listen_host": self.listen_host, "listen_port": self.listen_port, "token": self.token, "devices": devices, "expected_host": None if loopback else self.listen_host,
-        }  # fmt: skip
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain |= {"target": asdict(self.target), "spec": self.spec.to_dict(), "store": asdict(self.store), "engines": asdict(self.engines)}
+        plain["log_dir"] = str(self.log_dir.resolve())
+        plain["devices"] = worker_devices(self.engines)
+        plain["expected_host"] = None if self.listen_host in ("127.0.0.1", "localhost", "::1") else self.listen_host
+        plain["owner"] = os.getpid()
         return json.dumps(plain)
 
 
@@ -81,7 +80,8 @@ def worker_devices(config: EngineConfig) -> list[str]:
         raise UserError("data.engines.workers", config.workers, "is negative", "use 0 or more (0 waits for workers started by hand)")
     if config.devices is not None:
         if len(config.devices) != config.workers:
-            raise UserError("data.engines.devices", config.devices, f"names {len(config.devices)} devices for {config.workers} workers", "give one entry a worker")
+            problem = f"names {len(config.devices)} devices for {config.workers} workers"
+            raise UserError("data.engines.devices", config.devices, problem, "give one entry a worker")
         return list(config.devices)
     count = _cuda_devices()
     return [str(i % count) if count else "cpu" for i in range(config.workers)]

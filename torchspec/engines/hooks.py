@@ -1,6 +1,7 @@
 """Reading a Transformers model's residual stream at chosen indices, without keeping the rest and without computing logits.
 
-Index i is ``hidden_states[i]``: the output of block i-1; 0 is the embedding output (the input of block 0); L is what enters the final norm. Blocks after the last wanted one are skipped.
+Index i is ``hidden_states[i]``: the output of block i-1; 0 is the embedding output (the input of block 0); L is what enters the final
+norm. Blocks after the last wanted one are skipped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Engine worker processes of this host: start, log file, restart with back-off, kill. Used by the coordinator, in its main thread."""
+"""Engine worker processes of this host: start, log file, watch, restart with back-off, kill. Used by the coordinator, in its main thread
+(the parent-death signal of a child follows the thread that started it)."""
 
 from __future__ import annotations
 
@@ -8,13 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torchspec
+from torchspec.engines.client import Endpoint
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("torchspec.supervisor")
 _LAST_LINES = 12
+_LAST_WORDS = 2.0
+"""Seconds for a worker that lost its connection to end by itself."""
 
 
 @dataclass
@@ -31,25 +36,24 @@ class WorkerProcess:
     was_ready: bool = False
     restarts: int = 0
     next_start: float = 0.0
-    last_beat: float = 0.0
+    kill_at: float | None = None
 
-    def start(self, *, host: str, port: int, token: str, now: float) -> None:
+    def start(self, endpoint: Endpoint, *, now: float) -> None:
         """Start a fresh interpreter in a session of its own."""
-        environment = {**os.environ, "TORCHSPEC_TOKEN": token, "TORCHSPEC_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "TORCHSPEC_TOKEN": endpoint.token, "TORCHSPEC_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         root = str(Path(torchspec.__file__).resolve().parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
-        if self.device != "cpu":
-            environment["CUDA_VISIBLE_DEVICES"] = self.device
-        command = [sys.executable, "-m", "torchspec.engines.worker", "--coordinator", f"{host}:{port}", "--name", self.name, "--device", "cpu" if self.device == "cpu" else "cuda:0"]
+        on_cpu = self.device == "cpu"
+        environment["CUDA_VISIBLE_DEVICES"] = "" if on_cpu else self.device
+        module = [sys.executable, "-m", "torchspec.engines.worker"]
+        options = ["--coordinator", f"{endpoint.host}:{endpoint.port}", "--name", self.name, "--device", "cpu" if on_cpu else "cuda:0"]
         with self.log_file.open("ab") as output:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True)
-        self.started = self.last_beat = now
-        self.ready = False
+            self.process = subprocess.Popen(
+                [*module, *options], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
+            )
+        self.started = now
+        self.ready, self.kill_at = False, None
         log.info("%s started: pid %d, device %s, log %s", self.name, self.process.pid, self.device, self.log_file)
-
-    def exit_code(self) -> int | None:
-        """None while it runs or was never started."""
-        return None if self.process is None else self.process.poll()
 
     def kill(self) -> None:
         """End the whole process group now."""
@@ -87,11 +91,96 @@ class WorkerProcess:
         return " | ".join(line.strip() for line in lines[-_LAST_LINES:] if line.strip()) or "(log is empty)"
 
 
-def end_all(workers: list[WorkerProcess]) -> None:
-    """Kill and reap every worker."""
-    started = time.monotonic()
-    for worker in workers:
-        worker.kill()
-    for worker in workers:
-        worker.reap()
-    log.info("%d workers ended in %.2f s", len(workers), time.monotonic() - started)
+class Supervisor:
+    """Keeps the workers of this host alive.
+
+    Args:
+        processes: one a worker, not started.
+        limits: of the engines: start_timeout, silence_timeout, max_restarts.
+        on_end: called with a worker's name when its process has ended (and is reaped: it can write nothing more).
+        on_fatal: called with the reason when the run cannot go on.
+    """
+
+    def __init__(self, processes: list[WorkerProcess], *, limits: Mapping[str, float], on_end: Callable[[str], None], on_fatal: Callable[[str], None]) -> None:
+        self.processes = processes
+        self.restarts = 0
+        self._limits = limits
+        self._on_end = on_end
+        self._on_fatal = on_fatal
+        self._endpoint: Endpoint | None = None
+
+    def start(self, endpoint: Endpoint, *, now: float) -> None:
+        """Start every worker; from now on :meth:`watch` restarts them."""
+        self._endpoint = endpoint
+        for process in self.processes:
+            process.start(endpoint, now=now)
+
+    def owns(self, name: str) -> bool:
+        """Whether a worker was started here, by name."""
+        return any(process.name == name for process in self.processes)
+
+    def ready(self, name: str) -> None:
+        """The worker has said so."""
+        for process in self.processes:
+            if process.name == name:
+                process.ready = process.was_ready = True
+
+    def disconnected(self, name: str, *, now: float) -> None:
+        """The worker's connection ended. It is ending, we hope, and has a moment to write down why."""
+        for process in self.processes:
+            if process.name == name and process.kill_at is None:
+                process.kill_at = now + _LAST_WORDS
+
+    def kill(self, name: str, why: str) -> None:
+        """End a worker; :meth:`watch` sees it."""
+        for process in self.processes:
+            if process.name == name and process.process is not None and process.process.poll() is None:
+                log.error("%s: %s", name, why)
+                process.kill()
+
+    def watch(self, now: float, beats: Mapping[str, float]) -> None:
+        """Look at every worker once.
+
+        Args:
+            now: monotonic seconds.
+            beats: time of the last heartbeat of each connected worker.
+        """
+        for process in self.processes:
+            if process.process is None:
+                if self._endpoint is not None and now >= process.next_start:
+                    process.start(self._endpoint, now=now)
+                continue
+            code = process.process.poll()
+            if code is not None:
+                self._ended(process, code, now)
+            elif process.kill_at is not None and now >= process.kill_at:
+                self.kill(process.name, "connection lost: killed")
+            elif process.ready and now - beats.get(process.name, now) > self._limits["silence_timeout"]:
+                self.kill(process.name, f"silent for more than {self._limits['silence_timeout']:.0f} s (data.engines.silence_timeout): killed")
+            elif not process.ready and now - process.started > self._limits["start_timeout"]:
+                process.kill()
+                problem = f"{process.name} was not ready after data.engines.start_timeout={self._limits['start_timeout']:g} s"
+                self._on_fatal(f"{problem}; its log ends: {process.last_lines()}")
+
+    def close(self) -> None:
+        """Kill and reap every worker."""
+        started = time.monotonic()
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.reap()
+        log.info("%d workers ended in %.2f s", len(self.processes), time.monotonic() - started)
+
+    def _ended(self, process: WorkerProcess, code: int, now: float) -> None:
+        process.kill()  # what is left of its group
+        self._on_end(process.name)
+        how = f"signal {-code}" if code < 0 else f"code {code}"
+        if not process.was_ready:
+            self._on_fatal(f"{process.name} ended with {how} before it was ready; its log ends: {process.last_lines()}")
+        elif process.restarts >= self._limits["max_restarts"]:
+            problem = f"{process.name} ended with {how} after {process.restarts} restarts (data.engines.max_restarts)"
+            self._on_fatal(f"{problem}; its log ends: {process.last_lines()}")
+        else:
+            delay = process.back_off(now)
+            self.restarts += 1
+            log.warning("%s ended with %s: restart %d in %.1f s", process.name, how, process.restarts, delay)

@@ -1,7 +1,9 @@
 """The target run by Transformers, on any device: batches by length, one record a conversation.
 
-``poll`` runs one batch: conversations of like length, padded on the right (a causal model's states do not see the padding), at most ``batch_tokens`` tokens with the padding. States are copied
-from the device straight into a registered buffer of the store and put from there. A batch that fails is tried again one by one, so that a bad sample never takes its neighbours along.
+``poll`` runs one batch: conversations of like length, padded on the right (a causal model's states do not see the padding), at most ``batch_tokens`` tokens
+with the padding. States are copied
+from the device straight into a registered buffer of the store and put from there. A batch that fails is tried again one by one, so that a bad sample never
+takes its neighbours along.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ def load_model(config: TargetConfig, *, device: str, attn_implementation: str, e
         model = AutoModelForCausalLM.from_pretrained(config.path, revision=config.revision, trust_remote_code=config.trust_remote_code, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError("data.target.path", config.path, f"does not load ({str(error).splitlines()[0]})", "check the checkpoint and data.engines") from error
-    return model.to(device).eval().requires_grad_(False)
+    loaded: Any = model
+    return loaded.to(device).eval().requires_grad_(False)
 
 
 class TransformersEngine:

@@ -1,7 +1,7 @@
 """Answers by the target with Transformers: batches of prompts of like length, a key-value cache, finished rows taken out.
 
-Rows are padded on the left, so that every row's next token is at the same place. When enough rows of a batch have ended, the cache is cut down to the ones still running: a long answer
-does not keep a whole batch computing.
+Rows are padded on the left, so that every row's next token is at the same place. When enough rows of a batch have ended, the cache is cut
+down to the ones still running: a long answer does not keep a whole batch computing.
 """
 
 from __future__ import annotations

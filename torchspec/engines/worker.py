@@ -1,7 +1,7 @@
 """One engine worker: ``python -m torchspec.engines.worker``, or ``main.py worker`` by hand.
 
-It connects, builds the engine that the coordinator names, says ready, and from then on asks for work whenever it has room. A thread of its own sends a heartbeat a second.
-It ends when the connection does; started by a coordinator it also dies with it (parent-death signal).
+It connects, builds the engine that the coordinator names, says ready, and from then on asks for work whenever it has room. A thread of its
+own sends a heartbeat a second. It ends when the connection does; started by a coordinator it also dies with it (parent-death signal).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any
 
 from torchspec.engines.connection import Closed, Connection
 from torchspec.engines.engine import Engine, EngineConfig, Job
@@ -167,7 +166,6 @@ def main(argv: list[str] | None = None) -> None:
         code = 1
     sys.stderr.flush()
     os._exit(code)  # no engine's atexit may hold the process
-
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ At step k the query of position t attends, in one softmax, to the step-0 keys of
 
     keys(t) = { K_0[s], s <= t }  u  { k_i[t], i = 1..k }
 
-The first part is ordinary causal attention; the second is k single keys a row. Both are merged through the log-sum-exp. For the backward, p = exp(score - lse) and
-delta = sum(dO * O) with the *merged* lse and output give the exact gradient of each part, so a flash backward that is handed the merged pair is right for the first part
-as it stands (Dao, FlashAttention-2, arXiv 2307.08691, section 3.2).
+The first part is ordinary causal attention; the second is k single keys a row. Both are merged through the log-sum-exp. For the backward,
+p = exp(score - lse) and delta = sum(dO * O) with the *merged* lse and output give the exact gradient of each part, so a flash backward that is handed
+the merged pair is right for the first part as it stands (Dao, FlashAttention-2, arXiv 2307.08691, section 3.2).
 
-Queries may cover a subset of the rows (only supervised positions need an output). Two paths, equal in value and gradient: torch's varlen flash kernel on CUDA in half
-precision, and a blocked one everywhere else, which computes in fp32 (fp64 for fp64 inputs).
+Queries may cover a subset of the rows (only supervised positions need an output). Two paths, equal in value and gradient: torch's varlen flash kernel on
+CUDA in half precision, and a blocked one everywhere else, which computes in fp32 (fp64 for fp64 inputs).
 
 Letters: N rows of the pack, R query rows, h heads, g key-value heads, d head size, E extra keys (= k).
 """
@@ -25,7 +25,9 @@ _BLOCK = 256
 """Query rows of a block: scores take h x 256 x T."""
 
 
-def unroll_attention(query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | None, extra_value: Tensor | None, *, rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+def unroll_attention(
+    query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor | None, extra_value: Tensor | None, *, rows: Tensor, cu_seqlens: Tensor
+) -> Tensor:
     """Attend.
 
     Args:
@@ -95,7 +97,9 @@ def _merge(out: Tensor, lse: Tensor, query: Tensor, extra_key: Tensor, extra_val
     return _wide(out) * torch.exp(lse - merged)[..., None] + added, merged
 
 
-def _merge_backward(grad: Tensor, query: Tensor, extra_key: Tensor, extra_value: Tensor, out: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _merge_backward(
+    grad: Tensor, query: Tensor, extra_key: Tensor, extra_value: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     groups = extra_key.shape[2]
     q, g = _grouped(query, groups), _grouped(grad, groups)
     ek, ev = _wide(extra_key), _wide(extra_value)

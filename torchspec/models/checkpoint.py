@@ -30,7 +30,9 @@ def read_entries(path: Path) -> dict[str, Any]:
     try:
         entries: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=path.is_file())
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError("ckpt_path", str(file), f"cannot be read ({str(error).splitlines()[0][:120]})", "the file is damaged: use another checkpoint") from error
+        raise UserError(
+            "ckpt_path", str(file), f"cannot be read ({str(error).splitlines()[0][:120]})", "the file is damaged: use another checkpoint"
+        ) from error
     return entries
 
 

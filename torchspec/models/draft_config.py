@@ -136,7 +136,9 @@ class DraftConfig:
             if given.get(name, value) != value:
                 raise UserError(f"model.draft ({file.name}: {name})", given[name], f"does not fit the target, which has {value}", "leave it out")
         if "aux_layers" in given and tuple(given["aux_layers"]) != tuple(aux_layers):
-            raise UserError(f"model.draft ({file.name}: aux_layers)", given["aux_layers"], f"differs from model.aux_layers={list(aux_layers)}", "set model.aux_layers alone")
+            raise UserError(
+                f"model.draft ({file.name}: aux_layers)", given["aux_layers"], f"differs from model.aux_layers={list(aux_layers)}", "set model.aux_layers alone"
+            )
         given.pop("aux_layers", None)
         return cls.from_target(target, aux_layers=aux_layers, **given)
 
@@ -170,7 +172,8 @@ def rope_of(config: Any) -> dict[str, Any]:
     """RoPE of a Transformers configuration, in the form of version 5, wherever the version keeps it.
 
     Raises:
-        UserError: when no base is found (a default would train every draft wrongly without a word), or layers of the target differ in theirs without a global one.
+        UserError: when no base is found (a default would train every draft wrongly without a word), or layers of the target differ in theirs without a
+            global one.
     """
     parameters = dict(getattr(config, "rope_parameters", None) or {})
     if parameters and "rope_theta" not in parameters and all(isinstance(value, dict) for value in parameters.values()):
@@ -181,7 +184,9 @@ def rope_of(config: Any) -> dict[str, Any]:
     if parameters.get("rope_theta") is None:
         parameters["rope_theta"] = getattr(config, "rope_theta", None)
     if parameters["rope_theta"] is None:
-        raise UserError("data.target.path", getattr(config, "_name_or_path", ""), "has a configuration without a RoPE base", "give rope_parameters in model.draft")
+        raise UserError(
+            "data.target.path", getattr(config, "_name_or_path", ""), "has a configuration without a RoPE base", "give rope_parameters in model.draft"
+        )
     parameters["rope_type"] = parameters.pop("type", None) or parameters.get("rope_type") or "default"
     parameters["rope_theta"] = float(parameters["rope_theta"])
     return parameters

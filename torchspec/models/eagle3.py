@@ -1,6 +1,7 @@
 """The dense EAGLE-3 draft (arXiv 2503.01840) and its unroll over a pack.
 
-Parameter names are those of vLLM's plain export. One decoder layer takes [embedding; hidden] (2H wide); further layers, if any, take H. At unroll step k, position t embeds
+Parameter names are those of vLLM's plain export. One decoder layer takes [embedding; hidden] (2H wide); further layers, if any, take H. At unroll step k,
+position t embeds
 x_{t+1+k} at RoPE position t+k and attends to step-0 keys s <= t and its own later keys:
 
     position          0    1    2    3    4
@@ -9,7 +10,8 @@ x_{t+1+k} at RoPE position t+k and attends to step-0 keys s <= t and its own lat
     token embedded    x2   x3   x4   -    -      step 1, hidden = own output of step 0
     target (step 0)   x2   x3   x4   -    -      distribution of x_{t+2+k} = head(norm(last_{t+1+k}))
 
-Only rows that some step supervises are computed beyond their step-0 key and value (``UnrollRows``). Masters are fp32; each weight is cast once a forward and reused over the steps.
+Only rows that some step supervises are computed beyond their step-0 key and value (``UnrollRows``). Masters are fp32; each weight is cast once a forward
+and reused over the steps.
 """
 
 from __future__ import annotations
@@ -246,7 +248,9 @@ class Eagle3Draft(nn.Module):
             hidden = self._finish(index, attended, residual, weights)
         return hidden, memories
 
-    def _later_step(self, hidden: Tensor, batch: PackedBatch, layers: list[_CastLayer], memories: list[_Memory], *, at: Tensor, keep: Tensor, step: int) -> Tensor:
+    def _later_step(
+        self, hidden: Tensor, batch: PackedBatch, layers: list[_CastLayer], memories: list[_Memory], *, at: Tensor, keep: Tensor, step: int
+    ) -> Tensor:
         """Step k >= 1 on the rows that it supervises; hidden [R_k, H] is their output of the step before."""
         position = batch.position[at] + step
         embedded = self._embed(batch, at, step)

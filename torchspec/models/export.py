@@ -1,8 +1,10 @@
 """Export of a trained draft in vLLM's plain EAGLE-3 format, checked before it counts.
 
 Format (read against vLLM 0.32 and 0.33): ``config.json`` of a ``LlamaForCausalLMEagle3`` (``Eagle3Qwen3ForCausalLM`` where queries and keys are normed) and
-``model.safetensors`` with the draft's own names, the target's embedding table, and, for a pruned vocabulary, ``d2t`` (offsets: target id = draft id + d2t[draft id]) and
-``t2d``. vLLM is silent about a missing tensor, so the exporter compares the set of names itself, reloads what it wrote and compares logits with the trained draft.
+``model.safetensors`` with the draft's own names, the target's embedding table, and, for a pruned vocabulary, ``d2t`` (offsets: target id = draft id +
+d2t[draft id]) and
+``t2d``. vLLM is silent about a missing tensor, so the exporter compares the set of names itself, reloads what it wrote and compares logits with the trained
+draft.
 A directory appears whole or not at all.
 """
 
@@ -59,7 +61,9 @@ def export_checkpoint(checkpoint: Path, target: Target, directory: Path, *, dtyp
     """
     facts = read_facts(checkpoint)
     if facts["target"]["fingerprint"] != target.fingerprint:
-        raise UserError("target", target.config.path, f"is not the target of this checkpoint ({facts['target']['path']})", "give the target that the draft was trained for")
+        raise UserError(
+            "target", target.config.path, f"is not the target of this checkpoint ({facts['target']['path']})", "give the target that the draft was trained for"
+        )
     config = DraftConfig.from_dict(facts["draft_config"])
     ids = facts["draft_ids"]
     vocabulary = None if ids is None else VocabularyMapping(draft_ids=ids, target_size=config.vocab_size)
@@ -117,7 +121,8 @@ def export_draft(
 def serving_config(config: DraftConfig, kind: torch.dtype, target: Target, *, unroll_steps: int | None = None) -> dict[str, Any]:
     """``config.json`` of the export.
 
-    RoPE is written in the old field (``rope_theta``, ``rope_scaling``) and the new one (``rope_parameters``), so that Transformers 4.57 and 5 both read the base that was trained.
+    RoPE is written in the old field (``rope_theta``, ``rope_scaling``) and the new one (``rope_parameters``), so that Transformers 4.57 and 5 both read the
+    base that was trained.
     Layer ids: top-level ones in our counting and ``eagle_config`` ones minus one (SGLang's counting); with the default ids neither is written.
     """
     rope = dict(config.rope_parameters)
@@ -180,7 +185,9 @@ def _write(folder: Path, described: dict[str, Any], tensors: dict[str, Tensor]) 
             os.fsync(handle.fileno())
     except (OSError, SafetensorError) as error:
         need = sum(t.nbytes for t in tensors.values())
-        raise UserError("export directory", str(folder.parent), f"cannot take the draft of {need / 2**20:.0f} MiB ({error})", "free space there or choose another directory") from error
+        raise UserError(
+            "export directory", str(folder.parent), f"cannot take the draft of {need / 2**20:.0f} MiB ({error})", "free space there or choose another directory"
+        ) from error
 
 
 def _self_check(folder: Path, config: DraftConfig, written: dict[str, Tensor], vocabulary: VocabularyMapping | None) -> float:
@@ -189,7 +196,12 @@ def _self_check(folder: Path, config: DraftConfig, written: dict[str, Tensor], v
     described = json.loads((folder / "config.json").read_text())
     again = DraftConfig.from_export(described, aux_layers=config.aux_layers)
     if again != config:
-        raise UserError("export directory", str(folder.parent), "holds a config.json that does not describe the trained draft", "report this: it is a defect of the exporter")
+        raise UserError(
+            "export directory",
+            str(folder.parent),
+            "holds a config.json that does not describe the trained draft",
+            "report this: it is a defect of the exporter",
+        )
     if vocabulary is not None and vocabulary.size < config.vocab_size:
         ids = torch.arange(vocabulary.size) + loaded["d2t"]
         if not torch.equal(ids, vocabulary.draft_ids) or int(loaded["t2d"].sum()) != vocabulary.size or not bool(loaded["t2d"][ids].all()):
@@ -197,7 +209,9 @@ def _self_check(folder: Path, config: DraftConfig, written: dict[str, Tensor], v
     logits = [_probe(config, tensors) for tensors in (written, loaded)]
     difference = float((logits[0] - logits[1]).abs().max())
     if not difference == 0.0:
-        raise UserError("export directory", str(folder.parent), f"reloads with logits that differ by {difference}", "check the disk; if it is whole, report this")
+        raise UserError(
+            "export directory", str(folder.parent), f"reloads with logits that differ by {difference}", "check the disk; if it is whole, report this"
+        )
     return difference
 
 

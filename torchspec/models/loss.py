@@ -2,8 +2,10 @@
 
     z = lm_head(norm(h''_k[t]))        p = softmax(target logits over the draft rows)       l = logsumexp(z) - sum_v p(v) z(v)
 
-which is the forward KL plus the target's entropy. Target distributions are computed once for the step-0 rows and serve every step (row j at step k reads entry j+k). Draft
-logits live for one chunk: the forward pass computes their gradient at once and multiplies it back into the gradients of hidden states and head, so no [rows, W] tensor is kept.
+which is the forward KL plus the target's entropy. Target distributions are computed once for the step-0 rows and serve every step (row j at step k reads
+entry j+k). Draft
+logits live for one chunk: the forward pass computes their gradient at once and multiplies it back into the gradients of hidden states and head, so no
+[rows, W] tensor is kept.
 A position whose most likely token over the whole vocabulary is outside the draft vocabulary adds nothing to the loss and is a miss in every metric.
 """
 
@@ -58,7 +60,9 @@ def target_distribution(head: TargetHead, last: Tensor, draft_ids: Tensor | None
     p = torch.empty(rows, width, dtype=dtype, device=last.device)
     best = torch.empty(rows, dtype=torch.int64, device=last.device)
     inside = torch.ones(rows, dtype=torch.bool, device=last.device)
-    mass = torch.empty(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=last.device) if measure and draft_ids is not None else None
+    mass = (
+        torch.empty(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=last.device) if measure and draft_ids is not None else None
+    )
     normed = head.normed(last)
     for low, high in _chunks(rows, head.weight.shape[0], last.device):
         whole = head.project(normed[low:high])
@@ -88,9 +92,7 @@ class HeadResult:
     """K tensors [R_k]: sum_v min(p(v), q(v)) with p over the whole vocabulary, the probability that sampling accepts."""
 
 
-def head_loss(
-    states: list[Tensor], weight: Tensor, target: TargetDistribution, index: tuple[Tensor, ...], *, scale: Tensor, measure: bool
-) -> HeadResult:
+def head_loss(states: list[Tensor], weight: Tensor, target: TargetDistribution, index: tuple[Tensor, ...], *, scale: Tensor, measure: bool) -> HeadResult:
     """Loss of all steps.
 
     Args:

@@ -1,6 +1,7 @@
 """The LightningModule: builds the draft beside the frozen target head, trains it on packed batches, reports token-weighted metrics.
 
-Order of events (docs/design.md): callbacks may set ``vocabulary`` in their ``setup``; ``configure_model`` builds and shards; the optimizer is made after that. Everything that a
+Order of events (docs/design.md): callbacks may set ``vocabulary`` in their ``setup``; ``configure_model`` builds and shards; the optimizer is made after
+that. Everything that a
 checkpoint needs beyond weights is in its ``torchspec`` entry as plain values, so that the exporter needs the checkpoint and the target and nothing else.
 """
 
@@ -124,7 +125,7 @@ class DraftModule(pl.LightningModule):
     def _planned_steps(self) -> int:
         """Optimizer steps of the run, from the plan where there is one."""
         trainer = self.trainer
-        steps = getattr(trainer.datamodule, "steps_per_epoch", None)
+        steps = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
         limits = [trainer.max_steps] if trainer.max_steps > 0 else []
         if steps is not None and trainer.max_epochs is not None and trainer.max_epochs > 0:
             limits.append(steps * trainer.max_epochs)
@@ -132,7 +133,12 @@ class DraftModule(pl.LightningModule):
             return min(limits)
         if steps is None:
             return int(trainer.estimated_stepping_batches)
-        raise UserError("trainer.max_steps", trainer.max_steps, "leaves the run without an end, so the schedule has no length", "set trainer.max_steps or trainer.max_epochs")
+        raise UserError(
+            "trainer.max_steps",
+            trainer.max_steps,
+            "leaves the run without an end, so the schedule has no length",
+            "set trainer.max_steps or trainer.max_epochs",
+        )
 
     # -- steps
 
@@ -196,7 +202,9 @@ class DraftModule(pl.LightningModule):
     def _check_facts(self, facts: dict[str, Any] | None) -> None:
         """Refuse a checkpoint of another draft, target or vocabulary, by the name of what differs."""
         if facts is None:
-            raise UserError("ckpt_path", getattr(self.trainer, "resume_path", None), "holds no torchspec entry: it is no checkpoint of a draft", "give one that fit wrote")
+            raise UserError(
+                "ckpt_path", getattr(self.trainer, "resume_path", None), "holds no torchspec entry: it is no checkpoint of a draft", "give one that fit wrote"
+            )
         ours = self.facts()
         _same("target fingerprint", facts["target"]["fingerprint"], ours["target"]["fingerprint"])
         _same("unroll_steps", facts["unroll_steps"], ours["unroll_steps"])
@@ -213,7 +221,12 @@ def _same(name: str, saved: Any, now: Any) -> None:
     if isinstance(saved, Sequence) and not isinstance(saved, str) and isinstance(now, Sequence):
         saved, now = list(saved), list(now)
     if saved != now:
-        raise UserError(f"ckpt_path ({name})", _short(saved), f"differs from this run's {_short(now)}", "resume with the configuration of the checkpoint, or start a new run without --ckpt_path")
+        raise UserError(
+            f"ckpt_path ({name})",
+            _short(saved),
+            f"differs from this run's {_short(now)}",
+            "resume with the configuration of the checkpoint, or start a new run without --ckpt_path",
+        )
 
 
 def _short(value: Any) -> Any:

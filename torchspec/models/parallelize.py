@@ -1,6 +1,7 @@
 """How the draft is spread over ranks: the FSDP2 strategy by its short name, and the one function that shards.
 
-``--trainer.strategy fsdp2`` is Lightning's ModelParallelStrategy with every rank in the data-parallel mesh (its own default would put all devices of a node into a
+``--trainer.strategy fsdp2`` is Lightning's ModelParallelStrategy with every rank in the data-parallel mesh (its own default would put all devices of a node
+into a
 tensor-parallel one). FSDP1 cannot run on CPU nor clip by norm under Lightning; asking for it is answered with the name to use.
 """
 
@@ -66,7 +67,8 @@ def register_strategies() -> None:
 def parallelize(task: nn.Module, *, mesh: Any | None, compute_dtype: torch.dtype) -> nn.Module:
     """Shard the task over ``mesh``, in place.
 
-    The root alone is wrapped: the draft's layer runs K times a step, and one all-gather and one reduce-scatter a step then serve all of them. Parameters stay fp32 (masters);
+    The root alone is wrapped: the draft's layer runs K times a step, and one all-gather and one reduce-scatter a step then serve all of them. Parameters
+    stay fp32 (masters);
     gathered copies are ``compute_dtype``; gradients are reduced in fp32.
 
     Args:

@@ -46,7 +46,7 @@ def _described(config: DraftConfig) -> Any:
         max_position_embeddings=config.max_position_embeddings,
         rope_parameters=dict(config.rope_parameters),
     )
-    assert plain.rope_parameters["rope_theta"] == config.rope_parameters["rope_theta"]
+    assert isinstance(plain.rope_parameters, dict) and plain.rope_parameters["rope_theta"] == config.rope_parameters["rope_theta"]
     return plain
 
 
@@ -60,5 +60,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn [N, heads, head_dim] by the tables of its rows."""
     low, high = x.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
-
-

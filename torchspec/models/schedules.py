@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -43,7 +44,7 @@ class Schedule(LRScheduler):
                 group["lr"] = rate
             self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         total = max(self.total_steps or 1, 1)
         warmup = self.warmup_steps * total if 0 < self.warmup_steps < 1 else self.warmup_steps
         warmup = min(int(warmup), total)

@@ -46,7 +46,9 @@ class TargetHead(nn.Module):
         soft_cap: logits become cap * tanh(logits / cap), where not None.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, norm_module: nn.Module, norm_tensors: dict[str, Tensor], scale: float = 1.0, soft_cap: float | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, *, norm_module: nn.Module, norm_tensors: dict[str, Tensor], scale: float = 1.0, soft_cap: float | None = None
+    ) -> None:
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
@@ -109,9 +111,8 @@ class TargetHead(nn.Module):
         """
         if self._norm[1] != ("weight",):
             return None
-        like = {"dtype": self.weight.dtype, "device": self.weight.device}
-        weight = self.normed(torch.full((1, self.weight.shape[1]), 64.0, **like))[0].float()  # type: ignore[arg-type]
-        uneven = torch.linspace(-50.0, 64.0, self.weight.shape[1], **like)  # type: ignore[arg-type]
+        weight = self.normed(self.weight.new_full((1, self.weight.shape[1]), 64.0))[0].float()
+        uneven = torch.linspace(-50.0, 64.0, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
         expected = uneven.float() * uneven.float().square().mean().rsqrt() * weight
         return weight if torch.allclose(self.normed(uneven[None])[0].float(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max())) else None
 
@@ -138,12 +139,17 @@ def _find(target: Target) -> _Names:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None:
         raise UserError("data.target.path", target.config.path, "has no input embedding or output head", "give a causal language model")
-    tied = bool(getattr(target.full_hf_config, "tie_word_embeddings", False) or getattr(target.hf_config, "tie_word_embeddings", False)) or head.weight is embedding.weight
+    tied = (
+        bool(getattr(target.full_hf_config, "tie_word_embeddings", False) or getattr(target.hf_config, "tie_word_embeddings", False))
+        or head.weight is embedding.weight
+    )
     norm_name, norm = _final_norm(model, target.hidden_size)
     bias = getattr(head, "bias", None)
     # with tied weights both names are the same parameter; the embedding's own name is the one that is stored
     embedding_name = next(name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is embedding.weight)
-    head_name = next((name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is head.weight and name != embedding_name), embedding_name)
+    head_name = next(
+        (name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is head.weight and name != embedding_name), embedding_name
+    )
     return _Names(
         embedding=embedding_name,
         head=head_name,
@@ -219,7 +225,9 @@ def _files(target: Target) -> tuple[Callable[[str], Path], set[str]]:
         return locate, set(shard_of)
     single = _file(target, "model.safetensors")
     if single is None:
-        raise UserError("data.target.path", target.config.path, "holds no safetensors weights", "convert the checkpoint: load it with Transformers and save_pretrained it")
+        raise UserError(
+            "data.target.path", target.config.path, "holds no safetensors weights", "convert the checkpoint: load it with Transformers and save_pretrained it"
+        )
     with safe_open(single, framework="pt") as handle:
         return lambda _: single, set(handle.keys())
 

@@ -1,6 +1,7 @@
 """The whole training computation of one batch in one module: draft, target head, loss, metric sums. This is what gets sharded.
 
-Everything that touches a parameter happens inside ``forward``, so that FSDP2 gathers once and a rank with nothing to supervise still takes part in every collective.
+Everything that touches a parameter happens inside ``forward``, so that FSDP2 gathers once and a rank with nothing to supervise still takes part in every
+collective.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class StepOutput:
     loss: Tensor
     """Scalar: sum_k w_k * (this rank's loss sum of step k) / count_k; adds up over ranks and micro-batches to the loss of the optimizer step."""
     sums: dict[str, Tensor]
-    """[K] each: ``rows`` supervised here, ``loss``, ``correct``, ``correct_so_far`` (this and every earlier step right), and when measured ``alpha``, ``alpha_so_far``."""
+    """[K] each: ``rows`` supervised here, ``loss``, ``correct``, ``correct_so_far`` (this and every earlier step right), and when measured ``alpha``,
+    ``alpha_so_far``."""
     accepted: Tensor
     """[R_0] int64: leading right steps of each supervised row."""
 
@@ -139,8 +141,10 @@ class DraftTask(nn.Module):
 def start_from_target(draft: Eagle3Draft, head: TargetHead, draft_ids: Tensor | None) -> None:
     """Begin near what the target already knows: its head, its final norm, and the last aux state passed on by fc.
 
-    The norm starts at 0.3 of the target's, because logits of a draft that knows nothing yet should be flat: at full scale the first steps only unlearn false certainty.
-    Measured on SmolLM2-135M (K=4, W=8192, 200k tokens, one seed; acceptance length of the serving walk, k=3): random start 1.377, target's head and norm 1.335, norm at 0.3 1.401, with fc as
+    The norm starts at 0.3 of the target's, because logits of a draft that knows nothing yet should be flat: at full scale the first steps only unlearn
+    false certainty.
+    Measured on SmolLM2-135M (K=4, W=8192, 200k tokens, one seed; acceptance length of the serving walk, k=3): random start 1.377, target's head and norm
+    1.335, norm at 0.3 1.401, with fc as
     here 1.464.
 
     Args:

@@ -1,6 +1,7 @@
 """Which target tokens the rows of a pruned draft head stand for.
 
-Draft ids are in increasing order of target ids. On disk the mapping is ``d2t`` (int64 offsets: target id = draft id + d2t[draft id]) and ``t2d`` (bool); inside the project it
+Draft ids are in increasing order of target ids. On disk the mapping is ``d2t`` (int64 offsets: target id = draft id + d2t[draft id]) and ``t2d`` (bool);
+inside the project it
 is the list of target ids, so that an offset is never taken for an id.
 """
 
@@ -33,7 +34,12 @@ class VocabularyMapping:
         if ids.dtype != torch.int64 or ids.ndim != 1 or ids.numel() == 0:
             raise UserError("draft vocabulary", tuple(ids.shape), "is no list of int64 ids", "build it with VocabularyMapping.from_counts")
         if bool((ids[1:] <= ids[:-1]).any()) or int(ids[0]) < 0 or int(ids[-1]) >= self.target_size:
-            raise UserError("draft vocabulary", ids[:8].tolist(), f"is not strictly increasing inside 0..{self.target_size - 1}", "build it with VocabularyMapping.from_counts")
+            raise UserError(
+                "draft vocabulary",
+                ids[:8].tolist(),
+                f"is not strictly increasing inside 0..{self.target_size - 1}",
+                "build it with VocabularyMapping.from_counts",
+            )
 
     @property
     def size(self) -> int:

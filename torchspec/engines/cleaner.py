@@ -1,0 +1,63 @@
+"""The thread that deletes keys from the store for the coordinator, because a store call may block. It has a store client of its own."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+from torchspec.transfer import open_store
+from torchspec.transfer.store import Address
+
+
+class Cleaner:
+    """See the module. Everything queued goes in one call.
+
+    Args:
+        address: of the store.
+        on_deleted: called in the thread with the keys that are gone.
+        on_error: called in the thread, once, when it cannot go on.
+    """
+
+    def __init__(self, address: Address, *, on_deleted: Callable[[list[str]], None], on_error: Callable[[str], None]) -> None:
+        self._address = address
+        self._on_deleted = on_deleted
+        self._on_error = on_error
+        self._queue: queue.SimpleQueue[list[str] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="cleaner", daemon=True)
+        self._thread.start()
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Returns at once."""
+        self._queue.put(list(keys))
+
+    def close(self, timeout: float) -> None:
+        """Delete what is queued and end."""
+        self._queue.put(None)
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            store = open_store(self._address)
+        except Exception as error:
+            self._on_error(f"the coordinator cannot reach its store: {error}")
+            return
+        try:
+            while keys := self._next():
+                store.delete(keys)
+                self._on_deleted(keys)
+        except Exception as error:
+            self._on_error(f"deleting from the store failed: {error}")
+        finally:
+            store.close()
+
+    def _next(self) -> list[str]:
+        """Keys, at least one; none at the end."""
+        keys: list[str] = []
+        while not keys or not self._queue.empty():
+            more = self._queue.get()
+            if more is None:
+                self._queue.put(None)  # for the next call
+                break
+            keys += more
+        return keys

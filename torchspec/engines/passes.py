@@ -1,0 +1,136 @@
+"""What the ledger remembers: passes over a plan, their packs and samples, the workers, and the byte credit that packs hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torchspec.engines.messages import Failure, RecordRef
+
+VALIDATE, TRAIN = "validate", "train"
+KINDS = (VALIDATE, TRAIN)
+"""Kinds of stages, the first before the second: it has the reserve, and its samples go to workers first."""
+
+
+def kind_of(stage: str) -> str:
+    """``validate`` and ``validate/NAME`` are validation, every other stage is training."""
+    return VALIDATE if stage == VALIDATE or stage.startswith(f"{VALIDATE}/") else TRAIN
+
+
+@dataclass(slots=True, eq=False)
+class SampleState:
+    """One conversation on its way."""
+
+    index: int
+    ids: bytes
+    pack: PackState
+    attempt: int = 0
+    """Attempts that failed."""
+    key: str = ""
+    lease: int | None = None
+    record: RecordRef | None = None
+    failure: Failure | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids) // 4
+
+
+@dataclass(slots=True, eq=False)
+class PackState:
+    """One micro-batch of one rank; it holds the credit of its samples."""
+
+    index: int
+    rank: int
+    owner: PassState
+    nbytes: int = 0
+    samples: list[SampleState] = field(default_factory=list)
+    granted: bool = False
+    waiting: int = 0
+    """Samples neither finished nor given up."""
+    announced: bool = False
+    ended: bool = False
+    """Acknowledged, or its pass closed: the credit goes back when ``keys`` is empty."""
+    keys: set[str] = field(default_factory=set)
+    """Keys that may exist in the store."""
+
+
+@dataclass(slots=True, eq=False)
+class PassState:
+    """One way through packs ``first`` to ``end`` of a plan, by all ranks."""
+
+    stage: str
+    epoch: int
+    world: int
+    first: int
+    end: int
+    next: int
+    """Lowest pack without credit."""
+    open: set[int] = field(default_factory=set)
+    """Ranks that take part."""
+    closed: set[int] = field(default_factory=set)
+    """Ranks that took part."""
+    packs: dict[int, PackState] = field(default_factory=dict)
+    """Submitted and not yet ended."""
+    submitted_packs: int = 0
+    submitted_samples: int = 0
+    failed: int = 0
+
+    def rank_of(self, index: int) -> int:
+        """Whose a pack is."""
+        return (index - self.first) % self.world
+
+    @property
+    def expected_samples(self) -> float:
+        """Samples of the whole pass, judged by the packs seen so far."""
+        return self.submitted_samples / max(self.submitted_packs, 1) * (self.end - self.first)
+
+
+@dataclass(slots=True, eq=False)
+class WorkerState:
+    """What a worker holds."""
+
+    max_tokens: int
+    leases: dict[int, SampleState] = field(default_factory=dict)
+    deadlines: dict[int, float] = field(default_factory=dict)
+    """Of every lease, also a cancelled one until the worker has settled it."""
+    cancelled: dict[int, str] = field(default_factory=dict)
+    """Leases taken back that may still write: their key."""
+    alone: int = 0
+    """The lease beside which it gets no other."""
+
+
+class Credit:
+    """Bytes alive, inside a budget of which validation has a reserve that training cannot take.
+
+    Validation may borrow what training does not use; training waits until that is back.
+
+    Args:
+        budget: bytes alive at once.
+        reserve: bytes of it for validation alone.
+    """
+
+    def __init__(self, *, budget: int, reserve: int) -> None:
+        self.budget = budget
+        self.reserve = reserve
+        self._alive = {kind: 0 for kind in KINDS}
+
+    @property
+    def alive(self) -> int:
+        """Bytes granted and not yet returned."""
+        return self._alive[VALIDATE] + self._alive[TRAIN]
+
+    def most(self, kind: str) -> int:
+        """The largest pack that can ever fit."""
+        return self.budget if kind == VALIDATE else self.budget - self.reserve
+
+    def fits(self, kind: str, nbytes: int) -> bool:
+        validating, training = self._alive[VALIDATE], self._alive[TRAIN]
+        if kind == VALIDATE:
+            return validating + training + nbytes <= self.budget
+        return training + max(validating, self.reserve) + nbytes <= self.budget
+
+    def take(self, kind: str, nbytes: int) -> None:
+        self._alive[kind] += nbytes
+
+    def give_back(self, kind: str, nbytes: int) -> None:
+        self._alive[kind] -= nbytes
