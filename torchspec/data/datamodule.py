@@ -10,6 +10,7 @@ makes the plan and takes the group's address from rank 0; the loaders stream; ``
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -207,6 +208,7 @@ class DraftDataModule(pl.LightningDataModule):
             reserve=reserve,
             max_length=self.max_length,
             log_dir=Path(self._trainer.default_root_dir) / "logs",
+            local_ranks=_cpu_ranks(self._trainer),
         )
         self.group = EngineGroup(config)
         self._started = time.monotonic()
@@ -225,6 +227,10 @@ class DraftDataModule(pl.LightningDataModule):
         if self.validates:
             self.corpus.validation_plan(trainer.world_size)
         self.endpoint = trainer.strategy.broadcast(self.endpoint)
+        if trainer.strategy.root_device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            from torchspec.engines.group import cpu_share
+
+            torch.set_num_threads(cpu_share(self.engines.workers + _cpu_ranks(trainer)))
 
     # -- loaders
 
@@ -361,3 +367,8 @@ class DraftDataModule(pl.LightningDataModule):
     @property
     def _failed_path(self) -> Path:
         return Path(self._trainer.default_root_dir) / "failed_samples.jsonl"
+
+
+def _cpu_ranks(trainer: pl.Trainer) -> int:
+    """Ranks on this host that compute on its CPU."""
+    return trainer.num_devices if trainer.strategy.root_device.type == "cpu" else 0

@@ -34,7 +34,7 @@ class EngineConfig:
     attn_implementation: str = "sdpa"
     """Attention of the Transformers engine."""
     threads: int | None = None
-    """CPU threads a worker; None leaves it to torch."""
+    """CPU threads a worker; None shares this host's cores evenly between its CPU workers and ranks (two that overlap slow each other down many times over)."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Passed to the engine as they are (from_pretrained of Transformers, engine arguments of vLLM)."""
     start_timeout: float = 600.0

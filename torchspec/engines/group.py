@@ -58,6 +58,8 @@ class GroupConfig:
     """Address to bind; anything else than loopback lets other hosts connect (they need the token)."""
     listen_port: int = 0
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    local_ranks: int = 1
+    """Trainer processes on this host that compute on its CPU."""
 
     def to_json(self) -> str:
         """One line for the coordinator."""
@@ -65,9 +67,16 @@ class GroupConfig:
         plain |= {"target": asdict(self.target), "spec": self.spec.to_dict(), "store": asdict(self.store), "engines": asdict(self.engines)}
         plain["log_dir"] = str(self.log_dir.resolve())
         plain["devices"] = worker_devices(self.engines)
+        if self.engines.threads is None and "cpu" in plain["devices"]:
+            plain["engines"]["threads"] = cpu_share(self.engines.workers + self.local_ranks)
         plain["expected_host"] = None if self.listen_host in ("127.0.0.1", "localhost", "::1") else self.listen_host
         plain["owner"] = os.getpid()
         return json.dumps(plain)
+
+
+def cpu_share(processes: int) -> int:
+    """CPU threads for each of so many processes of this host."""
+    return max(1, len(os.sched_getaffinity(0)) // max(processes, 1))
 
 
 def worker_devices(config: EngineConfig) -> list[str]:

@@ -1,0 +1,149 @@
+"""Head, norm and embedding read from model directories of many families, against the model's own logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from torchspec.errors import UserError
+from torchspec.models.draft_config import DraftConfig, rope_of
+from torchspec.models.rope import frequencies
+from torchspec.models.target_weights import TargetHead, read_embedding
+from torchspec.target import Target, TargetConfig
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama untied": ("LlamaConfig", {"tie_word_embeddings": False}),
+    "qwen3": ("Qwen3Config", {"head_dim": 8, "tie_word_embeddings": False}),
+    "gemma2 (1+w, soft cap)": ("Gemma2Config", {"head_dim": 8, "final_logit_softcapping": 5.0}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 8}),
+    "cohere (LayerNorm, logit scale)": ("CohereConfig", {"logit_scale": 0.25}),
+    "granite (logits scaling)": ("GraniteConfig", {"logits_scaling": 3.0}),
+    "phi3": ("Phi3Config", {"pad_token_id": 0}),
+}
+
+
+def build(folder: Path, family: str, **save: Any) -> tuple[Target, Any]:
+    import transformers
+
+    name, more = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**{**SMALL, **more})
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder, **save)
+    return Target(TargetConfig(str(folder), dtype="float32")), model
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_logits_equal_the_models_own(family: str, tmp_path: Path) -> None:
+    target, model = build(tmp_path, family)
+    seen: dict[str, torch.Tensor] = {}
+    model.model.norm.register_forward_pre_hook(lambda _, args: seen.update(last=args[0]))
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        logits = model(ids).logits[0]
+    head = TargetHead.of(target)
+    assert not list(head.parameters()) and not head.state_dict()
+    torch.testing.assert_close(head.logits(seen["last"][0]).float(), logits.float(), rtol=1e-5, atol=1e-5)
+    rows = torch.tensor([3, 7, 50])
+    torch.testing.assert_close(head.project(head.normed(seen["last"][0]), rows).float(), logits[:, rows].float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(read_embedding(target), model.get_input_embeddings().weight.detach())
+    weight = head.rms_weight()
+    if "LayerNorm" in family:
+        assert weight is None
+    else:
+        assert weight is not None
+        own = model.model.norm.weight.detach()
+        torch.testing.assert_close(weight, own + 1.0 if "gemma" in family else own, rtol=1e-4, atol=1e-4)
+
+
+def test_shards_are_read_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, model = build(tmp_path, "llama untied", max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    read: list[str] = []
+
+    class Counting:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.inner = safe_open(*args, **kwargs)
+
+        def __enter__(self) -> Counting:
+            self.handle = self.inner.__enter__()
+            return self
+
+        def __exit__(self, *args: Any) -> None:
+            self.inner.__exit__(*args)
+
+        def keys(self) -> Any:
+            return self.handle.keys()
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            read.append(name)
+            return self.handle.get_tensor(name)
+
+    monkeypatch.setattr("safetensors.safe_open", Counting)
+    head = TargetHead.of(target)
+    torch.testing.assert_close(head.weight, model.lm_head.weight.detach())
+    assert sorted(read) == ["lm_head.weight", "model.norm.weight"]
+
+
+def test_missing_weights_name_the_fix(tmp_path: Path) -> None:
+    target, _ = build(tmp_path, "llama tied")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="save_pretrained"):
+        TargetHead.of(target)
+
+
+@pytest.mark.parametrize("base", [5e5, 1e6])
+def test_rope_base_is_the_targets_never_a_default(base: float, tmp_path: Path) -> None:
+    """Known defect 1: a base read with a default trains every draft at 10000."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(**SMALL, rope_parameters={"rope_type": "default", "rope_theta": base})
+    config.save_pretrained(tmp_path)
+    draft = DraftConfig.from_target(Target(TargetConfig(str(tmp_path))), aux_layers=(1,))
+    assert draft.rope_parameters["rope_theta"] == base
+    torch.testing.assert_close(frequencies(draft)[0], LlamaRotaryEmbedding(config).inv_freq)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+        {"rope_type": "dynamic", "factor": 2.0},
+    ],
+    ids=lambda r: str(r["rope_type"]),
+)
+def test_rope_kinds_equal_transformers(rope: dict[str, Any]) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(**SMALL, max_position_embeddings=1024, rope_parameters={**rope, "rope_theta": 70000.0})
+    theirs = LlamaRotaryEmbedding(config)
+    draft = DraftConfig(
+        hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=96, draft_vocab_size=96, target_hidden_size=32,
+        aux_layers=(1,), rope_parameters=rope_of(config), max_position_embeddings=1024,
+    )  # fmt: skip
+    inverse, factor = frequencies(draft)
+    torch.testing.assert_close(inverse, theirs.inv_freq)
+    assert factor == pytest.approx(theirs.attention_scaling)
+
+
+def test_longrope_is_refused() -> None:
+    draft = DraftConfig(
+        hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=96, draft_vocab_size=96, target_hidden_size=32,
+        aux_layers=(1,), rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}, max_position_embeddings=64,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="longrope"):
+        frequencies(draft)
