@@ -32,6 +32,8 @@ class Delivery(RuleBasedStateMachine):
         self.used: set[str] = set()
         self.deleting: list[str] = []
         self.held: dict[str, dict[int, Lease]] = {}
+        self.passes: dict[tuple[int, str], int] = {}
+        """Passes begun; two in a row have the same epoch."""
         self.epoch: dict[tuple[int, str], int] = {}
         self.submitted: dict[tuple[int, str], int] = {}
         self.lengths: dict[tuple[str, int, int], list[int]] = {}
@@ -59,7 +61,8 @@ class Delivery(RuleBasedStateMachine):
 
     def open(self, rank: int, stage: str) -> None:
         key = (rank, stage)
-        self.epoch[key] = self.epoch.get(key, -1) + 1
+        self.passes[key] = self.passes.get(key, -1) + 1
+        self.epoch[key] = self.passes[key] // 2
         self.submitted[key], self.ready[key], self.delivered[key] = 0, {}, []
         self.ledger.open_stage(rank, stage, self.epoch[key], first_pack=0, num_packs=PACKS, world=WORLD)
         self.settle()
@@ -72,7 +75,7 @@ class Delivery(RuleBasedStateMachine):
         if self.submitted[key] >= PACKS // WORLD:
             return
         index = rank + WORLD * self.submitted[key]
-        at = (stage, self.epoch[key], index)
+        at = (stage, self.passes[key], index)
         if at not in self.lengths:
             self.lengths[at] = data.draw(st.lists(st.integers(1, LARGEST // 3), max_size=3))
         samples = [Sample(10 * index + i, b"\0" * 4 * n) for i, n in enumerate(self.lengths[at])]
@@ -86,7 +89,7 @@ class Delivery(RuleBasedStateMachine):
         if self.ready[key]:
             index = sorted(self.ready[key])[pick % len(self.ready[key])]
             message = self.ready[key].pop(index)
-            expected = [10 * index + i for i in range(len(self.lengths[stage, self.epoch[key], index]))]
+            expected = [10 * index + i for i in range(len(self.lengths[stage, self.passes[key], index]))]
             assert sorted([r.index for r in message.records] + [f.index for f in message.failed]) == expected
             assert all(record.key in self.store for record in message.records), "a record that is owed was deleted"
             assert index not in self.delivered[key]
@@ -107,7 +110,7 @@ class Delivery(RuleBasedStateMachine):
     @rule(rank=st.integers(0, WORLD - 1), stage=st.sampled_from(["train", "validate"]))
     def next_pass(self, rank: int, stage: str) -> None:
         """A rank goes on, with or without having taken everything; never two passes ahead of the other."""
-        if self.epoch[rank, stage] <= self.epoch[1 - rank, stage]:
+        if self.passes[rank, stage] <= self.passes[1 - rank, stage]:
             self.ledger.close_stage(rank, stage, self.epoch[rank, stage])
             self.settle()
             self.open(rank, stage)
@@ -190,7 +193,7 @@ class Delivery(RuleBasedStateMachine):
                 while self.submitted[key] < PACKS // WORLD:
                     self.submit(*key, _Fixed())
                 self.take(*key, 0)
-                if self.epoch[key] < self.epoch[1 - key[0], key[1]] and len(self.delivered[key]) == PACKS // WORLD:
+                if self.passes[key] < self.passes[1 - key[0], key[1]] and len(self.delivered[key]) == PACKS // WORLD:
                     self.next_pass(*key)
                 busy = busy or len(self.delivered[key]) < PACKS // WORLD
             self.books_agree()
@@ -204,7 +207,7 @@ class Delivery(RuleBasedStateMachine):
             self.ledger.leave(name, "end")
         self.settle()
         self.delete(10**6)
-        assert self.ledger.credit.alive == 0 and not self.store and not self.ledger._passes and not self.ledger._paying
+        assert self.ledger.credit.alive == 0 and not self.store and not self.ledger._passes and not self.ledger._paying and not self.ledger._retrying
 
 
 class _Fixed:

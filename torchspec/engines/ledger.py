@@ -71,6 +71,8 @@ class Ledger:
         self._workers: dict[str, WorkerState] = {}
         self._paying: dict[str, PackState] = {}
         """Pack of each key that may exist."""
+        self._retrying: dict[str, SampleState] = {}
+        """Samples to be tried again when this key, of their failed attempt, is deleted: two attempts never share one sample's credit."""
         self._next_lease = 0
 
     # -- trainers
@@ -224,7 +226,7 @@ class Ledger:
             return []
         keys = [*state.cancelled.values(), *(sample.key for sample in state.leases.values())]
         self.out.delete.extend(state.cancelled.values())
-        for sample in sorted(state.leases.values(), key=lambda s: s.lease or 0, reverse=True):  # in front of the queue, in their old order
+        for sample in state.leases.values():
             sample.lease = None
             self._again(sample, reason, retry=True)
         return keys
@@ -238,11 +240,17 @@ class Ledger:
 
     def deleted(self, keys: Iterable[str]) -> None:
         """These keys are gone from the store: their credit may return."""
+        again: list[SampleState] = []
         for key in keys:
             pack = self._paying.pop(key, None)
             if pack is not None:
                 pack.keys.discard(key)
                 self._refund(pack)
+            sample = self._retrying.pop(key, None)
+            if sample is not None and not sample.pack.ended:
+                again.append(sample)
+        for sample in reversed(again):  # in front of the others, in their old order
+            self._queues[kind_of(sample.pack.owner.stage)].appendleft(sample)
         self._grant()
 
     # -- what is known
@@ -264,7 +272,7 @@ class Ledger:
             "budget": self.credit.budget,
             "bytes_alive": self.credit.alive,
             "queued": sum(len(pack.samples) for pack in packs if not pack.granted),
-            "ready_for_work": sum(len(queue) for queue in self._queues.values()),
+            "ready_for_work": sum(len(queue) for queue in self._queues.values()) + len(self._retrying),
             "leased": sum(len(worker.leases) for worker in self._workers.values()),
             "finished": sum(sample.record is not None for pack in packs for sample in pack.samples),
             "failed": self.failed,
@@ -279,8 +287,9 @@ class Ledger:
         assert all(self._paying[key] is pack for pack in living.values() for key in pack.keys)
         queued = [id(sample) for queue in self._queues.values() for sample in queue]
         leased = [id(sample) for worker in self._workers.values() for sample in worker.leases.values()]
+        retrying = [id(sample) for sample in self._retrying.values() if not sample.pack.ended]
         expected = [id(s) for p in living.values() if not p.ended for s in p.samples if s.record is None and s.failure is None]
-        assert sorted(queued + leased) == sorted(expected)
+        assert sorted(queued + leased + retrying) == sorted(expected)
         assert all(state.deadlines.keys() == state.leases.keys() | state.cancelled.keys() for state in self._workers.values())
 
     # -- inside
@@ -352,14 +361,14 @@ class Ledger:
         return sample
 
     def _again(self, sample: SampleState, reason: str, *, retry: bool) -> None:
-        """Another attempt under a new key, or the end of the sample. Whatever the old key holds is deleted."""
-        if sample.key:
-            self.out.delete.append(sample.key)
-            sample.key = ""
+        """Another attempt under a new key, or the end of the sample. Whatever the old key holds is deleted first."""
+        key, sample.key = sample.key, ""
+        if key:
+            self.out.delete.append(key)
         sample.attempt += 1
         pack, passed = sample.pack, sample.pack.owner
         if retry and sample.attempt < self.max_attempts:
-            self._queues[kind_of(passed.stage)].appendleft(sample)
+            self._retrying[key] = sample
             return
         sample.failure = Failure(sample.index, reason, sample.attempt)
         self.failed += 1
