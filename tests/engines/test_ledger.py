@@ -286,9 +286,7 @@ def test_a_cancelled_lease_that_is_never_settled_is_overdue(one: Ledger) -> None
     one.pull("w", 1, 1000, 0.0)
     one.close_stage(0, "train", 0)
     assert one.overdue(9.0) == {} and one.overdue(11.0) == {"w": 1}
-    keys = one.leave("w", "killed")
-    one.deleted(keys)
-    out(one)
+    assert one.leave("w", "killed") == delete(one)
     assert one.credit.alive == 0
 
 

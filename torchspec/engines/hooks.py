@@ -34,30 +34,35 @@ class HiddenStates:
 
     def __init__(self, model: nn.Module, indices: tuple[int, ...], *, num_layers: int) -> None:
         self.inner = self._stack_owner(model, num_layers)
-        self.blocks: nn.ModuleList = next(child for child in self.inner.children() if isinstance(child, nn.ModuleList) and len(child) == num_layers)
+        lists = [child for child in self.inner.children() if isinstance(child, nn.ModuleList) and len(child) == num_layers]
+        self.blocks: nn.ModuleList = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
         self.norm = self._final_norm()
         self.indices = indices
         self.num_layers = num_layers
 
     @staticmethod
     def _stack_owner(model: nn.Module, num_layers: int) -> nn.Module:
-        """The module whose forward runs the blocks."""
-        owners = [
-            module
-            for module in model.modules()
-            if any(isinstance(child, nn.ModuleList) and len(child) == num_layers for child in module.children()) and not isinstance(module, nn.ModuleList)
-        ]
-        if not owners:
-            raise UserError("data.target", type(model).__name__, f"has no list of {num_layers} blocks that we can find", "report this architecture")
-        return max(owners, key=lambda module: sum(p.numel() for p in module.parameters()) if not hasattr(module, "lm_head") else 0)
+        """The module whose forward runs the blocks: of those that own a list of so many, the one whose list is the largest (a vision tower may have
+        as many blocks, a mixture as many experts)."""
+
+        def stack(module: nn.Module) -> int:
+            lists = [child for child in module.children() if isinstance(child, nn.ModuleList) and len(child) == num_layers]
+            return max((sum(p.numel() for p in found.parameters()) for found in lists), default=0)
+
+        owner = max(model.modules(), key=stack)
+        if not stack(owner):
+            raise UserError("data.target.path", type(model).__name__, f"has no list of {num_layers} blocks that we can find", "report this architecture")
+        return owner
 
     def _final_norm(self) -> nn.Module:
+        """The norm among the children of the stack's owner: the one after the blocks, else one that is named final."""
+        names = [(name, child) for name, child in self.inner.named_children() if "norm" in type(child).__name__.lower()]
         children = list(self.inner.children())
-        after = children[next(i for i, child in enumerate(children) if child is self.blocks) + 1 :]
-        for child in after:
-            if "norm" in type(child).__name__.lower():
-                return child
-        raise UserError("data.target", type(self.inner).__name__, "has no final norm after its blocks that we can find", "report this architecture")
+        after = children[next(i for i, child in enumerate(children) if child is self.blocks) :]
+        for _, child in [pair for pair in names if any(pair[1] is later for later in after)] + [pair for pair in names if "final" in pair[0]]:
+            return child
+        problem = "has no final norm beside its blocks that we can find"
+        raise UserError("data.target.path", type(self.inner).__name__, problem, "report this architecture")
 
     @contextmanager
     def capturing(self) -> Iterator[dict[int, Tensor]]:
@@ -85,15 +90,15 @@ class HiddenStates:
                 handle.remove()
 
     @torch.inference_mode()
-    def run(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> dict[int, Tensor]:
+    def run(self, input_ids: Tensor) -> dict[int, Tensor]:
         """States of one forward: index → [B, T, D].
 
         Args:
-            input_ids, attention_mask, position_ids: [B, T], padded on the right.
+            input_ids: [B, T], padded on the right with any valid id. States of real tokens do not depend on the padding.
         """
         with self.capturing() as states:
             try:
-                self.inner(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+                self.inner(input_ids=input_ids, use_cache=False)
             except _Enough:
                 pass
         return states

@@ -1,0 +1,174 @@
+"""Writes the records of finished batches in a thread of its own, so that the target computes the next batch meanwhile.
+
+The thread copies states from the device into a registered buffer of the store (on CUDA: on a stream of its own), seals the records and puts them. A batch
+whose put fails is put again record by record, so that one bad record does not take its neighbours along.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchspec.engines.messages import Failed, Finished, Lease
+from torchspec.transfer import open_store
+from torchspec.transfer.record import RecordSpec, seal, views
+from torchspec.transfer.store import Address, StoreError
+
+log = logging.getLogger(__name__)
+_FULL_WAIT = 60.0
+"""Seconds to wait for room in a store that is full although credit should prevent that."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """States of a batch, padded on the right."""
+
+    leases: list[Lease]
+    ids: list[Tensor]
+    """Of each lease, [T] int32."""
+    aux: Tensor
+    """[B, T, n*D] on the target's device."""
+    last: Tensor
+    """[B, T, D] on the target's device."""
+
+
+@dataclass
+class Written:
+    """What became of a batch."""
+
+    finished: list[Finished] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class RecordWriter:
+    """See the module.
+
+    Args:
+        address: of the store.
+        spec: of the records.
+        producer: engine and version, for the manifest.
+        device: of the states.
+
+    Raises:
+        StoreError: the store cannot be reached.
+    """
+
+    def __init__(self, address: Address, spec: RecordSpec, *, producer: str, device: str) -> None:
+        self._store = open_store(address)
+        self._spec = spec
+        self._producer = producer
+        self._stream: Any = torch.cuda.Stream(device) if device != "cpu" else None
+        self._buffer: Tensor | None = None
+        self._jobs: queue.Queue[tuple[Captured, Any] | None] = queue.Queue(maxsize=1)
+        self._results: queue.SimpleQueue[Written] = queue.SimpleQueue()
+        self.in_flight = 0
+        """Batches given and not yet taken back as results."""
+        self._thread = threading.Thread(target=self._run, name="record-writer", daemon=True)
+        self._thread.start()
+
+    def write(self, batch: Captured) -> None:
+        """Takes a batch; waits while another one is waiting."""
+        self.in_flight += 1
+        ready = torch.cuda.current_stream().record_event() if self._stream is not None else None
+        self._jobs.put((batch, ready))
+
+    def results(self, timeout: float) -> list[Written]:
+        """What has been written; waits up to ``timeout`` seconds for the first one when any is in flight."""
+        found: list[Written] = []
+        try:
+            while len(found) < self.in_flight:
+                found.append(self._results.get(timeout=0 if found else timeout) if timeout > 0 else self._results.get_nowait())
+        except queue.Empty:
+            pass
+        self.in_flight -= len(found)
+        return found
+
+    def close(self) -> None:
+        """Finish what is in the queue and end. Idempotent."""
+        if self._thread.is_alive():
+            self._jobs.put(None)
+            self._thread.join(5.0)
+        self._buffer = None
+        self._store.close()
+
+    # -- in the thread
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            while (job := self._jobs.get()) is not None:
+                batch, ready = job
+                started = time.monotonic()
+                if ready is not None:
+                    self._stream.wait_event(ready)
+                written = self._write(batch)
+                written.seconds = time.monotonic() - started
+                self._results.put(written)
+                del job, batch
+
+    def _write(self, batch: Captured) -> Written:
+        try:
+            values = self._fill(batch)
+        except (RuntimeError, ValueError) as error:
+            return Written(failed=[Failed(lease.id, one_line(error)) for lease in batch.leases])
+        done = [Finished(lease.id, value.numel(), ids.numel()) for lease, value, ids in zip(batch.leases, values, batch.ids, strict=True)]
+        try:
+            self._put([lease.key for lease in batch.leases], values)
+            return Written(finished=done)
+        except StoreError as error:
+            log.warning("put of %d records failed (%s): one by one", len(values), error)
+        written = Written()
+        for lease, value, result in zip(batch.leases, values, done, strict=True):
+            try:
+                self._put([lease.key], [value])
+                written.finished.append(result)
+            except StoreError as error:
+                written.failed.append(Failed(lease.id, one_line(error)))
+        return written
+
+    def _fill(self, batch: Captured) -> list[Tensor]:
+        """Records in the buffer, sealed."""
+        sizes = [self._spec.nbytes(ids.numel()) for ids in batch.ids]
+        if self._buffer is None or self._buffer.numel() < sum(sizes):
+            self._buffer = self._store.buffer(sum(sizes) * 5 // 4)
+        slots = list(torch.split(self._buffer[: sum(sizes)], sizes))
+        for row, (slot, ids) in enumerate(zip(slots, batch.ids, strict=True)):
+            n = ids.numel()
+            into_ids, into_aux, into_last = views(slot, self._spec, n, n)
+            into_ids.copy_(ids)
+            into_aux.copy_(batch.aux[row, :n], non_blocking=True)
+            into_last.copy_(batch.last[row, :n], non_blocking=True)
+        if self._stream is not None:
+            self._stream.synchronize()
+        return [seal(slot, self._spec, ids.numel(), ids.numel(), producer=self._producer) for slot, ids in zip(slots, batch.ids, strict=True)]
+
+    def _put(self, keys: Sequence[str], values: Sequence[Tensor]) -> None:
+        """Put; a full store is waited for."""
+        deadline = time.monotonic() + _FULL_WAIT
+        delay = 0.05
+        while True:
+            try:
+                self._store.put(keys, values)
+                return
+            except StoreError as error:
+                if error.reason != "full" or time.monotonic() > deadline:
+                    raise
+                log.warning("the store is full; waiting %.2f s", delay)
+                time.sleep(delay)
+                delay = min(2 * delay, 2.0)
+
+
+def one_line(error: BaseException) -> str:
+    """Type and first line of an error, for a report."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:500]
