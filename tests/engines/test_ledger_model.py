@@ -218,7 +218,7 @@ class _Fixed:
 
 
 class TestDelivery(Delivery.TestCase):  # type: ignore[name-defined, misc]
-    settings = settings(max_examples=60, stateful_step_count=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    settings = settings(max_examples=200, stateful_step_count=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @pytest.mark.slow

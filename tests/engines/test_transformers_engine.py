@@ -236,7 +236,7 @@ def test_batches_hold_their_limits_and_mix_like_lengths(target: Path, server: St
         assert len(lengths) <= 4 and (len(lengths) * max(lengths) <= 100 or len(lengths) == 1)
         shapes.append(sorted(lengths))
     assert shapes[0] == [9, 10, 10, 11]
-    assert sorted(sum(shapes, [])) == [9, 10, 10, 11, 12, 50, 60, 90]
+    assert sorted(n for shape in shapes for n in shape) == [9, 10, 10, 11, 12, 50, 60, 90]
     engine.close()
 
 

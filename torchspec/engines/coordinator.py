@@ -331,6 +331,9 @@ class Coordinator:
                         view.pull = None
                         view.peer.send(Work(leases=leases))
         out, ledger.out = ledger.out, Out()
+        if out.stop is not None:
+            self.stop(out.stop)
+            return
         for rank, message in out.ready:
             peer = self._ranks.get((rank, message.stage))
             if peer is not None:
@@ -340,8 +343,6 @@ class Coordinator:
                 self._workers[name].peer.send(Cancel(leases=[lease]))
         if out.delete and self._cleaner is not None:
             self._cleaner.delete(out.delete)
-        if out.stop is not None:
-            self.stop(out.stop)
 
     def _deleted(self, keys: list[str]) -> None:
         self.ledger.deleted(keys)

@@ -214,6 +214,7 @@ class EngineGroup:
             process.stdin.close()
         except OSError:
             pass
+        process.terminate()  # a child of ours may hold the pipe open too
         try:
             process.wait(_ENDS)
         except subprocess.TimeoutExpired:
