@@ -53,7 +53,7 @@ def main() -> None:
         report = out / "vllm_acceptance.json"
         run(
             *(sys.executable, "main.py", "acceptance", "--target", str(target), "--draft", str(draft), "--prompts", str(HERE / "data/validate.jsonl")),
-            *("--num_speculative_tokens", "3", "--max_new_tokens", "256", "--output", str(report)),
+            *("--num_speculative_tokens", "3", "--max_new_tokens", "256", "--limit", "32", "--output", str(report)),
         )
         served = json.loads((ROOT / report).read_text())
 

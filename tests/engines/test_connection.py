@@ -49,6 +49,7 @@ WRONG = {
     "pickle": frame(0, pickle.dumps({"type": "Ask"})),
     "json": frame(0, json.dumps({"type": "Ask"}).encode()),
     "unknown type": frame(0, msgspec.msgpack.encode({"type": "Exec"})),
+    "text that is no UTF-8": frame(0, b"\x81\xa4type\xa3\xff\xfe\xfd"),
     "unknown field": frame(0, msgspec.msgpack.encode({"type": "Ask", "more": 1})),
     "wrong type of field": frame(0, msgspec.msgpack.encode({"type": "Beat", "samples": "x", "tokens": 1, "busy_s": 0.0, "write_s": 0.0})),
     "missing field": frame(0, msgspec.msgpack.encode({"type": "Beat"})),

@@ -81,7 +81,7 @@ class Framer:
                 try:
                     with memoryview(self._buffer) as view, view[at : at + length] as body:
                         message = self._decoder.decode(body)
-                except msgspec.DecodeError as error:
+                except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # ValueError: text that is no UTF-8
                     raise BadFrame(f"frame does not decode: {error}") from error
                 at += length
                 self._received += 1
