@@ -112,7 +112,7 @@ def acceptance(
     Args:
         target: hub id or directory of the target.
         draft: exported draft directory.
-        prompts: conversation file; the last assistant turn of each row is left out and answered anew.
+        prompts: conversation file; every assistant turn is one request, answered anew on what came before it.
         num_speculative_tokens: drafts proposed at a time.
         max_new_tokens: length limit of an answer.
         limit: prompts to serve; all of them when empty.
