@@ -1,9 +1,10 @@
 """A plain EAGLE-3 training loop in one process, as one would write it from the paper: the yardstick for TorchSpec's speed.
 
 Padded batches of 4 conversations; the target runs inside the loop with ``output_hidden_states``; K unroll steps over an explicitly growing list of
-keys with an explicit mask; soft cross-entropy on a pruned vocabulary; AdamW; PyTorch's own kernels everywhere, and nothing slowed down on purpose: the
-target runs in its own bfloat16, batches are padded only to their longest row, attention is ``scaled_dot_product_attention``. Only reading and
-rendering of conversations is shared with TorchSpec. It prints one JSON line; tokens are real ones, padding is not counted, the time covers the target.
+keys with an explicit mask; soft cross-entropy on a pruned vocabulary; AdamW; PyTorch's own kernels everywhere, and nothing slowed down on purpose:
+the target runs in bfloat16 where this machine has instructions for it, batches are padded only to their longest row, attention is
+``scaled_dot_product_attention``. Only reading and rendering of conversations is shared with TorchSpec. It prints one JSON line; tokens are real ones,
+padding is not counted, the time covers the target.
 
     python benchmarks/plain_loop.py --target outputs/quickstart/target --data examples/hf-quickstart/data/train.jsonl --seconds 60
 """
@@ -26,6 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from torchspec.data.conversations import RowError, find_sources, parse, read_rows
 from torchspec.data.render import Renderer
+from torchspec.hardware import working_dtype
 
 
 class PlainDraft(nn.Module):
@@ -152,7 +154,12 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=512, help="tokens of a conversation that are used")
     parser.add_argument("--batch_size", type=int, default=4, help="conversations a step")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--target_dtype", choices=("float32", "bfloat16"), default="bfloat16", help="type the target runs in; the draft is always float32")
+    parser.add_argument(
+        "--target_dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="type the target runs in (auto: bfloat16 where this device has instructions for it); the draft is float32",
+    )
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -160,7 +167,8 @@ def main() -> None:
     rows = load(args.data, args.target, args.max_length)
     if len(rows) < args.batch_size:
         raise SystemExit(f"error: {args.data} holds {len(rows)} usable conversations, fewer than --batch_size {args.batch_size}")
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=getattr(torch, args.target_dtype))
+    dtype = working_dtype(torch.bfloat16, device) if args.target_dtype == "auto" else getattr(torch, args.target_dtype)
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype)
     target = target.eval().requires_grad_(False).to(device)
     layers = target.config.num_hidden_layers
     aux = [2, layers // 2, layers - 3]

@@ -59,7 +59,7 @@ def measure(
         output: JSON file for the report; vLLM's logs go beside it.
         engine_args: further arguments of ``vllm.LLM``, for example ``{"max_num_seqs": 1}``.
         compare: also run without the draft, for the speed-up and for the share of equal answers.
-        dtype: type the target runs in: auto (its own), bfloat16, float16 or float32.
+        dtype: type the target runs in: auto (its own; float32 on a CPU without instructions for that), bfloat16, float16 or float32.
         seed: of the sampling.
 
     Returns:
@@ -90,7 +90,7 @@ def measure(
     common: dict[str, Any] = {
         "engine_args": {
             "model": target,
-            "dtype": str(facts.dtype).removeprefix("torch."),
+            "dtype": str(_served_dtype(facts)).removeprefix("torch."),
             "max_model_len": min(longest, max(map(len, fitting)) + max_new_tokens + num_speculative_tokens + 1),
             "seed": seed,
             **(engine_args or {}),
@@ -157,6 +157,17 @@ def table(report: dict[str, Any]) -> str:
             )
         )
     return "\n".join(f"  {label:<22}{value}{'   (' + note + ')' if note else ''}" for label, value, note in rows)
+
+
+def _served_dtype(target: Target) -> Any:
+    """What was asked for; for auto, the target's own type, or fp32 where only a CPU without instructions for that one can serve."""
+    import torch
+
+    from torchspec.hardware import working_dtype
+
+    if target.config.dtype != "auto" or torch.cuda.is_available():
+        return target.dtype
+    return working_dtype(target.dtype, "cpu")
 
 
 def read_requests(prompts: str, target: Target, *, limit: int | None) -> tuple[list[list[int]], int]:

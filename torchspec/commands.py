@@ -106,6 +106,7 @@ def acceptance(
     temperature: float = 0.0,
     output: str | None = None,
     engine_args: dict[str, Any] | None = None,
+    compare: bool = True,
 ) -> None:
     """Serve a draft in vLLM and measure its acceptance length and speed.
 
@@ -119,6 +120,7 @@ def acceptance(
         temperature: of the target's sampling; 0 is greedy.
         output: JSON file for the result.
         engine_args: further engine arguments of vLLM, as JSON.
+        compare: also serve without the draft, for the speed-up.
     """
     from torchspec.acceptance import measure
 
@@ -132,6 +134,7 @@ def acceptance(
         temperature=temperature,
         output=output,
         engine_args=engine_args,
+        compare=compare,
     )
 
 

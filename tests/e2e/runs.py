@@ -13,8 +13,14 @@ from typing import Any
 import psutil
 import yaml
 
+from tests.tiny import save_conversations, save_target
+
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
+
+
+STARTED: list[subprocess.Popen[str]] = []
+"""Every run of the test that is going on; ``conftest.py`` ends those that it left behind."""
 
 
 def config(folder: Path, target: Path, train: Path, validate: Path | None, **changes: Any) -> Path:
@@ -75,10 +81,24 @@ def config(folder: Path, target: Path, train: Path, validate: Path | None, **cha
     return file
 
 
+def save_world(folder: Path, *, train: int, validate: int) -> dict[str, Path]:
+    """A tiny target and so many rows of training and validation data, by the names that :func:`make` takes."""
+    return {
+        "target": save_target(folder / "target"),
+        "train": save_conversations(folder / "train.jsonl", train),
+        "validate": save_conversations(folder / "validate.jsonl", validate, seed=1),
+    }
+
+
+def make(folder: Path, world: dict[str, Path], **changes: Any) -> Path:
+    """:func:`config` in a world."""
+    return config(folder, world["target"], world["train"], world["validate"], **changes)
+
+
 def start(*words: str, **popen: Any) -> subprocess.Popen[str]:
     """``python main.py WORDS``, in its own session so that a test can signal it as a terminal would."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [PYTHON, str(ROOT / "main.py"), *words],
         cwd=ROOT,
         env=environment,
@@ -88,11 +108,13 @@ def start(*words: str, **popen: Any) -> subprocess.Popen[str]:
         start_new_session=True,
         **popen,
     )
+    STARTED.append(process)
+    return process
 
 
-def run(*words: str, timeout: float = 240) -> tuple[int, str]:
+def run(*words: str, timeout: float = 240, **popen: Any) -> tuple[int, str]:
     """Exit code and output of a whole run."""
-    process = start(*words)
+    process = start(*words, **popen)
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -121,6 +143,18 @@ def descendants(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def engine_workers(pid: int) -> list[psutil.Process]:
+    """Engine workers below ``pid`` that run now (a process may end while it is looked at)."""
+    found = []
+    for process in descendants(pid):
+        try:
+            if "torchspec.engines.worker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
 
 
 def store_files(folder: Path) -> list[str]:

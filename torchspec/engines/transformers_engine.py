@@ -20,6 +20,7 @@ from torchspec.engines.hooks import HiddenStates
 from torchspec.engines.messages import Failed, Finished, Lease
 from torchspec.engines.record_writer import Captured, RecordWriter, one_line
 from torchspec.errors import UserError
+from torchspec.hardware import working_dtype
 from torchspec.target import Target, TargetConfig
 from torchspec.transfer.record import RecordSpec
 
@@ -29,7 +30,7 @@ _AHEAD = 2
 
 
 def load_model(config: TargetConfig, *, device: str, attn_implementation: str, extra: dict[str, Any] | None = None) -> Any:
-    """The target for inference.
+    """The target for inference, in its own type (fp32 on a CPU that has no instructions for that one).
 
     Raises:
         UserError: it does not load.
@@ -37,7 +38,7 @@ def load_model(config: TargetConfig, *, device: str, attn_implementation: str, e
     from transformers import AutoModelForCausalLM
 
     target = Target(config)
-    options = {"dtype": target.dtype, "attn_implementation": attn_implementation, **(extra or {})}
+    options = {"dtype": working_dtype(target.dtype, device), "attn_implementation": attn_implementation, **(extra or {})}
     try:
         model = AutoModelForCausalLM.from_pretrained(config.path, revision=config.revision, trust_remote_code=config.trust_remote_code, **options)
     except (OSError, ValueError, ImportError) as error:
@@ -84,6 +85,7 @@ class TransformersEngine:
             "device": self.job.device,
             "num_layers": self.target.num_layers,
             "threads": torch.get_num_threads(),
+            "dtype": str(model.dtype).removeprefix("torch."),
         }
 
     def room(self) -> tuple[int, int]:

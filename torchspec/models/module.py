@@ -18,9 +18,11 @@ from torch import Tensor
 
 from torchspec.batch import PackedBatch
 from torchspec.errors import UserError
+from torchspec.hardware import working_dtype
 from torchspec.models.checkpoint import read_facts
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.metrics import StepSums
+from torchspec.models.muon import mark_hidden_matrices
 from torchspec.models.parallelize import parallelize
 from torchspec.models.schedules import Schedule
 from torchspec.models.task import DraftTask, StepOutput
@@ -43,7 +45,8 @@ class DraftModule(pl.LightningModule):
         unroll_steps: K, steps trained in a row on the draft's own states.
         step_weights: weight of each step's loss; None means 0.8^k.
         init: ``target`` starts from the target's head and final norm with fc passing the last aux state on; ``random`` starts from noise.
-        compute_dtype: type of matrix products; masters, gradients' reduction and norms are fp32 in either case.
+        compute_dtype: type of matrix products; auto is bf16 where the device has instructions for it, else fp32. Masters, gradients' reduction and
+            norms are fp32 in either case.
         optimizer: made from the trainable parameters.
         lr_scheduler: made from the optimizer, stepped every optimizer step.
     """
@@ -56,7 +59,7 @@ class DraftModule(pl.LightningModule):
         unroll_steps: int = 7,
         step_weights: list[float] | None = None,
         init: Literal["target", "random"] = "target",
-        compute_dtype: Literal["bf16", "fp32"] = "bf16",
+        compute_dtype: Literal["auto", "bf16", "fp32"] = "auto",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -72,7 +75,7 @@ class DraftModule(pl.LightningModule):
         self.unroll_steps = unroll_steps
         self.step_weights = weights
         self.init = init
-        self.compute_dtype = _DTYPES[compute_dtype]
+        self.compute_dtype = compute_dtype
         self.optimizer_callable = optimizer
         self.lr_scheduler_callable = lr_scheduler
         self.vocabulary: VocabularyMapping | None = None
@@ -100,20 +103,24 @@ class DraftModule(pl.LightningModule):
     def configure_model(self) -> None:
         if self.task is not None:
             return
+        device = self.trainer.strategy.root_device
+        dtype = _DTYPES.get(self.compute_dtype) or working_dtype(torch.bfloat16, device)
         self.task = DraftTask.build(
             self.draft_config,
             target=self.target,
             vocabulary=self.vocabulary,
             step_weights=self.step_weights,
-            compute_dtype=self.compute_dtype,
+            compute_dtype=dtype,
+            device=device,
             init=self.init,
         )
         mesh = self.device_mesh["data_parallel"] if self.device_mesh is not None else None
         if mesh is not None:
-            self.task.to(self.trainer.strategy.root_device)
-        parallelize(self.task, mesh=mesh, compute_dtype=self.compute_dtype)
+            self.task.to(device)
+        parallelize(self.task, mesh=mesh, compute_dtype=dtype)
 
     def configure_optimizers(self) -> Any:
+        mark_hidden_matrices(self)
         optimizer = self.optimizer_callable(p for p in self.parameters() if p.requires_grad)
         if self.lr_scheduler_callable is None:
             return optimizer

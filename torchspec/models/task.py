@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchspec.batch import PackedBatch
+from torchspec.hardware import working_dtype
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.eagle3 import Eagle3Draft
 from torchspec.models.loss import head_loss, target_distribution
@@ -68,6 +69,7 @@ class DraftTask(nn.Module):
         vocabulary: VocabularyMapping | None,
         step_weights: list[float],
         compute_dtype: torch.dtype,
+        device: torch.device,
         init: Literal["target", "random"],
     ) -> DraftTask:
         """A fresh task for a target; weights from torch's global random state.
@@ -78,9 +80,10 @@ class DraftTask(nn.Module):
             vocabulary: of the draft; None for the whole one.
             step_weights: [K] w_k.
             compute_dtype: of the draft.
+            device: that it will train on; decides the type of the target head (:func:`torchspec.hardware.working_dtype`).
             init: ``random``, or ``target`` for :func:`start_from_target` (where the hidden sizes are equal).
         """
-        head = TargetHead.of(target)
+        head = TargetHead.of(target).to(working_dtype(target.dtype, device))
         draft = Eagle3Draft(config, compute_dtype=compute_dtype)
         draft.initialise()
         if not config.owns_embedding:
