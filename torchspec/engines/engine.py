@@ -37,6 +37,8 @@ class EngineConfig:
     """CPU threads a worker; None shares this host's cores evenly between its CPU workers and ranks (two that overlap slow each other down many times over)."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Passed to the engine as they are (from_pretrained of Transformers, engine arguments of vLLM)."""
+    allow_unknown_version: bool = False
+    """Run with a vLLM that is not listed in docs/engines.md."""
     start_timeout: float = 600.0
     """Seconds for a worker to say ready; then the run stops with the last lines of its log."""
     lease_timeout: float = 300.0

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchspec.engines.messages import Failed, Finished, Lease
 from torchspec.transfer import open_store
 from torchspec.transfer.record import RecordSpec, seal, views
-from torchspec.transfer.store import Address, StoreError
+from torchspec.transfer.store import Address, Store, StoreError
 
 log = logging.getLogger(__name__)
 _FULL_WAIT = 60.0
@@ -123,14 +123,14 @@ class RecordWriter:
             return Written(failed=[Failed(lease.id, one_line(error)) for lease in batch.leases])
         done = [Finished(lease.id, value.numel(), ids.numel()) for lease, value, ids in zip(batch.leases, values, batch.ids, strict=True)]
         try:
-            self._put([lease.key for lease in batch.leases], values)
+            put_when_room(self._store, [lease.key for lease in batch.leases], values)
             return Written(finished=done)
         except StoreError as error:
             log.warning("put of %d records failed (%s): one by one", len(values), error)
         written = Written()
         for lease, value, result in zip(batch.leases, values, done, strict=True):
             try:
-                self._put([lease.key], [value])
+                put_when_room(self._store, [lease.key], [value])
                 written.finished.append(result)
             except StoreError as error:
                 written.failed.append(Failed(lease.id, one_line(error)))
@@ -152,20 +152,25 @@ class RecordWriter:
             self._stream.synchronize()
         return [seal(slot, self._spec, ids.numel(), ids.numel(), producer=self._producer) for slot, ids in zip(slots, batch.ids, strict=True)]
 
-    def _put(self, keys: Sequence[str], values: Sequence[Tensor]) -> None:
-        """Put; a full store is waited for."""
-        deadline = time.monotonic() + _FULL_WAIT
-        delay = 0.05
-        while True:
-            try:
-                self._store.put(keys, values)
-                return
-            except StoreError as error:
-                if error.reason != "full" or time.monotonic() > deadline:
-                    raise
-                log.warning("the store is full; waiting %.2f s", delay)
-                time.sleep(delay)
-                delay = min(2 * delay, 2.0)
+
+def put_when_room(store: Store, keys: Sequence[str], values: Sequence[Tensor]) -> None:
+    """Put; a full store is waited for.
+
+    Raises:
+        StoreError: as of :meth:`Store.put`; ``full`` after a minute of waiting.
+    """
+    deadline = time.monotonic() + _FULL_WAIT
+    delay = 0.05
+    while True:
+        try:
+            store.put(keys, values)
+            return
+        except StoreError as error:
+            if error.reason != "full" or time.monotonic() > deadline:
+                raise
+            log.warning("the store is full; waiting %.2f s", delay)
+            time.sleep(delay)
+            delay = min(2 * delay, 2.0)
 
 
 def one_line(error: BaseException) -> str:

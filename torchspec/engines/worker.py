@@ -26,7 +26,10 @@ from torchspec.transfer.spec import RecordSpec
 
 log = logging.getLogger("torchspec.worker")
 
-ENGINES = {"transformers": "torchspec.engines.transformers_engine:TransformersEngine"}
+ENGINES = {
+    "transformers": "torchspec.engines.transformers_engine:TransformersEngine",
+    "vllm": "torchspec.engines.vllm.engine:VLLMEngine",
+}
 """Engine by its name in the configuration; imported in the worker alone."""
 
 _PR_SET_PDEATHSIG = 1

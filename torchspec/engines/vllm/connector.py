@@ -1,0 +1,225 @@
+"""The connector that vLLM loads: hidden states of finished requests go from its cache to the store.
+
+vLLM makes one instance in its scheduler and one in each process that runs the model. A request carries an order (``orders.py``). When it has finished, the
+scheduler's instance asks vLLM to hold the request's blocks, and passes them on with the next step; the instance of tensor-parallel rank 0 copies the states
+out and lets the blocks go. States are read when the request is over, not layer by layer: a prefill cut into chunks, or begun again after a preemption, is whole
+by construction. All ranks hold the same states, so one writes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import vllm
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole, SupportsHMA
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+from torchspec.engines.connection import Closed
+from torchspec.engines.vllm.cache import HiddenStateCache, find_group
+from torchspec.engines.vllm.options import check_version
+from torchspec.engines.vllm.orders import PARAMETER, BadOrder, Order, read_destination, read_order
+from torchspec.engines.vllm.sink import Capture, Sink
+from torchspec.errors import UserError
+from torchspec.target import Target, TargetConfig
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+log = logging.getLogger("vllm.torchspec")
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Captures(KVConnectorMetadata):
+    """What the scheduler's instance tells the others with a step."""
+
+    captures: list[tuple[Capture, dict[str, Any]]] = field(default_factory=list)
+    """Each with the run's description in its order."""
+
+
+class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
+    """See the module. Arguments are vLLM's.
+
+    Raises:
+        UserError: this vLLM is not one that it can serve.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        extra = vllm_config.kv_transfer_config.get_from_extra_config
+        check_version(vllm.__version__, allow_unknown=bool(extra("allow_unknown_version", False)))
+        if role == KVConnectorRole.SCHEDULER:
+            _die_with(extra("owner", None))
+        draft = vllm_config.speculative_config.draft_model_config.hf_config if vllm_config.speculative_config else None
+        self._layer_ids = tuple(getattr(draft, "eagle_aux_hidden_state_layer_ids", ()))
+        self._group, self._block_size = find_group(kv_cache_config)
+        self._max_tokens = int(vllm_config.model_config.max_model_len)
+        # in the scheduler
+        self._pending: list[tuple[Capture, dict[str, Any]]] = []
+        self._checked: dict[str, str] = {}
+        # in the model runner
+        self._cache: HiddenStateCache | None = None
+        self._sinks: dict[str, Sink] = {}
+        self._waiting: deque[tuple[Capture, dict[str, Any]]] = deque()
+        self._copying: dict[str, Callable[[], bool]] = {}
+
+    # -- in the scheduler
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
+        pass
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Called once for each request, before its blocks are freed; True holds them until :meth:`get_finished` names it."""
+        plain = (request.kv_transfer_params or {}).get(PARAMETER)
+        if plain is None:
+            return False, None  # not one of ours
+        try:
+            order = read_order(plain)
+            ids = self._ids(request, order)
+            self._check_run(order.run)
+        except BadOrder as error:
+            return False, {PARAMETER: {"error": str(error)}}
+        rows = len(ids) - len(order.tail)
+        if request.num_computed_tokens < rows:
+            return False, {PARAMETER: {"error": f"ended ({request.status.name}) after {request.num_computed_tokens} of {rows} tokens"}}
+        self._pending.append((Capture(request.request_id, order.key, ids, rows, list(block_ids)), order.run))
+        return True, {PARAMETER: {"accepted": order.key}}
+
+    def request_finished_all_groups(self, request: Request, block_ids: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, block_ids[self._group] if self._group < len(block_ids) else [])
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        captures, self._pending = self._pending, []
+        return Captures(captures)
+
+    def get_finished_count(self) -> int:
+        return 1  # one rank writes: vLLM must not wait for the others' word
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        return "LBNHC" if not vllm.__version__.startswith("0.26.") else None  # states of a token side by side
+
+    def _ids(self, request: Request, order: Order) -> list[int]:
+        prompt = request.prompt_token_ids
+        if not prompt:
+            raise BadOrder("the request has no token ids")
+        return [*prompt, *order.tail]
+
+    def _check_run(self, run: dict[str, Any]) -> None:
+        """Refuse an order for other states than this server has. A run is looked at once."""
+        text = json.dumps(run, sort_keys=True)
+        if text not in self._checked:
+            spec = read_destination(run).spec
+            model = self._vllm_config.model_config
+            target = Target(TargetConfig(path=model.model, revision=model.revision, trust_remote_code=model.trust_remote_code))
+            problem = ""
+            if not {*spec.aux_layers, target.num_layers} <= set(self._layer_ids):
+                problem = f"wants hidden states {[*spec.aux_layers, target.num_layers]}, this vLLM was started with {list(self._layer_ids)}"
+            elif spec.hidden_size != target.hidden_size:
+                problem = f"wants states of width {spec.hidden_size}, the target {model.model} has {target.hidden_size}"
+            elif spec.target != target.fingerprint:
+                problem = f"is of the target {spec.target}, this vLLM runs {target.fingerprint} ({model.model})"
+            self._checked[text] = problem
+        if self._checked[text]:
+            raise BadOrder(f"the run {self._checked[text]}")
+
+    # -- where the model runs
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionLayer
+
+        names = list(get_layers_from_vllm_config(self._vllm_config, CacheOnlyAttentionLayer, list(kv_caches)))
+        if len(names) != 1:
+            raise UserError("data.engine", "vllm", f"has {len(names)} layers that keep hidden states", "use a version listed in docs/engines.md")
+        self._cache = HiddenStateCache(kv_caches[names[0]], layers=len(self._layer_ids), block_size=self._block_size)
+        log.info("hidden states %s are in a cache of %s, blocks of %d tokens", list(self._layer_ids), list(kv_caches[names[0]].shape), self._block_size)
+
+    def start_load_kv(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_save(self) -> None:
+        pass
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Called every step: start copies of what has finished since; name the requests whose blocks may go."""
+        if get_tensor_model_parallel_rank() != 0:
+            return None, None
+        if self.has_connector_metadata():
+            metadata = self._get_connector_metadata()
+            if isinstance(metadata, Captures):
+                self._waiting += metadata.captures
+        while self._waiting:
+            capture, run = self._waiting[0]
+            copied = self._copy(capture, run)
+            if copied is None:
+                break  # no room now: its blocks stay, and vLLM starts less meanwhile
+            self._waiting.popleft()
+            self._copying[capture.request] = copied
+        gone = {request for request, copied in self._copying.items() if copied()}
+        for request in gone:
+            del self._copying[request]
+        return gone or None, None
+
+    def shutdown(self) -> None:
+        for sink in self._sinks.values():
+            sink.close()
+        self._sinks.clear()
+
+    def _copy(self, capture: Capture, run: dict[str, Any]) -> Callable[[], bool] | None:
+        """Start a copy; returns what says that it is done, or None when there is no room now."""
+        sink = self._sink(run)
+        if sink is None:
+            return lambda: True
+        assert self._cache is not None
+        return sink.copy(capture, self._cache)
+
+    def _sink(self, run: dict[str, Any]) -> Sink | None:
+        """Where this run's records go; None when nobody is there."""
+        for text in [text for text, sink in self._sinks.items() if sink.broken]:
+            self._sinks.pop(text).close()
+        text = json.dumps(run, sort_keys=True)
+        if text not in self._sinks:
+            try:
+                self._sinks[text] = Sink(
+                    read_destination(run),
+                    token=os.environ["TORCHSPEC_TOKEN"],
+                    layer_ids=self._layer_ids,
+                    max_tokens=self._max_tokens + 1,
+                    producer=f"vllm {vllm.__version__}",
+                    device=self._cache.device if self._cache is not None else torch.device("cpu"),
+                )
+            except Closed as error:
+                log.error("nobody to deliver records to: %s", error)
+                return None
+        return self._sinks[text]
+
+
+def _die_with(owner: int | None) -> None:
+    """The engine core must not outlive the worker that started it, however that ends."""
+    if owner is None or not sys.platform.startswith("linux") or os.getppid() != owner:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != owner:
+        os._exit(1)

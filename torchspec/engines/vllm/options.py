@@ -1,0 +1,115 @@
+"""Engine arguments of vLLM: what TorchSpec sets, what users may set, and which versions are known."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torchspec.engines.engine import EngineConfig
+from torchspec.errors import UserError
+from torchspec.hardware import working_dtype
+from torchspec.target import Target
+
+KNOWN_VERSIONS = ("0.26", "0.32")
+"""Releases that this connector was run with (docs/engines.md)."""
+
+OWNED = {
+    "model": "data.target.path names the target",
+    "tokenizer": "requests are token ids",
+    "skip_tokenizer_init": "requests are token ids",
+    "revision": "data.target.revision sets it",
+    "dtype": "data.target.dtype sets it",
+    "trust_remote_code": "data.target.trust_remote_code sets it",
+    "max_model_len": "it follows from data.max_length",
+    "speculative_config": "hidden states leave vLLM through it",
+    "kv_transfer_config": "hidden states leave vLLM through it",
+    "enable_prefix_caching": "tokens found in the cache would have no states (vLLM issue 44485)",
+    "pipeline_parallel_size": "vLLM keeps the hidden states of one pipeline stage only",
+    "data_parallel_size": "use data.engines.workers: each worker is a replica",
+    "kv_cache_dtype": "a quantised cache would quantise the hidden states",
+}
+"""Arguments that are refused in ``data.engines.engine_args``, each with the reason."""
+
+
+def check_version(version: str, *, allow_unknown: bool) -> None:
+    """Refuse a vLLM that nobody has run this with.
+
+    Raises:
+        UserError: the version is not among :data:`KNOWN_VERSIONS`, and that was not allowed.
+    """
+    if ".".join(version.split(".")[:2]) not in KNOWN_VERSIONS and not allow_unknown:
+        known = ", ".join(f"{known}.*" for known in KNOWN_VERSIONS)
+        raise UserError("vllm", version, f"is not among the versions this was run with ({known})", "install one of them, or set data.engines.allow_unknown_version")
+
+
+def check_arguments(config: EngineConfig) -> None:
+    """Refuse arguments that TorchSpec sets itself.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for name, value in config.engine_args.items():
+        if name in OWNED:
+            raise UserError(f"data.engines.engine_args.{name}", value, "is set by TorchSpec", f"leave it out: {OWNED[name]}")
+
+
+def layer_ids(target: Target, aux_layers: tuple[int, ...]) -> list[int]:
+    """States that vLLM is to keep for each token: those fed to the draft, and the last before the final norm."""
+    return sorted({*aux_layers, target.num_layers})
+
+
+def model_arguments(target: Target, config: EngineConfig, *, max_length: int, device: str) -> dict[str, Any]:
+    """Arguments of any vLLM that runs the target for us.
+
+    Args:
+        target: the model.
+        config: of the engines; its ``engine_args`` win where TorchSpec has only a default.
+        max_length: tokens of a request with its answer, at most.
+        device: torch device of the worker.
+    """
+    on_cpu = device == "cpu"
+    arguments: dict[str, Any] = {
+        "max_num_seqs": config.batch_samples,
+        "max_num_batched_tokens": max(config.batch_tokens, config.batch_samples),
+        "enforce_eager": on_cpu,
+        "disable_log_stats": True,
+        **config.engine_args,
+        "model": target.config.path,
+        "revision": target.config.revision,
+        "trust_remote_code": target.config.trust_remote_code,
+        "dtype": str(working_dtype(target.dtype, device)).removeprefix("torch."),
+        "max_model_len": max_length,
+        "skip_tokenizer_init": True,
+    }
+    if config.deterministic:
+        arguments["max_num_seqs"] = 1  # a record depends on what shares its batch
+    return arguments
+
+
+def capture_arguments(target: Target, aux_layers: tuple[int, ...], config: EngineConfig) -> dict[str, Any]:
+    """Arguments that make vLLM keep hidden states and hand them to our connector."""
+    return {
+        "speculative_config": {
+            "method": "extract_hidden_states",
+            "num_speculative_tokens": 1,
+            "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": layer_ids(target, aux_layers)}},
+        },
+        "kv_transfer_config": {
+            "kv_connector": "HiddenStatesConnector",
+            "kv_connector_module_path": "torchspec.engines.vllm.connector",
+            "kv_role": "kv_producer",
+            "kv_connector_extra_config": {"allow_unknown_version": config.allow_unknown_version, "owner": os.getpid()},
+        },
+        "enable_prefix_caching": False,
+    }
+
+
+def set_environment(config: EngineConfig, *, device: str) -> None:
+    """Environment variables of vLLM that this process and its children need; those the user set stay."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    if device == "cpu":
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        if config.threads is not None:
+            os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -1,0 +1,108 @@
+"""What a request asks of the connector, and what the connector says when it is done.
+
+An *order* travels with the request (``kv_transfer_params["torchspec"]``, plain JSON values), so one running vLLM serves any run that knows its token.
+The *report* comes back on a TCP connection that the connector opens to the address in the order: vLLM's own answer leaves before the record is written.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import msgspec
+
+from torchspec.engines.messages import Message
+from torchspec.transfer.spec import RecordSpec
+from torchspec.transfer.store import Address
+
+PARAMETER = "torchspec"
+"""Key of the order in ``kv_transfer_params`` of a request, and of the answer in those of its output."""
+TOKEN_VARIABLE = "TORCHSPEC_TOKEN"
+"""Environment variable with the secret that both sides must share."""
+
+
+class BadOrder(Exception):
+    """An order that must not be followed."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """One record to write."""
+
+    key: str
+    """Of the record in the store; unique for each attempt."""
+    tail: list[int]
+    """Token ids of the conversation after those of the prompt: no state is needed at the last one, so it is not computed."""
+    run: dict[str, Any]
+    """Store address, record spec, and where to report: the same for all orders of an engine (see :meth:`destination`)."""
+    token: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where the records of an engine go."""
+
+    store: Address
+    spec: RecordSpec
+    report: tuple[str, int]
+    """Host and port of the engine's :class:`~torchspec.engines.vllm.sink.ReportListener`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"store": self.store, "record": self.spec.to_dict(), "report": list(self.report)}
+
+
+def read_order(plain: Any) -> Order:
+    """The order in a request's parameters.
+
+    Raises:
+        BadOrder: it is malformed, or its token is not this process's.
+    """
+    if not isinstance(plain, Mapping) or set(plain) != {f.name for f in fields(Order)}:
+        raise BadOrder("the order is malformed")
+    try:
+        order = msgspec.convert(dict(plain), Order)
+    except msgspec.ValidationError as error:
+        raise BadOrder(f"the order is malformed ({error})") from error
+    expected = os.environ.get(TOKEN_VARIABLE, "")
+    if not expected or not hmac.compare_digest(order.token.encode(), expected.encode()):
+        raise BadOrder(f"the token of the order is not the one that vLLM was started with ({TOKEN_VARIABLE})")
+    return order
+
+
+def read_destination(run: Mapping[str, Any]) -> Destination:
+    """Where an order's record goes.
+
+    Raises:
+        BadOrder: the description is malformed.
+    """
+    try:
+        host, port = run["report"]
+        return Destination(dict(run["store"]), RecordSpec.from_dict(run["record"]), (str(host), int(port)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadOrder(f"the order's run is malformed ({type(error).__name__}: {error})") from error
+
+
+class Introduce(Message, frozen=True, kw_only=True):
+    """First message of a connector to the engine it reports to."""
+
+    token: str
+
+
+class Wrote(Message, frozen=True, kw_only=True):
+    """The record is whole in the store; or, with ``error``, it is not and will not be."""
+
+    key: str
+    nbytes: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    """Time spent on taking the states out of the cache and writing them."""
+    error: str = ""
+
+
+FromConnector = Introduce | Wrote

@@ -1,0 +1,277 @@
+"""Records on their way from vLLM's cache to the store, and word of them back to the engine.
+
+A sink belongs to one destination (store, record spec, engine). The model runner's thread copies states into a registered ring of memory (on CUDA on a stream of
+its own, so that the next forward goes on); a thread of the sink seals and puts them in order and reports each one. Whatever goes wrong with a
+record is reported as that record's failure; nothing here raises into vLLM.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchspec.engines.connection import BadFrame, Closed, Connection, Framer
+from torchspec.engines.messages import Stop
+from torchspec.engines.record_writer import one_line, put_when_room
+from torchspec.engines.vllm.cache import HiddenStateCache
+from torchspec.engines.vllm.orders import Destination, FromConnector, Introduce, Wrote
+from torchspec.errors import UserError
+from torchspec.transfer import open_store
+from torchspec.transfer.record import seal, views
+from torchspec.transfer.store import Store, StoreError
+
+log = logging.getLogger(__name__)
+_RING = 64 * 2**20
+"""Bytes of records on their way, or twice the largest record where that is more."""
+
+
+class Ring:
+    """Places in a run of bytes, given in order and returned in the same order.
+
+    Args:
+        capacity: bytes.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._live: deque[tuple[int, int]] = deque()
+
+    def take(self, size: int) -> int | None:
+        """Offset of ``size`` free bytes in one piece, or None now."""
+        if not self._live:
+            at = 0 if size <= self.capacity else None
+        else:
+            first = self._live[0][0]
+            end = sum(self._live[-1])
+            if end > first and end + size <= self.capacity:
+                at = end
+            elif end > first:
+                at = 0 if size <= first else None
+            else:
+                at = end if end + size <= first else None
+        if at is not None:
+            self._live.append((at, size))
+        return at
+
+    def free_oldest(self) -> None:
+        """Return the place that was given first."""
+        self._live.popleft()
+
+
+@dataclass
+class Capture:
+    """States of a finished request, to be written."""
+
+    request: str
+    """vLLM's id of the request: its blocks are held until the copy is done."""
+    key: str
+    ids: list[int]
+    """Of the conversation, all T."""
+    rows: int
+    """States computed, T or T-1."""
+    blocks: list[int]
+
+
+@dataclass
+class _Copy:
+    """One record in the ring."""
+
+    capture: Capture
+    record: Tensor
+    done: Any
+    """CUDA event after the copy; None where it was done at once."""
+    seconds: float
+    error: str = ""
+    """Why there is nothing to write."""
+
+
+class Sink:
+    """See the module.
+
+    Args:
+        destination: of its records.
+        token: shown to the engine.
+        layer_ids: states that the cache keeps, by Transformers' index.
+        max_tokens: longest conversation.
+        producer: engine and version, for the manifest.
+        device: of the cache.
+
+    Raises:
+        Closed: the engine does not listen. (A store that cannot be opened is reported for every record instead.)
+    """
+
+    def __init__(self, destination: Destination, *, token: str, layer_ids: tuple[int, ...], max_tokens: int, producer: str, device: torch.device) -> None:
+        self.spec = destination.spec
+        self._aux = [layer_ids.index(i) for i in self.spec.aux_layers]
+        self._last = len(layer_ids) - 1
+        self._producer = producer
+        self._reports = Connection(destination.report, Stop)
+        self._reports.send(Introduce(token=token))
+        self._ring = Ring(max(_RING, 2 * self.spec.nbytes(max_tokens)))
+        self._store: Store | None = None
+        self._problem = ""
+        try:
+            self._store = open_store(destination.store)
+            self._buffer = self._store.buffer(self._ring.capacity)
+        except (StoreError, UserError, RuntimeError) as error:
+            self._problem = one_line(error)
+            log.error("the store cannot be used: %s", error)
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._lock = threading.Lock()
+        self._copies: queue.SimpleQueue[_Copy | None] = queue.SimpleQueue()
+        self.broken = bool(self._problem)
+        """Of no more use: the engine is gone, or the store was not to be opened (the next record tries anew)."""
+        self._thread = threading.Thread(target=self._run, name="torchspec-sink", daemon=True)
+        self._thread.start()
+
+    def copy(self, capture: Capture, cache: HiddenStateCache) -> Callable[[], bool] | None:
+        """Start to take a request's states out of the cache.
+
+        Returns:
+            What says whether the blocks may be freed; None when the ring has no room now.
+        """
+        started = time.monotonic()
+        if self._problem:
+            self._report(Wrote(key=capture.key, error=self._problem))
+            return _at_once
+        tokens = len(capture.ids)
+        size = self.spec.layout(tokens, capture.rows).total
+        with self._lock:
+            at = self._ring.take(size)
+        if at is None:
+            return None
+        record = self._buffer[at : at + size]
+        done: Any = None
+        error = ""
+        try:
+            done = self._fill(record, capture, cache)
+        except (RuntimeError, ValueError, IndexError) as problem:
+            error = one_line(problem)
+        self._copies.put(_Copy(capture, record, done, time.monotonic() - started, error))
+        return done.query if done is not None else _at_once
+
+    def _fill(self, record: Tensor, capture: Capture, cache: HiddenStateCache) -> Any:
+        """Copy ids and states into a record; returns the event after which they are there (None: they are)."""
+        into_ids, aux, last = views(record, self.spec, len(capture.ids), capture.rows)
+        into_ids.copy_(torch.tensor(capture.ids, dtype=torch.int32))
+        if self._stream is not None:
+            self._stream.wait_event(torch.cuda.current_stream().record_event())
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            states = cache.read(capture.blocks, capture.rows)
+            chosen = states if self._aux == list(range(self._last)) else states[:, self._aux]
+            aux.view(capture.rows, len(self._aux), -1).copy_(chosen[:, : len(self._aux)], non_blocking=True)
+            last.copy_(states[:, self._last], non_blocking=True)
+            return self._stream.record_event() if self._stream is not None else None
+
+    def close(self) -> None:
+        """Write what is in the ring and end. Idempotent."""
+        if self._thread.is_alive():
+            self._copies.put(None)
+            self._thread.join(10.0)
+        self._reports.close()
+        if self._store is not None:
+            self._store.close()
+
+    # -- in the thread
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while (copy := self._copies.get()) is not None:
+            started = time.monotonic()
+            capture = copy.capture
+            try:
+                if copy.error:
+                    raise RuntimeError(copy.error)
+                if copy.done is not None:
+                    copy.done.synchronize()
+                assert self._store is not None
+                sealed = seal(copy.record, self.spec, len(capture.ids), capture.rows, producer=self._producer)
+                put_when_room(self._store, [capture.key], [sealed])
+                report = Wrote(key=capture.key, nbytes=sealed.numel(), rows=capture.rows, seconds=copy.seconds + time.monotonic() - started)
+            except Exception as error:  # of whatever kind: it is this record's failure, and vLLM goes on
+                log.warning("record %s was not written: %s", capture.key, error)
+                report = Wrote(key=capture.key, error=one_line(error))
+            with self._lock:
+                self._ring.free_oldest()
+            self._report(report)
+
+    def _report(self, report: Wrote) -> None:
+        try:
+            self._reports.send(report)
+        except Closed:
+            self.broken = True
+
+
+def _at_once() -> bool:
+    return True
+
+
+class ReportListener:
+    """The engine's side: takes reports of connectors, each connection in a thread of its own.
+
+    Args:
+        host: address to listen on.
+        token: that a connector must show.
+        on_report: called for each report, in a thread of this listener.
+    """
+
+    def __init__(self, host: str, *, token: str, on_report: Callable[[Wrote], None]) -> None:
+        self._server = socket.create_server((host, 0))
+        self.port = int(self._server.getsockname()[1])
+        self._token = token
+        self._on_report = on_report
+        self._open: set[socket.socket] = set()
+        threading.Thread(target=self._accept, name="torchspec-reports", daemon=True).start()
+
+    def close(self) -> None:
+        """Idempotent."""
+        for each in (self._server, *list(self._open)):
+            try:
+                each.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            each.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, peer = self._server.accept()
+            except OSError:
+                return
+            self._open.add(connection)
+            threading.Thread(target=self._serve, args=(connection, str(peer)), name="torchspec-reports", daemon=True).start()
+
+    def _serve(self, connection: socket.socket, peer: str) -> None:
+        framer = Framer(FromConnector, limit=65536)
+        known = False
+        try:
+            while data := connection.recv(1 << 16):
+                for message in framer.decode(data):
+                    if isinstance(message, Introduce):
+                        if message.token != self._token:
+                            raise BadFrame("wrong token")
+                        known = True
+                    elif not known:
+                        raise BadFrame("a report before its token")
+                    else:
+                        self._on_report(message)
+        except BadFrame as error:
+            log.warning("refused reports of %s: %s", peer, error)
+        except OSError:
+            pass
+        finally:
+            self._open.discard(connection)
+            connection.close()
+
+
