@@ -107,6 +107,7 @@ def capture_arguments(target: Target, aux_layers: tuple[int, ...], config: Engin
 def set_environment(config: EngineConfig, *, device: str) -> None:
     """Environment variables of vLLM that this process and its children need; those the user set stay."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if device == "cpu":
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB

@@ -1,0 +1,218 @@
+"""Do the vLLM and the Transformers engine write the same records, and how fast?
+
+Both run the same conversations (lengths from 1 token to beyond what vLLM takes in one step, so that prefills are cut into chunks) through a real store in this
+machine. Compared: token ids; states, as the norm of the difference over the norm of the Transformers engine's, over all samples and for the worst sample; the
+losses of one fresh draft on both. Then vLLM runs twice with ``engine.deterministic`` and the records must repeat bit for bit. Prints one JSON line.
+
+    python benchmarks/engine_parity.py --target outputs/quickstart/target --data examples/hf-quickstart/data/train.jsonl --samples 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from torchspec.batch import supervised_counts
+from torchspec.data.collate import collate
+from torchspec.data.conversations import find_sources, parse, read_rows
+from torchspec.data.render import Renderer
+from torchspec.engines.engine import Engine, EngineConfig, EngineStats, Job
+from torchspec.engines.messages import Finished, Lease
+from torchspec.engines.worker import build
+from torchspec.models.draft_config import DraftConfig
+from torchspec.models.task import DraftTask
+from torchspec.models.vocabulary import VocabularyMapping
+from torchspec.target import Target, TargetConfig
+from torchspec.transfer import StoreConfig, make_server, open_store
+from torchspec.transfer.record import Record, RecordSpec, open_record
+
+_STEPS = 4
+
+
+class _AllAnswers:
+    """What ``collate`` asks of a dataset; every token is supervised."""
+
+    def __init__(self, records: dict[int, Record]) -> None:
+        self._records = records
+
+    def mask(self, index: int) -> np.ndarray:
+        return np.ones(self._records[index].input_ids.shape[0], dtype=np.uint8)
+
+
+def conversations(target: Target, data: str, *, count: int, longest: int) -> list[list[int]]:
+    """Token ids of ``count`` pieces of the data's text, lengths spread evenly over the logarithm from 1 to ``longest``, in mixed order."""
+    renderer = Renderer(target.tokenizer(), name=target.config.path)
+    stream: list[int] = []
+    lengths = np.unique(np.geomspace(1, longest, count).round().astype(int), return_counts=False)
+    lengths = np.concatenate([lengths, np.random.default_rng(0).choice(lengths, count - len(lengths))])
+    np.random.default_rng(1).shuffle(lengths)
+    for source in find_sources(data, config_key="--data"):
+        for text, _ in read_rows(source, config_key="--data"):
+            stream += renderer.render(parse(text)).ids.tolist()
+            if len(stream) > lengths.sum():
+                break
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return [stream[low:high] for low, high in zip(starts[:-1], starts[1:], strict=True)]
+
+
+def frequent(samples: list[list[int]], size: int) -> VocabularyMapping:
+    """A draft vocabulary of the 4,096 most frequent tokens of the samples."""
+    counts = np.bincount(np.concatenate([np.asarray(ids) for ids in samples]), minlength=size)
+    return VocabularyMapping(torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:4096])), size)
+
+
+def run_engine(engine: Engine, samples: list[list[int]], *, warm: int = 4) -> tuple[dict[int, Lease], dict[int, Finished], dict[str, float]]:
+    """Write a record of every sample; returns leases, results, and rates over the samples after the first few."""
+    keys = [secrets.token_hex(8) for _ in samples]
+    leases = {i: Lease(i, keys[i], "train", i, np.asarray(ids, dtype=np.int32).tobytes()) for i, ids in enumerate(samples)}
+    done: dict[int, Finished] = {}
+
+    def work(todo: list[int]) -> None:
+        waiting = list(todo)
+        missing = set(todo)
+        while missing:
+            room, tokens = engine.room()
+            while waiting and room > 0 and tokens > 0:
+                engine.submit([leases[waiting[0]]])
+                tokens -= len(samples[waiting.pop(0)])
+                room -= 1
+            finished, failed = engine.poll(1.0)
+            if failed:
+                raise SystemExit(f"sample {failed[0].lease} failed: {failed[0].reason}")
+            done.update({f.lease: f for f in finished})
+            missing -= {f.lease for f in finished}
+
+    order = list(range(len(samples)))
+    work(order[:warm])
+    before: EngineStats = engine.stats()
+    started = time.perf_counter()
+    work(order[warm:])
+    seconds = time.perf_counter() - started
+    after = engine.stats()
+    rates = {
+        "tokens_per_s": round(sum(len(ids) for ids in samples[warm:]) / seconds, 1),
+        "write_share": round((after.write_s - before.write_s) / seconds, 4),
+    }
+    return leases, done, rates
+
+
+def read_all(address: dict[str, Any], spec: RecordSpec, leases: dict[int, Lease], done: dict[int, Finished]) -> dict[int, Record]:
+    """Every record, verified."""
+    store = open_store(address)
+    found = {}
+    for i, result in done.items():
+        buffer = torch.empty(result.nbytes, dtype=torch.uint8)
+        store.get([leases[i].key], [buffer])
+        found[i] = open_record(buffer, spec)
+        store.delete([leases[i].key])
+    store.close()
+    return found
+
+
+def errors(ours: dict[int, Record], theirs: dict[int, Record], part: str) -> tuple[float, float]:
+    """Relative error over all samples, and of the worst one."""
+    difference = norm = worst = 0.0
+    for i, record in theirs.items():
+        rows = min(record.last.shape[0], ours[i].last.shape[0])
+        a, b = getattr(record, part)[:rows].double(), getattr(ours[i], part)[:rows].double()
+        d, n = float((a - b).square().sum()), float(a.square().sum())
+        difference, norm, worst = difference + d, norm + n, max(worst, (d / n) ** 0.5)
+    return (difference / norm) ** 0.5, worst
+
+
+def loss_of(task: DraftTask, records: dict[int, Record], spec: RecordSpec) -> float:
+    """Mean over packs of about a thousand tokens of the draft's loss."""
+    packs: list[list[int]] = [[]]
+    for i, record in records.items():
+        if sum(records[j].input_ids.shape[0] for j in packs[-1]) + record.input_ids.shape[0] > 1024:
+            packs.append([])
+        packs[-1].append(i)
+    dataset, total = _AllAnswers(records), 0.0
+    for pack in filter(None, packs):
+        counts = sum(supervised_counts(dataset.mask(i), _STEPS) for i in pack)
+        batch = collate(records, dataset=dataset, samples=pack, spec=spec, counts=np.asarray(counts), pack_index=0, stage="train")  # type: ignore[arg-type]
+        with torch.no_grad():
+            total += float(task(batch).loss)
+    return total / len(packs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--target", default="outputs/quickstart/target", help="model directory or hub id")
+    parser.add_argument("--data", default="examples/hf-quickstart/data/train.jsonl", help="conversation file")
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--longest", type=int, default=700, help="tokens of the longest sample")
+    parser.add_argument("--batch_tokens", type=int, default=256, help="tokens of a step of the engines; shorter than the longest sample")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--store", default="shm", choices=["shm", "mooncake"])
+    parser.add_argument("--repeat", type=int, default=24, help="samples run twice with engine.deterministic; 0 for none")
+    args = parser.parse_args()
+    config = TargetConfig(args.target)
+    target = Target(config)
+    os.environ.setdefault("TORCHSPEC_TOKEN", secrets.token_hex(8))
+    spec = RecordSpec(
+        target=target.fingerprint,
+        tokenizer="",
+        aux_layers=target.aux_layers(None),
+        hidden_size=target.hidden_size,
+        dtype=str(target.dtype).removeprefix("torch."),
+    )
+    samples = conversations(target, args.data, count=args.samples, longest=args.longest)
+    result: dict[str, Any] = {"samples": len(samples), "tokens": sum(map(len, samples)), "longest": max(map(len, samples)), "batch_tokens": args.batch_tokens}
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        budget = sum(spec.nbytes(len(ids)) for ids in samples) + (64 << 20)
+        server = make_server(StoreConfig(kind=args.store, shm_dir=folder), run=secrets.token_hex(4), budget=budget)
+        server.start()
+
+        def capture(kind: str, these: list[list[int]], **options: Any) -> tuple[dict[int, Record], dict[str, float], dict[str, Any]]:
+            engines = EngineConfig(batch_tokens=args.batch_tokens, **options)
+            engine = build(kind, Job(config, spec, server.address, engines, max_length=args.longest, device=args.device))
+            try:
+                info = engine.start()
+                leases, done, rates = run_engine(engine, these)
+                return read_all(server.address, spec, leases, done), rates, info
+            finally:
+                engine.close()
+
+        try:
+            ours, ours_rate, info = capture("vllm", samples)
+            theirs, theirs_rate, _ = capture("transformers", samples)
+            result |= {"ids_equal": all(ours[i].input_ids.tolist() == ids == theirs[i].input_ids.tolist() for i, ids in enumerate(samples))}
+            for part in ("aux", "last"):
+                overall, worst = errors(ours, theirs, part)
+                result |= {f"{part}_rel_err": round(overall, 6), f"{part}_rel_err_worst": round(worst, 6)}
+            torch.manual_seed(0)
+            task = DraftTask.build(
+                DraftConfig.from_target(target, aux_layers=spec.aux_layers).with_draft_vocabulary(4096),
+                target=target,
+                vocabulary=frequent(samples, target.vocab_size),
+                step_weights=[0.8**k for k in range(_STEPS)],
+                compute_dtype=torch.float32,
+                device=torch.device("cpu"),
+                init="target",
+            )
+            losses = [loss_of(task, records, spec) for records in (ours, theirs)]
+            result |= {"loss_rel_diff": round(abs(losses[0] - losses[1]) / losses[1], 6), "loss_vllm": round(losses[0], 3), "loss_transformers": round(losses[1], 3)}
+            result |= {"vllm": ours_rate, "transformers": theirs_rate, "versions": info["versions"], "dtype": info["dtype"], "store": server.kind}
+            if args.repeat:
+                again = [capture("vllm", samples[: args.repeat], deterministic=True)[0] for _ in range(2)]
+                equal = all(torch.equal(getattr(again[0][i], part), getattr(again[1][i], part)) for i in again[0] for part in ("aux", "last"))
+                result |= {"deterministic_samples": args.repeat, "deterministic_equal": equal}
+        finally:
+            server.close()
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
