@@ -24,6 +24,8 @@ def regenerate(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    engine: Literal["transformers", "vllm"] = "transformers",
+    engine_args: dict[str, Any] | None = None,
 ) -> None:
     """Answer the prompts of a conversation file with the target itself.
 
@@ -42,6 +44,8 @@ def regenerate(
         dtype: auto, bfloat16, float16 or float32.
         device: auto, cpu, or a CUDA device such as cuda:0.
         trust_remote_code: run modelling code that ships with the target.
+        engine: transformers, or vllm (much faster where it runs).
+        engine_args: engine arguments of vLLM, as they are.
     """
     from torchspec.data.regenerate import regenerate as run
 
@@ -60,6 +64,8 @@ def regenerate(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        engine=engine,
+        engine_args=engine_args,
     )
     rate = report.tokens / report.seconds if report.seconds else 0.0
     print(

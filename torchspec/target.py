@@ -138,6 +138,23 @@ class Target:
         except (OSError, ValueError) as error:
             raise UserError("data.target.path", self.config.path, "has no tokenizer that loads", "add the tokenizer files to the target") from error
 
+    def end_ids(self) -> list[int]:
+        """Ids that end what the target generates: by its generation config, its configuration and its tokenizer."""
+        from transformers import GenerationConfig
+
+        try:
+            generation = GenerationConfig.from_pretrained(self.config.path, revision=self.config.revision or "main").eos_token_id
+        except (OSError, ValueError):  # it ships none
+            generation = None
+        try:
+            end = getattr(self.tokenizer(), "eos_token_id", None)
+        except UserError:  # rows may come tokenised
+            end = None
+        found: set[int] = set()
+        for given in (generation, self.hf_config.eos_token_id, end):
+            found.update([given] if isinstance(given, int) else given or [])
+        return sorted(i for i in found if 0 <= i < self.vocab_size)
+
     def aux_layers(self, chosen: list[int] | None) -> tuple[int, ...]:
         """Hidden-state indices fed to the draft (index i = residual stream after i blocks; L = before the final norm).
 

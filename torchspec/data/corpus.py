@@ -177,18 +177,5 @@ class Corpus:
         return torch.from_numpy(self.dataset("train").token_counts(self.target.vocab_size))
 
     def special_end_ids(self) -> list[int]:
-        """Ids that end what the target generates: by its generation config, its configuration, its tokenizer, and the data."""
-        ids = set(self.dataset("train").end_ids)
-        for given in (self._generation_config().get("eos_token_id"), self.target.hf_config.eos_token_id, getattr(self.tokenizer, "eos_token_id", None)):
-            ids.update([given] if isinstance(given, int) else given or [])
-        return sorted(i for i in ids if 0 <= i < self.target.vocab_size)
-
-    def _generation_config(self) -> dict[str, Any]:
-        from transformers import GenerationConfig
-
-        try:
-            config = GenerationConfig.from_pretrained(self.target.config.path, revision=self.target.config.revision or "main")
-        except (OSError, ValueError):
-            return {}
-        described: dict[str, Any] = config.to_dict()
-        return described
+        """Ids that end what the target generates, by the target and by the data."""
+        return sorted({*self.target.end_ids(), *(i for i in self.dataset("train").end_ids if 0 <= i < self.target.vocab_size)})

@@ -79,6 +79,8 @@ def regenerate(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    engine: str = "transformers",
+    engine_args: dict[str, Any] | None = None,
 ) -> RegenerateReport:
     """Answer the prompts of a conversation file with the target itself.
 
@@ -97,6 +99,8 @@ def regenerate(
         dtype: auto, bfloat16, float16 or float32.
         device: auto, cpu, or a CUDA device.
         trust_remote_code: run modelling code that ships with the target.
+        engine: transformers or vllm.
+        engine_args: of vLLM, passed on.
 
     Returns:
         Counts, tokens and seconds.
@@ -104,21 +108,33 @@ def regenerate(
     Raises:
         UserError: for bad input, or an output made with other settings.
     """
-    from torchspec.engines.transformers_generator import TransformersGenerator
-
+    if engine not in ("transformers", "vllm"):
+        raise UserError("engine", engine, "is unknown", "use transformers or vllm")
+    if engine_args and engine != "vllm":
+        raise UserError("engine_args", engine_args, f"has no meaning for engine {engine}", "leave it out")
     config = TargetConfig(target, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     # what is wrong is found before a model is loaded
     find_sources(input, config_key="input")
     Renderer(Target(config).tokenizer(), name=target)
     _open_output(Path(output), _made_with(config, sampling))
-    generator = TransformersGenerator(config, batch_size=batch_size, device=device)
+    generator = _generator(engine, config, batch_size=batch_size, device=device, engine_args=engine_args or {})
     try:
         return answer_file(
             generator, config, input=input, output=Path(output), sampling=sampling, group=_GROUP * batch_size, limit=limit, messages_key=messages_key
         )
     finally:
         generator.close()
+
+
+def _generator(engine: str, config: TargetConfig, *, batch_size: int, device: str, engine_args: dict[str, Any]) -> Generator:
+    if engine == "vllm":
+        from torchspec.engines.vllm.generator import VLLMGenerator
+
+        return VLLMGenerator(config, batch_size=batch_size, device=device, engine_args=engine_args)
+    from torchspec.engines.transformers_generator import TransformersGenerator
+
+    return TransformersGenerator(config, batch_size=batch_size, device=device)
 
 
 def answer_file(

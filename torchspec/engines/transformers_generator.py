@@ -35,14 +35,7 @@ class TransformersGenerator:
         self.batch_size = batch_size
         self.target = Target(config)
         self.model = load_model(config, device=self.device, attn_implementation=attn_implementation)
-        self.ends = self._end_ids()
-
-    def _end_ids(self) -> Tensor:
-        """Tokens after which an answer is over: by generation config, model config and tokenizer."""
-        found: set[int] = set()
-        for given in (self.model.generation_config.eos_token_id, self.target.hf_config.eos_token_id, self.target.tokenizer().eos_token_id):
-            found.update([given] if isinstance(given, int) else given or [])
-        return torch.tensor(sorted(found), device=self.device)
+        self.ends = torch.tensor(self.target.end_ids(), device=self.device)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Answer]:
         """Answers, batch by batch from the longest prompts to the shortest, each batch in order of finishing."""

@@ -140,10 +140,10 @@ class VLLMEngine:
     def close(self) -> None:
         if self._llm is not None:
             llm, self._llm = self._llm, None
+            llm.shutdown()
             if self._thread.is_alive():
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 self._thread.join(5.0)
-            llm.shutdown()
         if self._listener is not None:
             self._listener.close()
             self._listener = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from torchspec.engines.engine import EngineConfig
@@ -31,6 +32,10 @@ OWNED = {
 """Arguments that are refused in ``data.engines.engine_args``, each with the reason."""
 
 
+GENERATES = {name: OWNED[name] for name in ("model", "tokenizer", "skip_tokenizer_init", "revision", "dtype", "trust_remote_code")}
+"""Of these, what is refused where vLLM only generates."""
+
+
 def check_version(version: str, *, allow_unknown: bool) -> None:
     """Refuse a vLLM that nobody has run this with.
 
@@ -42,15 +47,20 @@ def check_version(version: str, *, allow_unknown: bool) -> None:
         raise UserError("vllm", version, f"is not among the versions this was run with ({known})", "install one of them, or set data.engines.allow_unknown_version")
 
 
-def check_arguments(config: EngineConfig) -> None:
+def check_arguments(config: EngineConfig, *, field: str = "data.engines.engine_args", owned: Mapping[str, str] = OWNED) -> None:
     """Refuse arguments that TorchSpec sets itself.
+
+    Args:
+        config: of the engines.
+        field: how the user calls the arguments.
+        owned: names that are refused, with reasons.
 
     Raises:
         UserError: naming the first.
     """
     for name, value in config.engine_args.items():
-        if name in OWNED:
-            raise UserError(f"data.engines.engine_args.{name}", value, "is set by TorchSpec", f"leave it out: {OWNED[name]}")
+        if name in owned:
+            raise UserError(f"{field}.{name}", value, "is set by TorchSpec", f"leave it out: {owned[name]}")
 
 
 def layer_ids(target: Target, aux_layers: tuple[int, ...]) -> list[int]:
@@ -58,13 +68,13 @@ def layer_ids(target: Target, aux_layers: tuple[int, ...]) -> list[int]:
     return sorted({*aux_layers, target.num_layers})
 
 
-def model_arguments(target: Target, config: EngineConfig, *, max_length: int, device: str) -> dict[str, Any]:
+def model_arguments(target: Target, config: EngineConfig, *, max_length: int | None, device: str) -> dict[str, Any]:
     """Arguments of any vLLM that runs the target for us.
 
     Args:
         target: the model.
         config: of the engines; its ``engine_args`` win where TorchSpec has only a default.
-        max_length: tokens of a request with its answer, at most.
+        max_length: tokens of a request with its answer, at most; None for what the target takes.
         device: torch device of the worker.
     """
     on_cpu = device == "cpu"
@@ -78,9 +88,10 @@ def model_arguments(target: Target, config: EngineConfig, *, max_length: int, de
         "revision": target.config.revision,
         "trust_remote_code": target.config.trust_remote_code,
         "dtype": str(working_dtype(target.dtype, device)).removeprefix("torch."),
-        "max_model_len": max_length,
         "skip_tokenizer_init": True,
     }
+    if max_length is not None:
+        arguments["max_model_len"] = max_length
     if config.deterministic:
         arguments["max_num_seqs"] = 1  # a record depends on what shares its batch
     return arguments

@@ -1,0 +1,221 @@
+"""The parts of the vLLM backend that need no vLLM: cache layouts, the ring, orders, reports, the sink, arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchspec.engines.connection import Closed
+from torchspec.engines.engine import EngineConfig
+from torchspec.engines.vllm.cache import HiddenStateCache
+from torchspec.engines.vllm.options import OWNED, check_arguments, check_version
+from torchspec.engines.vllm.orders import TOKEN_VARIABLE, BadOrder, Destination, Order, Wrote, read_destination, read_order
+from torchspec.engines.vllm.sink import Capture, ReportListener, Ring, Sink
+from torchspec.errors import UserError
+from torchspec.transfer import StoreConfig, StoreServer, make_server, open_store
+from torchspec.transfer.record import open_record
+from torchspec.transfer.spec import RecordSpec
+
+LAYERS, BLOCK, HIDDEN = 3, 8, 16
+SPEC = RecordSpec(target="t", tokenizer="", aux_layers=(1, 2), hidden_size=HIDDEN, dtype="float32")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[StoreServer]:
+    made = make_server(StoreConfig(kind="shm", shm_dir=str(tmp_path)), run=secrets.token_hex(4), budget=8 << 20)
+    made.start()
+    yield made
+    made.close()
+
+
+class Inbox:
+    """A listener and what arrived at it."""
+
+    def __init__(self) -> None:
+        self.reports: list[Wrote] = []
+        self.listener = ReportListener("127.0.0.1", token="secret", on_report=self.reports.append)
+
+    def wait(self, count: int) -> list[Wrote]:
+        deadline = time.monotonic() + 20
+        while len(self.reports) < count:
+            assert time.monotonic() < deadline, f"{len(self.reports)} of {count} reports"
+            time.sleep(0.01)
+        return self.reports
+
+
+@pytest.fixture
+def inbox() -> Iterator[Inbox]:
+    made = Inbox()
+    yield made
+    made.listener.close()
+
+
+def paged(states: torch.Tensor, *, layers_first: bool, blocks: list[int]) -> torch.Tensor:
+    """A cache of 10 blocks that holds ``states`` [T, layers, D] in these blocks, and noise elsewhere."""
+    cache = torch.randn(10, BLOCK, states.shape[1], HIDDEN)
+    for place in range(states.shape[0]):
+        cache[blocks[place // BLOCK], place % BLOCK] = states[place]
+    return cache.transpose(1, 2).contiguous() if layers_first else cache
+
+
+@pytest.mark.parametrize("layers_first", [True, False], ids=["0.32", "0.26"])
+def test_both_layouts_give_the_same_states(layers_first: bool) -> None:
+    states = torch.randn(19, LAYERS, HIDDEN)
+    cache = HiddenStateCache(paged(states, layers_first=layers_first, blocks=[7, 0, 4]), layers=LAYERS, block_size=BLOCK)
+    assert torch.equal(cache.read([7, 0, 4], 19), states)
+    assert torch.equal(cache.read([7, 0, 4, 9], 8), states[:8])
+    with pytest.raises(ValueError, match="2 blocks of 8 tokens for 19 states"):
+        cache.read([7, 0], 19)
+
+
+def test_an_unknown_layout_is_refused() -> None:
+    with pytest.raises(UserError, match=r"keeps hidden states as \[10, 5, 8, 16\]"):
+        HiddenStateCache(torch.empty(10, 5, 8, 16), layers=LAYERS, block_size=BLOCK)
+    with pytest.raises(UserError, match="known are"):
+        HiddenStateCache(torch.empty(10, 8 * 3, 16), layers=LAYERS, block_size=BLOCK)
+
+
+def test_a_block_as_long_as_there_are_layers_is_told_by_vllms_own_code() -> None:
+    pytest.importorskip("vllm")
+    states = torch.randn(6, BLOCK, HIDDEN)  # 8 layers, blocks of 8
+    cache = HiddenStateCache(paged(states, layers_first=True, blocks=[3]), layers=BLOCK, block_size=BLOCK)  # 0.32 here
+    assert torch.equal(cache.read([3], 6), states)
+
+
+@given(sizes=st.lists(st.integers(1, 60), max_size=60), frees=st.lists(st.booleans(), max_size=200))
+def test_places_in_the_ring_never_overlap(sizes: list[int], frees: list[bool]) -> None:
+    ring, live, waiting = Ring(100), [], list(sizes)
+    for free in frees:
+        if free and live:
+            ring.free_oldest()
+            live.pop(0)
+        elif waiting:
+            at = ring.take(waiting[0])
+            if at is None:
+                assert live, "an empty ring has room"
+            else:
+                size = waiting.pop(0)
+                assert 0 <= at and at + size <= 100
+                assert all(at + size <= other or other + length <= at for other, length in live)
+                live.append((at, size))
+    assert ring.take(101) is None
+
+
+def make_sink(server_address: dict[str, object], inbox: Inbox, *, token: str = "secret") -> Sink:
+    destination = Destination(server_address, SPEC, ("127.0.0.1", inbox.listener.port))
+    return Sink(destination, token=token, layer_ids=(1, 2, 4), max_tokens=64, producer="test", device=torch.device("cpu"))
+
+
+def capture_of(key: str, tokens: int, blocks: list[int]) -> Capture:
+    return Capture(request=f"r-{key}", key=key, ids=list(range(tokens)), rows=max(tokens - 1, 1), blocks=blocks)
+
+
+def test_a_capture_becomes_a_record(server: StoreServer, inbox: Inbox) -> None:
+    states = torch.randn(19, LAYERS, HIDDEN)
+    cache = HiddenStateCache(paged(states, layers_first=True, blocks=[5, 1, 2]), layers=LAYERS, block_size=BLOCK)
+    sink = make_sink(server.address, inbox)
+    copied = sink.copy(capture_of("a", 20, [5, 1, 2]), cache)
+    assert copied is not None and copied()
+    (report,) = inbox.wait(1)
+    assert report.key == "a" and report.error == "" and report.rows == 19
+    store = open_store(server.address)
+    buffer = torch.empty(report.nbytes, dtype=torch.uint8)
+    store.get(["a"], [buffer])
+    record = open_record(buffer, SPEC)
+    assert record.input_ids.tolist() == list(range(20))
+    assert torch.equal(record.aux, states[:, :2].flatten(1)) and torch.equal(record.last, states[:, 2])
+    store.close()
+    sink.close()
+
+
+def test_a_capture_that_cannot_be_read_is_reported_and_the_next_one_is_written(server: StoreServer, inbox: Inbox) -> None:
+    cache = HiddenStateCache(torch.randn(10, LAYERS, BLOCK, HIDDEN), layers=LAYERS, block_size=BLOCK)
+    sink = make_sink(server.address, inbox)
+    assert sink.copy(capture_of("bad", 20, [5]), cache) is not None
+    assert sink.copy(capture_of("good", 9, [5]), cache) is not None
+    bad, good = inbox.wait(2)
+    assert "1 blocks of 8 tokens for 19 states" in bad.error and good.error == ""
+    sink.close()
+
+
+def test_a_store_that_is_gone_is_reported_for_each_record(server: StoreServer, inbox: Inbox) -> None:
+    address = dict(server.address)
+    server.close()
+    cache = HiddenStateCache(torch.randn(10, LAYERS, BLOCK, HIDDEN), layers=LAYERS, block_size=BLOCK)
+    sink = make_sink(address, inbox)
+    assert sink.copy(capture_of("a", 5, [1]), cache) is not None
+    (report,) = inbox.wait(1)
+    assert report.error and report.nbytes == 0
+    sink.close()
+
+
+def test_places_of_written_records_are_used_again(server: StoreServer, inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchspec.engines.vllm.sink._RING", 0)
+    cache = HiddenStateCache(torch.randn(10, LAYERS, BLOCK, HIDDEN), layers=LAYERS, block_size=BLOCK)
+    sink = make_sink(server.address, inbox)
+    offered = [sink.copy(capture_of(f"k{i}", 64, list(range(8))), cache) for i in range(200)]
+    inbox.wait(sum(copied is not None for copied in offered))
+    assert sink.copy(capture_of("later", 64, list(range(8))), cache) is not None, "a place that was returned is given again"
+    sink.close()
+
+
+def test_reports_need_the_token_and_garbage_is_refused(inbox: Inbox, server: StoreServer, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_connection(("127.0.0.1", inbox.listener.port)) as stranger:
+        stranger.sendall(b"\xff" * 64)
+        assert stranger.recv(1) == b""
+    sink = make_sink(server.address, inbox, token="wrong")
+    cache = HiddenStateCache(torch.randn(10, LAYERS, BLOCK, HIDDEN), layers=LAYERS, block_size=BLOCK)
+    sink.copy(capture_of("a", 5, [1]), cache)
+    deadline = time.monotonic() + 10
+    while "wrong token" not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "wrong token" in caplog.text and inbox.reports == []
+    sink.close()
+
+
+def test_nobody_listening_is_said(server: StoreServer, inbox: Inbox) -> None:
+    inbox.listener.close()
+    with pytest.raises(Closed):
+        make_sink(server.address, inbox)
+
+
+def test_orders_are_checked(monkeypatch: pytest.MonkeyPatch, server: StoreServer) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    run = Destination(server.address, SPEC, ("127.0.0.1", 1)).to_dict()
+    order = Order(key="k", tail=[3], run=run, token="secret")
+    assert read_order(order.to_dict()) == order
+    assert read_destination(order.run) == Destination(server.address, SPEC, ("127.0.0.1", 1))
+    with pytest.raises(BadOrder, match="token"):
+        read_order(dataclasses.replace(order, token="guess").to_dict())
+    for broken in ({}, {**order.to_dict(), "more": 1}, {**order.to_dict(), "tail": "x"}, [1], {**order.to_dict(), "key": None}):
+        with pytest.raises(BadOrder, match="malformed"):
+            read_order(broken)
+    with pytest.raises(BadOrder, match="malformed"):
+        read_destination({"store": {}, "record": {}, "report": []})
+    monkeypatch.delenv(TOKEN_VARIABLE)
+    with pytest.raises(BadOrder, match="token"):  # no token, no service
+        read_order(dataclasses.replace(order, token="").to_dict())
+
+
+@pytest.mark.parametrize("name", sorted(OWNED))
+def test_owned_arguments_are_refused_with_a_reason(name: str) -> None:
+    with pytest.raises(UserError, match=f"data.engines.engine_args.{name}"):
+        check_arguments(EngineConfig(engine_args={name: 1}))
+
+
+def test_versions() -> None:
+    for version in ("0.26.0", "0.32.0", "0.32.1+cpu"):
+        check_version(version, allow_unknown=False)
+    for version in ("0.31.0", "1.0.0", "0.3.2"):
+        with pytest.raises(UserError, match="allow_unknown_version"):
+            check_version(version, allow_unknown=False)
+        check_version(version, allow_unknown=True)

@@ -1,0 +1,74 @@
+"""Answers by the target with vLLM: all prompts are given at once, and vLLM keeps its batch full."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torchspec.engines.engine import Answer, EngineConfig, Sampling
+from torchspec.engines.vllm.options import GENERATES, check_arguments, model_arguments, set_environment
+from torchspec.errors import UserError
+from torchspec.target import Target, TargetConfig
+
+
+class VLLMGenerator:
+    """See the module.
+
+    Args:
+        config: the target.
+        batch_size: answers generated at once, at most.
+        device: auto, cpu or cuda.
+        engine_args: of vLLM, passed on.
+
+    Raises:
+        UserError: an argument that TorchSpec owns, or a device that this vLLM is not built for.
+    """
+
+    def __init__(self, config: TargetConfig, *, batch_size: int = 256, device: str = "auto", engine_args: dict[str, Any] | None = None) -> None:
+        self.target = Target(config)
+        engines = EngineConfig(batch_samples=batch_size, batch_tokens=max(8192, batch_size), engine_args=engine_args or {})
+        check_arguments(engines, field="engine_args", owned=GENERATES)
+        set_environment(engines, device=device)
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process: it ends with us
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        built_for = "cpu" if current_platform.is_cpu() else "cuda"
+        if device != "auto" and device.split(":")[0] != built_for:
+            raise UserError("device", device, f"is not what this vLLM is built for ({built_for})", "set device to auto")
+        set_environment(engines, device=built_for)
+        self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**model_arguments(self.target, engines, max_length=None, device=built_for)))
+        self._longest = int(self._engine.model_config.max_model_len)
+        self._ends = self.target.end_ids()
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Answer]:
+        """Answers in the order they finish. A prompt that leaves no room for a token gets an empty one, finish ``length``."""
+        from vllm import SamplingParams
+
+        for i, prompt in enumerate(prompts):
+            room = self._longest - len(prompt)
+            if room < 1:
+                yield Answer(i, [], "length")
+                continue
+            parameters = SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=None if sampling.temperature == 0.0 else sampling.seed + i,
+                max_tokens=min(sampling.max_new_tokens, room),
+                stop_token_ids=self._ends,
+                detokenize=False,
+            )
+            self._engine.add_request(str(i), {"prompt_token_ids": list(prompt)}, parameters)
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if output.finished:
+                    answer = output.outputs[0]
+                    yield Answer(int(output.request_id), list(answer.token_ids), "stop" if answer.finish_reason == "stop" else "length")
+
+    def close(self) -> None:
+        """Free the model. Idempotent."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.engine_core.shutdown()
