@@ -21,10 +21,17 @@ import torch
 from torchspec.engines.engine import EngineStats, Job
 from torchspec.engines.messages import Failed, Finished, Lease
 from torchspec.engines.record_writer import one_line
-from torchspec.engines.vllm.options import capture_arguments, check_arguments, check_version, model_arguments, set_environment
+from torchspec.engines.vllm.options import (
+    capture_arguments,
+    check_arguments,
+    check_version,
+    model_arguments,
+    refuse_without_states,
+    set_environment,
+    vllm_config_of,
+)
 from torchspec.engines.vllm.orders import PARAMETER, TOKEN_VARIABLE, Destination, Order, Wrote
 from torchspec.engines.vllm.sink import ReportListener
-from torchspec.errors import UserError
 from torchspec.target import Target
 from torchspec.transfer.record import RecordSpec
 
@@ -75,7 +82,6 @@ class VLLMEngine:
         config = self.job.config
         set_environment(config, device=self.job.device)
         import vllm
-        from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         check_version(vllm.__version__, allow_unknown=config.allow_unknown_version)
@@ -86,11 +92,13 @@ class VLLMEngine:
         if self.job.device != "cpu":
             arguments.setdefault("tensor_parallel_size", torch.cuda.device_count())
         arguments |= capture_arguments(self.target, self.spec.aux_layers, config)
-        try:
-            engine_args = AsyncEngineArgs(**arguments)
-        except TypeError as error:
-            raise UserError("data.engines.engine_args", config.engine_args, f"is not all known to vLLM ({error})", "check the names") from error
-        self._llm = AsyncLLM.from_engine_args(engine_args)  # in this thread: the engine core dies with the one that started it
+        vllm_config = vllm_config_of(arguments)
+        refuse_without_states(vllm_config)
+        if not vllm_config.scheduler_config.enable_chunked_prefill and int(arguments["max_num_batched_tokens"]) < self.max_tokens:
+            log.info("vLLM does not cut prefills of this target: steps of %d tokens, data.max_length", self.max_tokens)
+            arguments["max_num_batched_tokens"] = self.max_tokens
+            vllm_config = vllm_config_of(arguments)
+        self._llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True)  # in this thread: the engine core dies with the one that started it
         self._capacity = (int(arguments["max_num_seqs"]), int(arguments["max_num_batched_tokens"]))
         self._thread.start()
         return {
@@ -167,10 +175,11 @@ class VLLMEngine:
         self._reports[lease.key] = report
         try:
             result = await self._request(lease, report)
-        except Exception as error:
-            result = Failed(lease.id, one_line(error))
-            if self._llm is not None and self._llm.errored:
+        except Exception as error:  # of vLLM, whatever it is
+            if self._llm is None or self._llm.errored:
                 self._fatal = error
+                return  # not this sample's fault: the lease goes back with the worker
+            result = Failed(lease.id, one_line(error))
         finally:
             self._reports.pop(lease.key, None)
             self._tasks.pop(lease.id, None)
@@ -193,10 +202,25 @@ class VLLMEngine:
         answer = (said or {}).get(PARAMETER) or {}
         if "error" in answer:
             return Failed(lease.id, answer["error"])
-        wrote = await asyncio.wait_for(report, _REPORT_WAIT)
+        wrote = await self._written(report)
         s = self._stats
         self._stats = EngineStats(s.samples, s.tokens, s.busy_s, s.write_s + wrote.seconds)
         return Failed(lease.id, wrote.error) if wrote.error else Finished(lease.id, wrote.nbytes, wrote.rows)
+
+    async def _written(self, report: asyncio.Future[Wrote]) -> Wrote:
+        """The connector's word on a record.
+
+        Raises:
+            RuntimeError: vLLM ended first.
+            TimeoutError: it takes too long.
+        """
+        deadline = time.monotonic() + _REPORT_WAIT
+        while not (await asyncio.wait({report}, timeout=1.0))[0]:
+            if self._llm is None or self._llm.errored:
+                raise RuntimeError("vLLM ended before the record was written")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no word of the record {_REPORT_WAIT:.0f} s after vLLM's answer")
+        return report.result()
 
     # -- in threads of the listener
 

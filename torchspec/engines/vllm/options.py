@@ -115,6 +115,37 @@ def capture_arguments(target: Target, aux_layers: tuple[int, ...], config: Engin
     }
 
 
+def vllm_config_of(arguments: Mapping[str, Any]) -> Any:
+    """vLLM's own configuration for these arguments.
+
+    Raises:
+        UserError: vLLM does not take them.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    try:
+        return AsyncEngineArgs(**arguments).create_engine_config()
+    except (TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError("data.engines.engine_args", dict(arguments), f"is refused by vLLM ({reason})", "check names and values in vLLM's documentation") from error
+
+
+def refuse_without_states(vllm_config: Any) -> None:
+    """Refuse a target whose vLLM model cannot hand out states of its blocks, before it is loaded.
+
+    Raises:
+        UserError: naming the architecture.
+    """
+    import vllm
+    from vllm.model_executor.model_loader.utils import get_model_architecture
+    from vllm.model_executor.models.interfaces import supports_eagle3
+
+    found, name = get_model_architecture(vllm_config.model_config)
+    if not supports_eagle3(found):
+        problem = f"cannot hand out hidden states of {name} (its model in vLLM {vllm.__version__} lacks the EAGLE-3 interface)"
+        raise UserError("data.engine", "vllm", problem, "set data.engine to transformers")
+
+
 def set_environment(config: EngineConfig, *, device: str) -> None:
     """Environment variables of vLLM that this process and its children need; those the user set stay."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

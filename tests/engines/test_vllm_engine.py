@@ -1,0 +1,145 @@
+"""What stock vLLM writes through our connector equals Transformers' own hidden states, for several families; and it takes what it cannot do for an answer."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engines.parts import save_tiny, spec_of
+from tests.engines.test_transformers_engine import expected, leases_of, random_samples, work_off
+from torchspec.engines.engine import EngineConfig, Job
+from torchspec.engines.hooks import HiddenStates
+from torchspec.engines.messages import Failed, Finished, Lease
+from torchspec.engines.vllm.engine import VLLMEngine
+from torchspec.engines.vllm.orders import TOKEN_VARIABLE
+from torchspec.errors import UserError
+from torchspec.target import TargetConfig
+from torchspec.transfer import StoreConfig, StoreServer, make_server, open_store
+from torchspec.transfer.record import Record, open_record
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow
+MAX_LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    made = make_server(StoreConfig(kind="shm", shm_dir=str(tmp_path_factory.mktemp("shm"))), run=secrets.token_hex(4), budget=64 << 20)
+    made.start()
+    yield made
+    made.close()
+
+
+def engine_for(target: Path, server: StoreServer, aux: tuple[int, ...], **config: Any) -> VLLMEngine:
+    given = EngineConfig(**{"batch_samples": 8, "batch_tokens": 32, "threads": 1, **config})
+    return VLLMEngine(Job(TargetConfig(str(target)), spec_of(target, aux), server.address, given, max_length=MAX_LENGTH, device="cpu"))
+
+
+def read(server: StoreServer, engine: VLLMEngine, leases: list[Lease], finished: list[Finished]) -> dict[int, Record]:
+    store = open_store(server.address)
+    records = {}
+    for done in finished:
+        buffer = torch.empty(done.nbytes, dtype=torch.uint8)
+        store.get([leases[done.lease].key], [buffer])
+        records[done.lease] = open_record(buffer, engine.spec)
+    store.close()
+    return records
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "tolerance"),
+    [
+        ("llama", torch.float32, 1e-5),
+        ("qwen3", torch.float32, 1e-5),
+        ("qwen3_moe", torch.float32, 1e-5),
+        ("qwen3_next", torch.bfloat16, 0.15),  # hybrid: linear attention beside full attention, in several cache groups; vLLM's CPU kernel is bf16 alone
+    ],
+)
+def test_records_equal_transformers(
+    family: str, dtype: torch.dtype, tolerance: float, server: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Index i is hidden_states[i], 0 and L included; samples of 1 token to more than a step takes, side by side; and what is not to be had is a named failure."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    target = save_tiny(tmp_path, family, hidden=128, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(target)
+    hooks = HiddenStates(model, (4,), num_layers=4)
+    engine = engine_for(target, server, (0, 1, 3))
+    try:
+        info = engine.start()
+        assert info["num_layers"] == 4
+        samples = random_samples([5, 17, 1, 40, 33, 2, MAX_LENGTH, 18, MAX_LENGTH + 1])
+        samples.append([3, 96])
+        leases = leases_of(samples)
+        finished, failed = work_off(engine, leases)
+        assert sorted(failed, key=lambda f: f.lease) == [
+            Failed(8, f"{MAX_LENGTH + 1} tokens; vLLM takes 1 to {MAX_LENGTH} here", retry=False),
+            Failed(9, "token ids 3 to 96; the target's vocabulary has 96", retry=False),
+        ]
+        records = read(server, engine, leases, finished)
+        assert sorted(records) == list(range(8))
+        for index, record in records.items():
+            ids, rows = samples[index], record.last.shape[0]
+            assert record.input_ids.tolist() == ids and rows == max(len(ids) - 1, 1)
+            states, final = expected(model, ids)
+            with torch.inference_mode():
+                pairs = [*zip(record.aux.view(rows, 3, -1).unbind(1), (states[0], states[1], states[3]), strict=True), (hooks.norm(record.last), final)]
+            for ours, theirs in pairs:
+                assert (ours.float() - theirs[:rows].float()).norm() <= tolerance * theirs[:rows].float().norm()
+        stats = engine.stats()
+        assert stats.samples == len(samples) and 0 < stats.write_s < stats.busy_s
+        if family == "llama":
+            check_foreign_orders(engine)
+    finally:
+        engine.close()
+
+
+def check_foreign_orders(engine: VLLMEngine) -> None:
+    """An order with another token, for another target, or for states that this vLLM does not keep is refused, and the engine goes on."""
+    (lease,) = leases_of(random_samples([6]))
+    good = engine._run
+    for change, words in (
+        ({"target": "sha256:other"}, "is of the target sha256:other"),
+        ({"aux_layers": [2]}, r"wants hidden states"),
+        ({"hidden_size": 64}, "width 64"),
+    ):
+        engine._run = {**good, "record": {**good["record"], **change}}
+        finished, (failed,) = work_off(engine, [lease])
+        assert not finished and words in failed.reason
+    engine._run = {**good, "store": {"kind": "shm", "path": "/nowhere"}}
+    finished, (failed,) = work_off(engine, [lease])
+    assert not finished and failed.retry and failed.reason
+    engine._run = good
+    finished, failures = work_off(engine, leases_of(random_samples([6])))
+    assert len(finished) == 1 and not failures
+
+
+def test_deterministic_records_repeat_beside_any_neighbours(server: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    engine = engine_for(save_tiny(tmp_path, hidden=128, dtype=torch.bfloat16), server, (1, 2), deterministic=True)
+    try:
+        engine.start()
+        samples = random_samples([20, 50, 7, 31])
+        found = []
+        for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
+            leases = leases_of([samples[i] for i in order])
+            finished, failed = work_off(engine, leases)
+            assert not failed
+            found.append({order[i]: record for i, record in read(server, engine, leases, finished).items()})
+        for index in range(4):
+            assert torch.equal(found[0][index].aux, found[1][index].aux) and torch.equal(found[0][index].last, found[1][index].last)
+    finally:
+        engine.close()
+
+
+def test_a_target_whose_states_vllm_does_not_give_is_refused_before_it_is_loaded(server: StoreServer, tmp_path: Path) -> None:
+    engine = engine_for(save_tiny(tmp_path, "gemma3", hidden=128), server, (1, 2))
+    with pytest.raises(UserError, match="cannot hand out hidden states of Gemma3ForCausalLM"):
+        engine.start()
+    engine.close()
