@@ -5,6 +5,9 @@ machine. Compared: token ids; states, as the norm of the difference over the nor
 losses of one fresh draft on both. Then vLLM runs twice with ``engine.deterministic`` and the records must repeat bit for bit. Prints one JSON line.
 
     python benchmarks/engine_parity.py --target outputs/quickstart/target --data examples/hf-quickstart/data/train.jsonl --samples 200
+
+On a GPU (``--device cuda:0 --store mooncake --batch_tokens 8192 --more 3000``) the engines are also timed over more samples, and with ``--file_connector``
+beside vLLM's own connector that writes files.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import secrets
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +66,10 @@ def conversations(target: Target, data: str, *, count: int, longest: int) -> lis
             stream += renderer.render(parse(text)).ids.tolist()
             if len(stream) > lengths.sum():
                 break
+    if len(stream) < lengths.sum():  # again from its beginning
+        stream *= 1 + int(lengths.sum()) // len(stream)
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    return [stream[low:high] for low, high in zip(starts[:-1], starts[1:], strict=True)]
+    return [stream[low:high] for low, high in pairwise(starts)]
 
 
 def frequent(samples: list[list[int]], size: int) -> VocabularyMapping:
@@ -107,17 +113,50 @@ def run_engine(engine: Engine, samples: list[list[int]], *, warm: int = 4) -> tu
     return leases, done, rates
 
 
-def read_all(address: dict[str, Any], spec: RecordSpec, leases: dict[int, Lease], done: dict[int, Finished]) -> dict[int, Record]:
-    """Every record, verified."""
+def read_all(address: dict[str, Any], spec: RecordSpec, leases: dict[int, Lease], done: dict[int, Finished], *, first: int) -> dict[int, Record]:
+    """The first records, verified; all are deleted."""
     store = open_store(address)
     found = {}
     for i, result in done.items():
-        buffer = torch.empty(result.nbytes, dtype=torch.uint8)
-        store.get([leases[i].key], [buffer])
-        found[i] = open_record(buffer, spec)
+        if i < first:
+            buffer = torch.empty(result.nbytes, dtype=torch.uint8)
+            store.get([leases[i].key], [buffer])
+            found[i] = open_record(buffer, spec)
         store.delete([leases[i].key])
     store.close()
     return found
+
+
+def file_connector_rate(config: TargetConfig, layers: list[int], samples: list[list[int]], *, longest: int, batch_tokens: int, extra: dict[str, Any]) -> float:
+    """Tokens/s of vLLM with its own connector, which writes a file for each request, into memory-backed files."""
+    import vllm
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        llm = vllm.LLM(
+            model=config.path,
+            skip_tokenizer_init=True,
+            max_model_len=longest + 1,
+            max_num_batched_tokens=batch_tokens,
+            enable_prefix_caching=False,
+            speculative_config={
+                "method": "extract_hidden_states",
+                "num_speculative_tokens": 1,
+                "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": layers}},
+            },
+            kv_transfer_config={
+                "kv_connector": "ExampleHiddenStatesConnector",
+                "kv_role": "kv_producer",
+                "kv_connector_extra_config": {"shared_storage_path": folder},
+            },
+            **extra,
+        )
+        prompts: list[Any] = [{"prompt_token_ids": ids} for ids in samples]
+        sampling = vllm.SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+        llm.generate(prompts[:4], sampling, use_tqdm=False)
+        started = time.perf_counter()
+        llm.generate(prompts[4:], sampling, use_tqdm=False)
+        seconds = time.perf_counter() - started
+    return sum(map(len, samples[4:])) / seconds
 
 
 def errors(ours: dict[int, Record], theirs: dict[int, Record], part: str) -> tuple[float, float]:
@@ -131,7 +170,7 @@ def errors(ours: dict[int, Record], theirs: dict[int, Record], part: str) -> tup
     return (difference / norm) ** 0.5, worst
 
 
-def loss_of(task: DraftTask, records: dict[int, Record], spec: RecordSpec) -> float:
+def loss_of(task: DraftTask, records: dict[int, Record], spec: RecordSpec, device: str) -> float:
     """Mean over packs of about a thousand tokens of the draft's loss."""
     packs: list[list[int]] = [[]]
     for i, record in records.items():
@@ -143,7 +182,7 @@ def loss_of(task: DraftTask, records: dict[int, Record], spec: RecordSpec) -> fl
         counts = sum(supervised_counts(dataset.mask(i), _STEPS) for i in pack)
         batch = collate(records, dataset=dataset, samples=pack, spec=spec, counts=np.asarray(counts), pack_index=0, stage="train")  # type: ignore[arg-type]
         with torch.no_grad():
-            total += float(task(batch).loss)
+            total += float(task(batch.to(device)).loss)
     return total / len(packs)
 
 
@@ -156,6 +195,9 @@ def main() -> None:
     parser.add_argument("--batch_tokens", type=int, default=256, help="tokens of a step of the engines; shorter than the longest sample")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--store", default="shm", choices=["shm", "mooncake"])
+    parser.add_argument("--more", type=int, default=0, help="further samples, for the rates only")
+    parser.add_argument("--engine_args", type=json.loads, default={}, help="JSON, passed to vLLM")
+    parser.add_argument("--file_connector", action="store_true", help="also time vLLM's own connector (it needs a GPU)")
     parser.add_argument("--repeat", type=int, default=24, help="samples run twice with engine.deterministic; 0 for none")
     args = parser.parse_args()
     config = TargetConfig(args.target)
@@ -168,26 +210,29 @@ def main() -> None:
         hidden_size=target.hidden_size,
         dtype=str(target.dtype).removeprefix("torch."),
     )
-    samples = conversations(target, args.data, count=args.samples, longest=args.longest)
-    result: dict[str, Any] = {"samples": len(samples), "tokens": sum(map(len, samples)), "longest": max(map(len, samples)), "batch_tokens": args.batch_tokens}
+    everything = conversations(target, args.data, count=args.samples + args.more, longest=args.longest)
+    samples = everything[: args.samples]
+    result: dict[str, Any] = {"samples": len(samples), "tokens": sum(map(len, everything)), "longest": max(map(len, samples))}
+    result["batch_tokens"] = args.batch_tokens
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        budget = sum(spec.nbytes(len(ids)) for ids in samples) + (64 << 20)
+        budget = sum(spec.nbytes(len(ids)) for ids in everything) + (64 << 20)
         server = make_server(StoreConfig(kind=args.store, shm_dir=folder), run=secrets.token_hex(4), budget=budget)
         server.start()
 
         def capture(kind: str, these: list[list[int]], **options: Any) -> tuple[dict[int, Record], dict[str, float], dict[str, Any]]:
-            engines = EngineConfig(batch_tokens=args.batch_tokens, **options)
+            extra = args.engine_args if kind == "vllm" else {}
+            engines = EngineConfig(batch_tokens=args.batch_tokens, batch_samples=256, engine_args=extra, **options)
             engine = build(kind, Job(config, spec, server.address, engines, max_length=args.longest, device=args.device))
             try:
                 info = engine.start()
                 leases, done, rates = run_engine(engine, these)
-                return read_all(server.address, spec, leases, done), rates, info
+                return read_all(server.address, spec, leases, done, first=args.samples), rates, info
             finally:
                 engine.close()
 
         try:
-            ours, ours_rate, info = capture("vllm", samples)
-            theirs, theirs_rate, _ = capture("transformers", samples)
+            ours, ours_rate, info = capture("vllm", everything)
+            theirs, theirs_rate, _ = capture("transformers", everything)
             result |= {"ids_equal": all(ours[i].input_ids.tolist() == ids == theirs[i].input_ids.tolist() for i, ids in enumerate(samples))}
             for part in ("aux", "last"):
                 overall, worst = errors(ours, theirs, part)
@@ -199,12 +244,19 @@ def main() -> None:
                 vocabulary=frequent(samples, target.vocab_size),
                 step_weights=[0.8**k for k in range(_STEPS)],
                 compute_dtype=torch.float32,
-                device=torch.device("cpu"),
+                device=torch.device(args.device),
                 init="target",
-            )
-            losses = [loss_of(task, records, spec) for records in (ours, theirs)]
-            result |= {"loss_rel_diff": round(abs(losses[0] - losses[1]) / losses[1], 6), "loss_vllm": round(losses[0], 3), "loss_transformers": round(losses[1], 3)}
+            ).to(args.device)
+            losses = [loss_of(task, records, spec, args.device) for records in (ours, theirs)]
+            result["loss_rel_diff"] = round(abs(losses[0] - losses[1]) / losses[1], 6)
+            result |= {"loss_vllm": round(losses[0], 3), "loss_transformers": round(losses[1], 3)}
             result |= {"vllm": ours_rate, "transformers": theirs_rate, "versions": info["versions"], "dtype": info["dtype"], "store": server.kind}
+            if args.file_connector:
+                layers = sorted({*spec.aux_layers, target.num_layers})
+                rate = file_connector_rate(
+                    config, layers, everything, longest=args.longest, batch_tokens=args.batch_tokens, extra={"max_num_seqs": 256, **args.engine_args}
+                )
+                result |= {"file_connector_tokens_per_s": round(rate, 1)}
             if args.repeat:
                 again = [capture("vllm", samples[: args.repeat], deterministic=True)[0] for _ in range(2)]
                 equal = all(torch.equal(getattr(again[0][i], part), getattr(again[1][i], part)) for i in again[0] for part in ("aux", "last"))

@@ -46,14 +46,24 @@ def save_tiny(folder: Path, family: str = "llama", *, layers: int = 4, hidden: i
             config = t.Qwen3MoeConfig(**sizes, **more, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=hidden)
         case "deepseek_v3":
             mla = {"q_lora_rank": 32, "kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32, "num_key_value_heads": 4}
-            experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "topk_method": "noaux_tc"}
+            experts = {
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "n_shared_experts": 1,
+                "n_group": 1,
+                "topk_group": 1,
+                "first_k_dense_replace": 1,
+                "topk_method": "noaux_tc",
+            }
             config = t.DeepseekV3Config(**sizes, intermediate_size=2 * hidden, moe_intermediate_size=hidden, **mla, **experts)
         case "qwen3_next":
             experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden, "shared_expert_intermediate_size": hidden}
             linear = {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
             config = t.Qwen3NextConfig(**sizes, **more, **experts, **linear)
         case "minimax_m2":
-            config = t.MiniMaxM2Config(**sizes, **more, num_local_experts=4, num_experts_per_tok=2, rotary_dim=hidden // 4, scoring_func="sigmoid", use_routing_bias=True)
+            config = t.MiniMaxM2Config(
+                **sizes, **more, num_local_experts=4, num_experts_per_tok=2, rotary_dim=hidden // 4, scoring_func="sigmoid", use_routing_bias=True
+            )
         case "gpt2":
             config = t.GPT2Config(**{**sizes, "n_embd": hidden, "n_layer": layers, "n_head": 4, "n_positions": 512})
         case "gpt_neox":

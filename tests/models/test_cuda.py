@@ -64,3 +64,31 @@ def test_task_on_cuda_equals_cpu(dtype: torch.dtype) -> None:
     for name, slow in gradients[0].items():
         fast = gradients[1][name]
         assert (slow - fast).norm() / slow.norm().clamp(min=1e-6) < (1e-3 if dtype == torch.float32 else 0.15), name
+
+
+def test_muon_on_cuda_equals_cpu() -> None:
+    """Its products run in bf16 there and in fp32 on a CPU without bf16: directions agree, and repeat exactly on the same device."""
+    from tests.models.test_muon import Toy
+    from torchspec.models.muon import MuonAdamW, mark_hidden_matrices
+
+    found = []
+    for device in ("cpu", "cuda", "cuda"):
+        torch.manual_seed(0)
+        model = Toy().to(device)
+        mark_hidden_matrices(model)
+        optimizer = MuonAdamW(model.parameters(), lr=3e-3, muon_lr=0.02, betas=(0.8, 0.95), iterations=3)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(8):
+            optimizer.zero_grad()
+            model(torch.randn(4, 12, generator=generator).to(device)).square().mean().backward()
+            optimizer.step()
+        found.append([p.detach().cpu() for p in model.parameters()])
+    for slow, fast, again in zip(*found, strict=True):
+        torch.testing.assert_close(slow, fast, rtol=0, atol=5e-3)
+        assert torch.equal(fast, again)
+
+
+def test_half_precision_stays_half_on_cuda() -> None:
+    from torchspec.hardware import working_dtype
+
+    assert working_dtype(torch.bfloat16, "cuda:0") == torch.bfloat16

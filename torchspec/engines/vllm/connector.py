@@ -113,7 +113,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
-        return "LBNHC" if not vllm.__version__.startswith("0.26.") else None  # states of a token side by side
+        return "NHD" if vllm.__version__.startswith("0.26.") else "LBNHC"  # states of a token side by side
 
     def _ids(self, request: Request, order: Order) -> list[int]:
         prompt = request.prompt_token_ids

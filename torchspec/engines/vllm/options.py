@@ -44,7 +44,8 @@ def check_version(version: str, *, allow_unknown: bool) -> None:
     """
     if ".".join(version.split(".")[:2]) not in KNOWN_VERSIONS and not allow_unknown:
         known = ", ".join(f"{known}.*" for known in KNOWN_VERSIONS)
-        raise UserError("vllm", version, f"is not among the versions this was run with ({known})", "install one of them, or set data.engines.allow_unknown_version")
+        fix = "install one of them, or set data.engines.allow_unknown_version"
+        raise UserError("vllm", version, f"is not among the versions this was run with ({known})", fix)
 
 
 def check_arguments(config: EngineConfig, *, field: str = "data.engines.engine_args", owned: Mapping[str, str] = OWNED) -> None:
@@ -127,7 +128,8 @@ def vllm_config_of(arguments: Mapping[str, Any]) -> Any:
         return AsyncEngineArgs(**arguments).create_engine_config()
     except (TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError("data.engines.engine_args", dict(arguments), f"is refused by vLLM ({reason})", "check names and values in vLLM's documentation") from error
+        fix = "check names and values in vLLM's documentation"
+        raise UserError("data.engines.engine_args", dict(arguments), f"is refused by vLLM ({reason})", fix) from error
 
 
 def refuse_without_states(vllm_config: Any) -> None:

@@ -272,5 +272,3 @@ class ReportListener:
         finally:
             self._open.discard(connection)
             connection.close()
-
-
