@@ -63,7 +63,7 @@ def read(server: StoreServer, engine: VLLMEngine, leases: list[Lease], finished:
 def test_records_equal_transformers(
     family: str, dtype: torch.dtype, tolerance: float, server: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Index i is hidden_states[i], 0 and L included; samples of 1 token to more than a step takes, side by side; and what is not to be had is a named failure."""
+    """Index i is hidden_states[i], 0 and L included; from 1 token to more than a step takes, side by side; what is not to be had is a named failure."""
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
