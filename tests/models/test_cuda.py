@@ -67,7 +67,7 @@ def test_task_on_cuda_equals_cpu(dtype: torch.dtype) -> None:
 
 
 def test_muon_on_cuda_equals_cpu() -> None:
-    """Its products run in bf16 there and in fp32 on a CPU without bf16: directions agree, and repeat exactly on the same device."""
+    """Gradients of full rank: where singular values are zero, what orthogonalising makes of them is rounding. Repeats exactly on the same device."""
     from tests.models.test_muon import Toy
     from torchspec.models.muon import MuonAdamW, mark_hidden_matrices
 
@@ -75,16 +75,14 @@ def test_muon_on_cuda_equals_cpu() -> None:
     for device in ("cpu", "cuda", "cuda"):
         torch.manual_seed(0)
         model = Toy().to(device)
+        before = [p.detach().cpu().clone() for p in model.parameters()]
         mark_hidden_matrices(model)
-        optimizer = MuonAdamW(model.parameters(), lr=3e-3, muon_lr=0.02, betas=(0.8, 0.95), iterations=3)
-        generator = torch.Generator().manual_seed(1)
-        for _ in range(8):
-            optimizer.zero_grad()
-            model(torch.randn(4, 12, generator=generator).to(device)).square().mean().backward()
-            optimizer.step()
-        found.append([p.detach().cpu() for p in model.parameters()])
+        optimizer = MuonAdamW(model.parameters(), lr=3e-3, muon_lr=0.02, betas=(0.8, 0.95), iterations=5)
+        model(torch.randn(256, 12, generator=torch.Generator().manual_seed(1)).to(device)).square().mean().backward()
+        optimizer.step()
+        found.append([p.detach().cpu() - old for p, old in zip(model.parameters(), before, strict=True)])
     for slow, fast, again in zip(*found, strict=True):
-        torch.testing.assert_close(slow, fast, rtol=0, atol=5e-3)
+        assert (slow - fast).norm() < 0.15 * slow.norm()
         assert torch.equal(fast, again)
 
 
