@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "regenerate": "answer the prompts of a conversation file with the target itself",
     "export": "turn a training checkpoint into a draft directory that vLLM serves",
     "acceptance": "serve a draft in vLLM and measure its acceptance length and speed",
+    "vllm_command": "print how to start a vllm serve that engine vllm_remote can use",
     "worker": "start an engine worker by hand and connect it to a running coordinator",
     "doctor": "check this machine: versions, libraries, GPU, ports, memory, the store",
 }
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _overview() -> str:
-    rows = "\n".join(f"  {name:<12}{what}" for name, what in {**TRAINING, **COMMANDS}.items())
+    rows = "\n".join(f"  {name:<14}{what}" for name, what in {**TRAINING, **COMMANDS}.items())
     head = "usage: main.py COMMAND ...\n\nTorchSpec trains the draft models of speculative decoding."
     return f"{head}\n\n{rows}\n\nmain.py COMMAND --help shows the options of a command."
 

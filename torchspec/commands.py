@@ -144,6 +144,22 @@ def acceptance(
     )
 
 
+def vllm_command(target: str, aux_layers: list[int] | None = None, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """Print how to start a vllm serve that engine vllm_remote can use.
+
+    Args:
+        target: hub id or directory of the target, as the server sees it.
+        aux_layers: hidden-state indices of the draft; empty takes the default of model.aux_layers.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run modelling code that ships with the target.
+    """
+    from torchspec.engines.vllm.options import serve_command
+    from torchspec.target import Target, TargetConfig
+
+    facts = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
+    print(serve_command(facts, facts.aux_layers(aux_layers)))
+
+
 def worker(coordinator: str, name: str | None = None, device: str = "auto") -> None:
     """Start an engine worker by hand and connect it to a running coordinator.
 

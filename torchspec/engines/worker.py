@@ -29,6 +29,7 @@ log = logging.getLogger("torchspec.worker")
 ENGINES = {
     "transformers": "torchspec.engines.transformers_engine:TransformersEngine",
     "vllm": "torchspec.engines.vllm.engine:VLLMEngine",
+    "vllm_remote": "torchspec.engines.vllm.remote:RemoteVLLMEngine",
 }
 """Engine by its name in the configuration; imported in the worker alone."""
 

@@ -6,7 +6,9 @@
 ``cache.py``          how that cache is laid out, and reading a request out of it
 ``sink.py``           records on their way from the connector to the store, and word of them back
 ``orders.py``         what a request asks of the connector, and the connector's report
-``engine.py``         ``data.engine: vllm``: leases to requests, reports to results
+``capture.py``        leases to requests, reports to results; base of the two engines
+``engine.py``         ``data.engine: vllm``
+``remote.py``         ``data.engine: vllm_remote``
 ``generator.py``      answers for ``regenerate``
 ====================  ==========================================================================
 """

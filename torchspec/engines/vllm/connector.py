@@ -135,6 +135,8 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
                 problem = f"wants states of width {spec.hidden_size}, the target {model.model} has {target.hidden_size}"
             elif spec.target != target.fingerprint:
                 problem = f"is of the target {spec.target}, this vLLM runs {target.fingerprint} ({model.model})"
+            elif str(model.dtype).removeprefix("torch.") not in (spec.dtype, "float32"):
+                problem = f"wants states in {spec.dtype}, this vLLM computes in {str(model.dtype).removeprefix('torch.')}: start it with --dtype {spec.dtype}"
             self._checked[text] = problem
         if self._checked[text]:
             raise BadOrder(f"the run {self._checked[text]}")

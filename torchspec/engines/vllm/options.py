@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from torchspec.engines.engine import EngineConfig
+from torchspec.engines.vllm.orders import TOKEN_VARIABLE
 from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
 from torchspec.target import Target
@@ -98,8 +101,14 @@ def model_arguments(target: Target, config: EngineConfig, *, max_length: int | N
     return arguments
 
 
-def capture_arguments(target: Target, aux_layers: tuple[int, ...], config: EngineConfig) -> dict[str, Any]:
-    """Arguments that make vLLM keep hidden states and hand them to our connector."""
+def capture_arguments(target: Target, aux_layers: tuple[int, ...], **connector: Any) -> dict[str, Any]:
+    """Arguments that make vLLM keep hidden states and hand them to our connector.
+
+    Args:
+        target: the model.
+        aux_layers: states fed to the draft.
+        connector: ``allow_unknown_version``, and ``owner``, the process whose death is to end the engine core.
+    """
     return {
         "speculative_config": {
             "method": "extract_hidden_states",
@@ -110,10 +119,21 @@ def capture_arguments(target: Target, aux_layers: tuple[int, ...], config: Engin
             "kv_connector": "HiddenStatesConnector",
             "kv_connector_module_path": "torchspec.engines.vllm.connector",
             "kv_role": "kv_producer",
-            "kv_connector_extra_config": {"allow_unknown_version": config.allow_unknown_version, "owner": os.getpid()},
+            "kv_connector_extra_config": connector,
         },
         "enable_prefix_caching": False,
     }
+
+
+def serve_command(target: Target, aux_layers: tuple[int, ...]) -> str:
+    """The shell line of a ``vllm serve`` that engine vllm_remote can use; TorchSpec must be importable there."""
+    arguments = capture_arguments(target, aux_layers)
+    words = ["vllm", "serve", target.config.path]
+    words += ["--revision", target.config.revision] if target.config.revision else []
+    words += ["--trust-remote-code"] if target.config.trust_remote_code else []
+    words += ["--dtype", str(target.dtype).removeprefix("torch."), "--no-enable-prefix-caching"]
+    words += ["--speculative-config", json.dumps(arguments["speculative_config"]), "--kv-transfer-config", json.dumps(arguments["kv_transfer_config"])]
+    return f"{TOKEN_VARIABLE}=SECRET {shlex.join(words)}"
 
 
 def vllm_config_of(arguments: Mapping[str, Any]) -> Any:

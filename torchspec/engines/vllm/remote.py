@@ -1,0 +1,99 @@
+"""``data.engine: vllm_remote``: a ``vllm serve`` that somebody else runs, started with our connector (``main.py vllm_command`` prints how).
+
+The worker here is a thin client: it sends token ids over HTTP, the connector in the server writes the records into this run's store and reports to this worker.
+Both store and worker must be reachable from the server. The server's secret (its TORCHSPEC_TOKEN) is in this side's TORCHSPEC_ENGINE_TOKEN.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from torchspec.engines.vllm.capture import CapturingEngine
+from torchspec.errors import UserError
+from torchspec.transfer.mooncake import route_to
+
+log = logging.getLogger(__name__)
+TOKEN_VARIABLE = "TORCHSPEC_ENGINE_TOKEN"
+_ANSWERS = 600.0
+"""Seconds for one request."""
+
+
+class BadAnswer(Exception):
+    """The server refused a request."""
+
+
+class RemoteVLLMEngine(CapturingEngine):
+    """See the module. ``engine_args``: ``url`` of the server, ``report_host`` under which it reaches this host (left out: the address on the route to it)."""
+
+    known_arguments = ("url", "report_host")
+    _client: Any = None
+    _lost = False
+    _model = ""
+
+    def launch(self) -> dict[str, Any]:
+        import httpx
+
+        arguments = self.job.config.engine_args
+        url = str(arguments.get("url", ""))
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError("data.engines.engine_args.url", url, "is no address of a server", "write it as http://HOST:8000")
+        self.token = os.environ.get(TOKEN_VARIABLE, "")
+        if not self.token:
+            raise UserError(TOKEN_VARIABLE, None, "is not set", "export the secret that the server was started with (its TORCHSPEC_TOKEN)")
+        self.report_host = str(arguments.get("report_host") or route_to(parts.hostname, parts.port or 80))
+        key = os.environ.get("VLLM_API_KEY")
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        self._client = httpx.AsyncClient(base_url=url, timeout=_ANSWERS, limits=limits, headers={"Authorization": f"Bearer {key}"} if key else {})
+        model, version = self._facts(url, {"Authorization": f"Bearer {key}"} if key else {})
+        self._model = str(model["id"])
+        self.max_tokens = min(self.max_tokens, int(model.get("max_model_len") or self.max_tokens))
+        return {"engine": "vllm_remote", "versions": {"vllm": version}, "device": url, "model": self._model}
+
+    def _facts(self, url: str, headers: dict[str, str]) -> tuple[dict[str, Any], str]:
+        """The served model and vLLM's version; waits for a server that is still loading.
+
+        Raises:
+            UserError: it does not answer in time.
+        """
+        import httpx
+
+        deadline = time.monotonic() + self.job.config.start_timeout / 2
+        while True:
+            try:
+                with httpx.Client(base_url=url, timeout=10.0, headers=headers) as client:
+                    models = client.get("/v1/models").raise_for_status().json()["data"]
+                    return models[0], str(client.get("/version").raise_for_status().json()["version"])
+            except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
+                if time.monotonic() > deadline or (isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403)):
+                    raise UserError("data.engines.engine_args.url", url, f"does not answer as vLLM does ({error})", "start it: main.py vllm_command") from error
+                time.sleep(2.0)
+
+    async def ask(self, ids: list[int], parameters: dict[str, Any], key: str) -> dict[str, Any] | None:
+        import httpx
+
+        body = {"model": self._model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "kv_transfer_params": parameters}
+        try:
+            answer = await self._client.post("/v1/completions", json=body)
+        except httpx.TransportError as error:
+            self._lost = True
+            raise ConnectionError(f"the server at {self._client.base_url} is gone ({type(error).__name__})") from error
+        if answer.status_code != 200:
+            raise BadAnswer(f"the server answered {answer.status_code}: {answer.text[:300]}")
+        said = answer.json().get("kv_transfer_params")
+        if said is None:
+            raise BadAnswer("the server has no connector of ours: start it as main.py vllm_command says")
+        return dict(said)
+
+    def gone(self) -> bool:
+        return self._lost or self._client is None
+
+    def end(self) -> None:
+        client, self._client = self._client, None
+        if client is not None and self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(client.aclose(), self._loop).result(5.0)
