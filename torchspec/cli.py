@@ -5,6 +5,7 @@ Unknown keys and abbreviations are refused, what a user can mend is printed as o
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -124,6 +125,7 @@ def _train(words: list[str]) -> None:
 def _quiet() -> None:
     """Silence notices of our dependencies that say nothing to the user of this program."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")

@@ -11,6 +11,7 @@ is turned into it, so that a step is never cut in half and the checkpoint saved 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -58,15 +59,57 @@ class Trainer(pl.Trainer):
         weights_only: bool | None = None,
     ) -> None:
         """Train a draft: start engines, stream hidden states, train, validate, save, export."""
-        with self._end_with_signal_code():
+        self._place_checkpoints()
+        with self._rank_log(), self._end_with_signal_code():
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
     def validate(
         self, model: Any = None, dataloaders: Any = None, ckpt_path: Any = None, verbose: bool = True, datamodule: Any = None, weights_only: bool | None = None
     ) -> Any:
         """Measure a draft on the validation data."""
-        with self._end_with_signal_code():
+        self._place_checkpoints()
+        with self._rank_log(), self._end_with_signal_code():
             return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
+        """Lightning's own; a folder that cannot be written is said in one line."""
+        try:
+            super().save_checkpoint(filepath, weights_only, storage_options)
+        except OSError as error:
+            fix = "free space or set trainer.default_root_dir elsewhere, then resume with --ckpt_path last; earlier checkpoints are whole"
+            raise UserError("checkpoint", str(filepath), f"cannot be written ({error.strerror or error})", fix) from error
+
+    @contextmanager
+    def _rank_log(self) -> Iterator[None]:
+        """What this rank logs, and the traceback of what ends it, in ``logs/rank-N.log`` of the run's folder."""
+        path = Path(self.default_root_dir) / "logs" / f"rank-{self.global_rank}.log"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(path)
+        except OSError as error:
+            raise UserError("trainer.default_root_dir", str(self.default_root_dir), f"cannot be written ({error.strerror})", "choose another folder") from error
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        loggers = [logging.getLogger(name) for name in ("torchspec", "lightning.pytorch", "py.warnings")]
+        for logger in loggers:
+            logger.addHandler(handler)
+        handler.handle(logging.LogRecord("torchspec", logging.INFO, "", 0, f"rank {self.global_rank} of {self.world_size}, pid {os.getpid()}", None, None))
+        try:
+            yield
+        except BaseException as error:
+            told = logging.LogRecord("torchspec", logging.ERROR, "", 0, "ended by %s", (type(error).__name__,), (type(error), error, error.__traceback__))
+            handler.handle(told)
+            raise
+        finally:
+            for logger in loggers:
+                logger.removeHandler(handler)
+            handler.close()
+
+    def _place_checkpoints(self) -> None:
+        """A ModelCheckpoint without a folder saves under the run's."""
+        callbacks: list[Any] = self.checkpoint_callbacks  # type: ignore[assignment]
+        for callback in callbacks:
+            if getattr(callback, "dirpath", "") is None:
+                callback.dirpath = str(Path(self.default_root_dir) / "checkpoints")
 
     def _run(self, model: Any, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         self.resume_path = None if ckpt_path is None else str(ckpt_path)

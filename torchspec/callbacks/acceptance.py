@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from torchspec.callbacks.export import ExportDraft
@@ -30,13 +31,22 @@ class AcceptanceLength(pl.Callback):
         serve_prompts: conversation file to serve in real vLLM with the exported draft after training; None skips it.
         serve_limit: prompts of that file to serve.
         serve_max_new_tokens: length limit of an answer.
+        serve_engine_args: further engine arguments of that vLLM.
     """
 
-    def __init__(self, num_speculative_tokens: int = 3, serve_prompts: str | None = None, serve_limit: int = 100, serve_max_new_tokens: int = 256) -> None:
+    def __init__(
+        self,
+        num_speculative_tokens: int = 3,
+        serve_prompts: str | None = None,
+        serve_limit: int = 100,
+        serve_max_new_tokens: int = 256,
+        serve_engine_args: dict[str, Any] | None = None,
+    ) -> None:
         self.k = num_speculative_tokens
         self.serve_prompts = serve_prompts
         self.serve_limit = serve_limit
         self.serve_max_new_tokens = serve_max_new_tokens
+        self.serve_engine_args = serve_engine_args
         self._table: torch.Tensor | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
@@ -46,6 +56,9 @@ class AcceptanceLength(pl.Callback):
             )
         if self.serve_prompts is not None and not Path(self.serve_prompts).is_file():
             raise UserError("callbacks.AcceptanceLength.serve_prompts", self.serve_prompts, "does not exist", "give a conversation file")
+        if self.serve_prompts is not None and self._exporter(trainer) is None:
+            fix = "put ExportDraft before AcceptanceLength in trainer.callbacks"
+            raise UserError("callbacks.AcceptanceLength.serve_prompts", self.serve_prompts, "needs the draft exported first", fix)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._table = torch.zeros(2 + self.k, dtype=torch.float64)
@@ -81,7 +94,7 @@ class AcceptanceLength(pl.Callback):
     def _flush(self, trainer: pl.Trainer) -> None:
         path = Path(trainer.default_root_dir) / "acceptance.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        mode = "w" if self._last["step"] == 0 else "a"
+        mode = "w" if self._last["step"] == 0 and trainer.state.fn == TrainerFn.FITTING else "a"
         with path.open(mode) as handle:
             handle.write(json.dumps(self._last) + "\n")
 
@@ -90,16 +103,10 @@ class AcceptanceLength(pl.Callback):
             return
         from torchspec.acceptance import measure
 
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        exporter = next((c for c in callbacks if isinstance(c, ExportDraft)), None)
-        draft = None if exporter is None else Path(exporter.directory or Path(trainer.default_root_dir) / "draft")
-        if draft is None or not (draft / "config.json").is_file():
-            raise UserError(
-                "callbacks.AcceptanceLength.serve_prompts",
-                self.serve_prompts,
-                "needs an exported draft",
-                "put ExportDraft before AcceptanceLength in trainer.callbacks",
-            )
+        exporter = self._exporter(trainer)
+        assert exporter is not None
+        draft = Path(exporter.directory or Path(trainer.default_root_dir) / "draft")
+        trainer.datamodule.close()  # type: ignore[attr-defined]  # the engines' memory is needed now
         report = measure(
             pl_module.target.config.path,
             str(draft),
@@ -107,7 +114,13 @@ class AcceptanceLength(pl.Callback):
             num_speculative_tokens=self.k,
             limit=self.serve_limit,
             max_new_tokens=self.serve_max_new_tokens,
+            engine_args=self.serve_engine_args,
             output=str(Path(trainer.default_root_dir) / "vllm_acceptance.json"),
         )
         for logger in trainer.loggers:
             logger.log_metrics({"vllm/acceptance_length": report["acceptance_length"]}, step=trainer.global_step)
+
+    def _exporter(self, trainer: pl.Trainer) -> ExportDraft | None:
+        """The callback that exports, if it comes before this one."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks[: callbacks.index(self)] if isinstance(callback, ExportDraft)), None)

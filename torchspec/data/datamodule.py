@@ -11,6 +11,7 @@ makes the plan and takes the group's address from rank 0; the loaders stream; ``
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -198,7 +199,14 @@ class DraftDataModule(pl.LightningDataModule):
         if self.budget < train + reserve:
             problem = f"is less than the {show_bytes(train + reserve)} that one pack for each of {world} ranks needs (training and validation)"
             raise UserError("data.store.budget", self.store.budget, problem, "raise it or lower data.max_tokens")
+        host, port = self._listen()
+        token = os.environ.get("TORCHSPEC_TOKEN")
+        if self.engines.workers == 0 and not token:
+            raise UserError("TORCHSPEC_TOKEN", None, "is not set, and without it no worker started by hand can connect", "export a secret here and there")
         config = GroupConfig(
+            listen_host=host,
+            listen_port=port,
+            token=token or secrets.token_urlsafe(24),
             target=self.target.config,
             spec=spec,
             store=self.store,
@@ -213,6 +221,21 @@ class DraftDataModule(pl.LightningDataModule):
         self.group = EngineGroup(config)
         self._started = time.monotonic()
         self.endpoint = self.group.start()
+        if self.engines.workers == 0:
+            rank_zero_info(
+                f"no workers of our own (data.engines.workers: 0); start some: main.py worker --coordinator {self.endpoint.host}:{self.endpoint.port}"
+            )
+
+    def _listen(self) -> tuple[str, int]:
+        """Where the coordinator is to listen.
+
+        Raises:
+            UserError: the text is no address.
+        """
+        host, colon, port = self.engines.listen.rpartition(":")
+        if not colon or not host or not port.isdigit() or int(port) > 65535:
+            raise UserError("data.engines.listen", self.engines.listen, "is not HOST:PORT", "write it as 127.0.0.1:0 or 10.0.0.1:29600")
+        return host, int(port)
 
     def setup(self, stage: str) -> None:
         trainer = self._trainer

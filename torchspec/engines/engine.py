@@ -31,6 +31,8 @@ class EngineConfig:
     """Conversations of one forward of the target."""
     deterministic: bool = False
     """One conversation a forward: records repeat bit for bit, since a record depends on what shares its batch."""
+    listen: str = "127.0.0.1:0"
+    """HOST:PORT on which the coordinator waits for workers; port 0 takes a free one. Anything but loopback lets other hosts connect: they need the token."""
     attn_implementation: str = "sdpa"
     """Attention of the Transformers engine."""
     threads: int | None = None
