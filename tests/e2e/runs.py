@@ -46,7 +46,7 @@ def config(folder: Path, target: Path, train: Path, validate: Path | None, **cha
                 {"class_path": "torchspec.callbacks.export.ExportDraft"},
                 {
                     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                    "init_args": {"dirpath": str(folder / "checkpoints"), "save_last": True, "save_on_exception": True, "every_n_train_steps": 2},
+                    "init_args": {"save_last": True, "save_on_exception": True, "every_n_train_steps": 2},
                 },
             ],
         },

@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.e2e.runs import make, run, save_world, store_files
 
@@ -95,6 +96,31 @@ def test_a_full_disk_at_export_keeps_the_checkpoint_and_the_older_draft(world: d
     assert {path.name: path.read_bytes() for path in draft.iterdir()} == before
     code, output = run(*words)
     assert code == 0, output
+
+
+def test_a_full_disk_at_a_checkpoint_is_one_line(world: dict[str, Path], tmp_path: Path) -> None:
+    words = ("fit", "--config", str(make(tmp_path, world)))
+    file = str(tmp_path / "checkpoints")
+
+    def no_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (900 * 1024, 900 * 1024))  # enough for records, too little for a checkpoint
+
+    refused(tmp_path, *words, expected=("checkpoint", file, "free space"), preexec_fn=no_room)
+
+
+def test_serving_after_training_needs_an_export_before_it(world: dict[str, Path], tmp_path: Path) -> None:
+    config = make(tmp_path, world)
+    described = yaml.safe_load(config.read_text())
+    (acceptance,) = [c for c in described["trainer"]["callbacks"] if c["class_path"].endswith("AcceptanceLength")]
+    acceptance["init_args"]["serve_prompts"] = str(world["validate"])
+    config.write_text(yaml.safe_dump(described))
+    refused(tmp_path, "fit", "--config", str(config), expected=("serve_prompts", "put ExportDraft before AcceptanceLength"))
+
+
+def test_workers_by_hand_need_a_secret(world: dict[str, Path], tmp_path: Path) -> None:
+    words = ("fit", "--config", str(make(tmp_path, world)), "--data.engines.workers", "0")
+    refused(tmp_path, *words, expected=("TORCHSPEC_TOKEN", "is not set"))
+    refused(tmp_path, *words, "--data.engines.listen", "here", expected=("data.engines.listen", "HOST:PORT"))
 
 
 def test_a_port_that_something_else_has_taken(world: dict[str, Path], tmp_path: Path) -> None:

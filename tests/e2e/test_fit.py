@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from tests.e2e.runs import descendants, engine_workers, make, metrics, run, save_world, start, store_files, wait_for
@@ -46,6 +48,36 @@ def test_a_run_trains_logs_saves_and_exports(whole: Path) -> None:
     assert pipeline["tokens_per_s"] > 0 and pipeline["store"] == "shm" and pipeline["steps"] == len(losses)
     assert json.loads((whole / "provenance.json").read_text())["target"]["num_layers"] == 8
     assert not (whole / "failed_samples.jsonl").exists()
+
+
+def test_each_rank_has_a_log(whole: Path) -> None:
+    assert "rank 0 of 1" in (whole / "logs" / "rank-0.log").read_text()
+
+
+def test_a_worker_by_hand_and_the_draft_served_after_training(world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``workers: 0`` waits for ``main.py worker``; AcceptanceLength behind ExportDraft serves the draft in real vLLM when training is over."""
+    pytest.importorskip("vllm")
+    config = make(tmp_path, world, trainer__max_steps=3)
+    described = yaml.safe_load(config.read_text())
+    callbacks = described["trainer"]["callbacks"]
+    (acceptance,) = [c for c in callbacks if c["class_path"].endswith("AcceptanceLength")]
+    callbacks.remove(acceptance)
+    acceptance["init_args"] |= {"serve_prompts": str(world["validate"]), "serve_limit": 4, "serve_max_new_tokens": 8}
+    callbacks.append(acceptance)
+    config.write_text(yaml.safe_dump(described))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("TORCHSPEC_TOKEN", "a shared secret")
+    process = start("fit", "--config", str(config), "--data.engines.workers", "0", "--data.engines.listen", address)
+    log = tmp_path / "logs" / "coordinator.log"
+    wait_for(lambda: log.is_file() and "listening" in log.read_text(), timeout=60, what="the coordinator", process=process)
+    worker = start("worker", "--coordinator", address, "--device", "cpu")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    worker.communicate(timeout=30)
+    assert worker.returncode == 0
+    served = json.loads((tmp_path / "vllm_acceptance.json").read_text())
+    assert served["prompts"] == 4 and served["acceptance_length"] >= 1.0
 
 
 def test_fsdp2_on_two_processes_equals_one_with_accumulation(world: dict[str, Path], whole: Path, tmp_path: Path) -> None:

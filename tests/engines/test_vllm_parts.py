@@ -8,19 +8,24 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchspec.engines.connection import Closed
-from torchspec.engines.engine import EngineConfig
+from tests.engines.parts import save_tiny, spec_of, wait_until
+from torchspec.engines.connection import Closed, Connection
+from torchspec.engines.engine import EngineConfig, Job
+from torchspec.engines.messages import Stop
 from torchspec.engines.vllm.cache import HiddenStateCache
+from torchspec.engines.vllm.capture import CapturingEngine
 from torchspec.engines.vllm.options import OWNED, check_arguments, check_version
-from torchspec.engines.vllm.orders import TOKEN_VARIABLE, BadOrder, Destination, Order, Wrote, read_destination, read_order
+from torchspec.engines.vllm.orders import TOKEN_VARIABLE, BadOrder, Destination, Introduce, Order, Wrote, prove, read_destination, read_order
 from torchspec.engines.vllm.sink import Capture, ReportListener, Ring, Sink
 from torchspec.errors import UserError
+from torchspec.target import TargetConfig
 from torchspec.transfer import StoreConfig, StoreServer, make_server, open_store
 from torchspec.transfer.record import open_record
 from torchspec.transfer.spec import RecordSpec
@@ -191,19 +196,26 @@ def test_nobody_listening_is_said(server: StoreServer, inbox: Inbox) -> None:
 def test_orders_are_checked(monkeypatch: pytest.MonkeyPatch, server: StoreServer) -> None:
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     run = Destination(server.address, SPEC, ("127.0.0.1", 1)).to_dict()
-    order = Order(key="k", tail=[3], run=run, token="secret")
+    order = Order(key="k", tail=[3], run=run, proof=prove("secret", "k"))
     assert read_order(order.to_dict()) == order
     assert read_destination(order.run) == Destination(server.address, SPEC, ("127.0.0.1", 1))
     with pytest.raises(BadOrder, match="token"):
-        read_order(dataclasses.replace(order, token="guess").to_dict())
+        read_order(dataclasses.replace(order, proof=prove("guess", "k")).to_dict())
+    with pytest.raises(BadOrder, match="token"):  # the proof is of one key
+        read_order(dataclasses.replace(order, key="another").to_dict())
+    with pytest.raises(BadOrder, match="2 tokens after the prompt"):
+        read_order(dataclasses.replace(order, tail=[1, 2]).to_dict())
     for broken in ({}, {**order.to_dict(), "more": 1}, {**order.to_dict(), "tail": "x"}, [1], {**order.to_dict(), "key": None}):
         with pytest.raises(BadOrder, match="malformed"):
             read_order(broken)
     with pytest.raises(BadOrder, match="malformed"):
         read_destination({"store": {}, "record": {}, "report": []})
+    for wrong in ({"report": ["127.0.0.1", 70000]}, {"record": {**run["record"], "dtype": "int8"}}):
+        with pytest.raises(BadOrder, match="malformed"):
+            read_destination({**run, **wrong})
     monkeypatch.delenv(TOKEN_VARIABLE)
     with pytest.raises(BadOrder, match="token"):  # no token, no service
-        read_order(dataclasses.replace(order, token="").to_dict())
+        read_order(dataclasses.replace(order, proof=prove("", "k")).to_dict())
 
 
 @pytest.mark.parametrize("name", sorted(OWNED))
@@ -219,3 +231,35 @@ def test_versions() -> None:
         with pytest.raises(UserError, match="allow_unknown_version"):
             check_version(version, allow_unknown=False)
         check_version(version, allow_unknown=True)
+
+
+class Absent(CapturingEngine):
+    """An engine without a vLLM."""
+
+    def launch(self) -> dict[str, Any]:
+        self.token = "secret"
+        return {}
+
+    async def ask(self, ids: list[int], parameters: dict[str, Any], key: str) -> dict[str, Any] | None:
+        raise AssertionError("not asked here")
+
+    def gone(self) -> bool:
+        return False
+
+    def end(self) -> None:
+        pass
+
+
+def test_a_record_that_comes_after_its_lease_was_settled_is_deleted(server: StoreServer, tmp_path: Path) -> None:
+    target = save_tiny(tmp_path / "target")
+    engine = Absent(Job(TargetConfig(str(target)), spec_of(target), server.address, EngineConfig(), max_length=64, device="cpu"))
+    engine.start()
+    store = open_store(server.address)
+    store.put(["late"], [torch.zeros(64, dtype=torch.uint8)])
+    reports = Connection(tuple(engine._run["report"]), Stop)
+    reports.send(Introduce(token="secret"))
+    reports.send(Wrote(key="late", nbytes=64, rows=1))
+    wait_until(lambda: store.exists(["late"]) == [False], timeout=10, what="the deletion")
+    reports.close()
+    store.close()
+    engine.close()

@@ -129,6 +129,7 @@ class Coordinator:
             self.stop(f"cannot listen on {self.config['listen_host']}:{self.config['listen_port']} ({error.strerror})")
             return 1
         port = server.sockets[0].getsockname()[1]
+        log.info("listening on %s:%d", self.config["listen_host"], port)
         self._say({"port": port, "pid": os.getpid()})
         ticking = asyncio.create_task(self._ticks())
         try:

@@ -22,10 +22,11 @@ from torchspec.engines.engine import EngineStats, Job
 from torchspec.engines.messages import Failed, Finished, Lease
 from torchspec.engines.record_writer import one_line
 from torchspec.engines.vllm.options import check_arguments
-from torchspec.engines.vllm.orders import PARAMETER, Destination, Order, Wrote
+from torchspec.engines.vllm.orders import PARAMETER, Destination, Order, Wrote, prove
 from torchspec.engines.vllm.sink import ReportListener
 from torchspec.errors import UserError
 from torchspec.target import Target
+from torchspec.transfer import StoreError, open_store
 from torchspec.transfer.record import RecordSpec
 
 log = logging.getLogger(__name__)
@@ -80,8 +81,10 @@ class CapturingEngine(ABC):
         self._reports: dict[str, asyncio.Future[Wrote]] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._held: dict[int, int] = {}  # tokens of each lease in flight
+        self._deletions: set[asyncio.Task[None]] = set()
         self._fatal: BaseException | None = None
         self._stats = EngineStats(0, 0, 0.0, 0.0)
+        self._write_s = 0.0  # of the loop's thread
         self._busy_since = 0.0
         self._run: dict[str, Any] = {}
 
@@ -145,7 +148,7 @@ class CapturingEngine(ABC):
     def stats(self) -> EngineStats:
         s = self._stats
         running = time.monotonic() - self._busy_since if self._held else 0.0
-        return EngineStats(s.samples, s.tokens, s.busy_s + running, s.write_s)
+        return EngineStats(s.samples, s.tokens, s.busy_s + running, self._write_s)
 
     def close(self) -> None:
         self.end()
@@ -192,14 +195,13 @@ class CapturingEngine(ABC):
         if min(ids) < 0 or max(ids) >= self.target.vocab_size:
             return Failed(lease.id, f"token ids {min(ids)} to {max(ids)}; the target's vocabulary has {self.target.vocab_size}", retry=False)
         tail = ids[-1:] if len(ids) > 1 else []
-        order = Order(key=lease.key, tail=tail, run=self._run, token=self.token)
+        order = Order(key=lease.key, tail=tail, run=self._run, proof=prove(self.token, lease.key))
         said = await self.ask(ids[: len(ids) - len(tail)], {PARAMETER: order.to_dict()}, lease.key)
         answer = (said or {}).get(PARAMETER) or {}
         if "error" in answer:
             return Failed(lease.id, answer["error"])
         wrote = await self._written(report)
-        s = self._stats
-        self._stats = EngineStats(s.samples, s.tokens, s.busy_s, s.write_s + wrote.seconds)
+        self._write_s += wrote.seconds
         return Failed(lease.id, wrote.error) if wrote.error else Finished(lease.id, wrote.nbytes, wrote.rows)
 
     async def _written(self, report: asyncio.Future[Wrote]) -> Wrote:
@@ -226,3 +228,16 @@ class CapturingEngine(ABC):
         waiting = self._reports.get(report.key)
         if waiting is not None and not waiting.done():
             waiting.set_result(report)
+        elif not report.error:  # its lease was settled without it, and its credit is back: nobody else would delete it
+            self._deletions.add(task := asyncio.create_task(asyncio.to_thread(self._delete, report.key)))
+            task.add_done_callback(self._deletions.discard)
+
+    def _delete(self, key: str) -> None:
+        """Delete a late record."""
+        try:
+            store = open_store(self.job.store)
+            store.delete([key])
+            store.close()
+            log.info("late record %s deleted", key)
+        except (StoreError, UserError) as error:
+            log.warning("late record %s was not deleted: %s", key, error)

@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from torchspec.engines.connection import Closed
+from torchspec.engines.record_writer import one_line
 from torchspec.engines.vllm.cache import HiddenStateCache, find_group
 from torchspec.engines.vllm.options import check_version
 from torchspec.engines.vllm.orders import PARAMETER, BadOrder, Order, read_destination, read_order
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vllm.torchspec")
 _PR_SET_PDEATHSIG = 1
+_FORGET = 30.0
+"""Seconds without another try after an engine was not to be reached: a try holds up the model."""
 
 
 @dataclass
@@ -66,6 +70,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         draft = vllm_config.speculative_config.draft_model_config.hf_config if vllm_config.speculative_config else None
         self._layer_ids = tuple(getattr(draft, "eagle_aux_hidden_state_layer_ids", ()))
         self._group, self._block_size = find_group(kv_cache_config)
+        self._fingerprint: str | None = extra("target", None)
         self._max_tokens = int(vllm_config.model_config.max_model_len)
         # in the scheduler
         self._pending: list[tuple[Capture, dict[str, Any]]] = []
@@ -75,6 +80,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         self._sinks: dict[str, Sink] = {}
         self._waiting: deque[tuple[Capture, dict[str, Any]]] = deque()
         self._copying: dict[str, Callable[[], bool]] = {}
+        self._unreachable: dict[str, float] = {}
 
     # -- in the scheduler
 
@@ -95,6 +101,9 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
             self._check_run(order.run)
         except BadOrder as error:
             return False, {PARAMETER: {"error": str(error)}}
+        except Exception as error:  # whatever an order says, vLLM goes on
+            log.exception("an order could not be followed")
+            return False, {PARAMETER: {"error": one_line(error)}}
         rows = len(ids) - len(order.tail)
         if request.num_computed_tokens < rows:
             return False, {PARAMETER: {"error": f"ended ({request.status.name}) after {request.num_computed_tokens} of {rows} tokens"}}
@@ -133,8 +142,8 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
                 problem = f"wants hidden states {[*spec.aux_layers, target.num_layers]}, this vLLM was started with {list(self._layer_ids)}"
             elif spec.hidden_size != target.hidden_size:
                 problem = f"wants states of width {spec.hidden_size}, the target {model.model} has {target.hidden_size}"
-            elif spec.target != target.fingerprint:
-                problem = f"is of the target {spec.target}, this vLLM runs {target.fingerprint} ({model.model})"
+            elif spec.target != (fingerprint := self._fingerprint or target.fingerprint):
+                problem = f"is of the target {spec.target}, this vLLM runs {fingerprint} ({model.model})"
             elif str(model.dtype).removeprefix("torch.") not in (spec.dtype, "float32"):
                 problem = f"wants states in {spec.dtype}, this vLLM computes in {str(model.dtype).removeprefix('torch.')}: start it with --dtype {spec.dtype}"
             self._checked[text] = problem
@@ -186,7 +195,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         for sink in self._sinks.values():
-            sink.close()
+            sink.close(wait=10.0)
         self._sinks.clear()
 
     def _copy(self, capture: Capture, run: dict[str, Any]) -> Callable[[], bool] | None:
@@ -199,10 +208,14 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _sink(self, run: dict[str, Any]) -> Sink | None:
         """Where this run's records go; None when nobody is there."""
-        for text in [text for text, sink in self._sinks.items() if sink.broken]:
-            self._sinks.pop(text).close()
         text = json.dumps(run, sort_keys=True)
+        if text in self._sinks and self._sinks[text].broken:
+            self._sinks.pop(text).close()
+        if time.monotonic() < self._unreachable.get(text, 0.0):
+            return None
         if text not in self._sinks:
+            for ended in [other for other, sink in self._sinks.items() if sink.gone()]:
+                self._sinks.pop(ended).close()
             try:
                 self._sinks[text] = Sink(
                     read_destination(run),
@@ -212,15 +225,16 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
                     producer=f"vllm {vllm.__version__}",
                     device=self._cache.device if self._cache is not None else torch.device("cpu"),
                 )
-            except Closed as error:
+            except (Closed, BadOrder, OSError) as error:
                 log.error("nobody to deliver records to: %s", error)
+                self._unreachable[text] = time.monotonic() + _FORGET
                 return None
         return self._sinks[text]
 
 
 def _die_with(owner: int | None) -> None:
     """The engine core must not outlive the worker that started it, however that ends."""
-    if owner is None or not sys.platform.startswith("linux") or os.getppid() != owner:
+    if owner is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != owner:

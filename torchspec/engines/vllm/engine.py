@@ -30,7 +30,9 @@ class VLLMEngine(CapturingEngine):
         self.token = os.environ.setdefault(TOKEN_VARIABLE, os.urandom(16).hex())
         arguments = model_arguments(self.target, config, max_length=self.max_tokens, device=device)
         if device != "cpu":
-            arguments.setdefault("tensor_parallel_size", torch.cuda.device_count())
+            arguments.setdefault("tensor_parallel_size", _own_devices(device))
+        if vllm.__version__.startswith("0.26."):
+            arguments.setdefault("async_scheduling", False)  # there, a request preempted in mid-flight may end without all of its states
         arguments |= capture_arguments(self.target, self.spec.aux_layers, allow_unknown_version=config.allow_unknown_version, owner=os.getpid())
         vllm_config = vllm_config_of(arguments)
         refuse_without_states(vllm_config)
@@ -64,3 +66,10 @@ class VLLMEngine(CapturingEngine):
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.shutdown()
+
+
+def _own_devices(device: str) -> int:
+    """GPUs of this worker: those that its CUDA_VISIBLE_DEVICES lists; without it the one of ``device``, which is made the only visible one."""
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device.partition(":")[2] or "0"
+    return len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))

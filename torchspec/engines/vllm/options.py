@@ -29,6 +29,8 @@ OWNED = {
     "kv_transfer_config": "hidden states leave vLLM through it",
     "enable_prefix_caching": "tokens found in the cache would have no states (vLLM issue 44485)",
     "pipeline_parallel_size": "vLLM keeps the hidden states of one pipeline stage only",
+    "decode_context_parallel_size": "one rank writes, and must have the states of all tokens",
+    "prefill_context_parallel_size": "one rank writes, and must have the states of all tokens",
     "data_parallel_size": "use data.engines.workers: each worker is a replica",
     "kv_cache_dtype": "a quantised cache would quantise the hidden states",
 }
@@ -119,7 +121,7 @@ def capture_arguments(target: Target, aux_layers: tuple[int, ...], **connector: 
             "kv_connector": "HiddenStatesConnector",
             "kv_connector_module_path": "torchspec.engines.vllm.connector",
             "kv_role": "kv_producer",
-            "kv_connector_extra_config": connector,
+            "kv_connector_extra_config": {"target": target.fingerprint, **connector},
         },
         "enable_prefix_caching": False,
     }

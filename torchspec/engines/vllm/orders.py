@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from torchspec.engines.messages import Message
-from torchspec.transfer.spec import RecordSpec
+from torchspec.transfer.spec import ITEMSIZE, RecordSpec
 from torchspec.transfer.store import Address
 
 PARAMETER = "torchspec"
@@ -38,10 +38,16 @@ class Order:
     """Token ids of the conversation after those of the prompt: no state is needed at the last one, so it is not computed."""
     run: dict[str, Any]
     """Store address, record spec, and where to report: the same for all orders of an engine (see :meth:`destination`)."""
-    token: str
+    proof: str
+    """:func:`prove` of the key: requests are logged, so the secret itself is not in them."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def prove(token: str, key: str) -> str:
+    """HMAC-SHA256 of a key under the shared secret, in hexadecimal."""
+    return hmac.new(token.encode(), key.encode(), "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def read_order(plain: Any) -> Order:
     """The order in a request's parameters.
 
     Raises:
-        BadOrder: it is malformed, or its token is not this process's.
+        BadOrder: it is malformed, or was not made with this process's secret.
     """
     if not isinstance(plain, Mapping) or set(plain) != {f.name for f in fields(Order)}:
         raise BadOrder("the order is malformed")
@@ -69,8 +75,10 @@ def read_order(plain: Any) -> Order:
         order = msgspec.convert(dict(plain), Order)
     except msgspec.ValidationError as error:
         raise BadOrder(f"the order is malformed ({error})") from error
-    expected = os.environ.get(TOKEN_VARIABLE, "")
-    if not expected or not hmac.compare_digest(order.token.encode(), expected.encode()):
+    if len(order.tail) > 1:
+        raise BadOrder(f"the order is malformed ({len(order.tail)} tokens after the prompt)")
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if not token or not hmac.compare_digest(order.proof.encode(), prove(token, order.key).encode()):
         raise BadOrder(f"the token of the order is not the one that vLLM was started with ({TOKEN_VARIABLE})")
     return order
 
@@ -83,9 +91,12 @@ def read_destination(run: Mapping[str, Any]) -> Destination:
     """
     try:
         host, port = run["report"]
-        return Destination(dict(run["store"]), RecordSpec.from_dict(run["record"]), (str(host), int(port)))
+        destination = Destination(dict(run["store"]), RecordSpec.from_dict(run["record"]), (str(host), int(port)))
     except (KeyError, TypeError, ValueError) as error:
         raise BadOrder(f"the order's run is malformed ({type(error).__name__}: {error})") from error
+    if destination.spec.dtype not in ITEMSIZE or not 0 < destination.report[1] < 65536:
+        raise BadOrder(f"the order's run is malformed (dtype {destination.spec.dtype!r}, port {destination.report[1]})")
+    return destination
 
 
 class Introduce(Message, frozen=True, kw_only=True):

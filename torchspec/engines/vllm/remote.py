@@ -48,7 +48,7 @@ class RemoteVLLMEngine(CapturingEngine):
             raise UserError(TOKEN_VARIABLE, None, "is not set", "export the secret that the server was started with (its TORCHSPEC_TOKEN)")
         self.report_host = str(arguments.get("report_host") or route_to(parts.hostname, parts.port or 80))
         key = os.environ.get("VLLM_API_KEY")
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)  # the server closes after 5
         self._client = httpx.AsyncClient(base_url=url, timeout=_ANSWERS, limits=limits, headers={"Authorization": f"Bearer {key}"} if key else {})
         model, version = self._facts(url, {"Authorization": f"Bearer {key}"} if key else {})
         self._model = str(model["id"])
@@ -78,11 +78,19 @@ class RemoteVLLMEngine(CapturingEngine):
         import httpx
 
         body = {"model": self._model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "kv_transfer_params": parameters}
-        try:
-            answer = await self._client.post("/v1/completions", json=body)
-        except httpx.TransportError as error:
-            self._lost = True
-            raise ConnectionError(f"the server at {self._client.base_url} is gone ({type(error).__name__})") from error
+        for last in (False, True):
+            try:  # a second time with the same key is harmless: a record is written once
+                answer = await self._client.post("/v1/completions", json=body)
+            except httpx.TransportError as error:
+                reason = type(error).__name__
+            else:
+                if answer.status_code < 500:
+                    break
+                reason = f"answers {answer.status_code}: {answer.text[:200]}"
+            if last:
+                self._lost = True
+                raise ConnectionError(f"the server at {self._client.base_url} is gone ({reason})")
+            await asyncio.sleep(1.0)
         if answer.status_code != 200:
             raise BadAnswer(f"the server answered {answer.status_code}: {answer.text[:300]}")
         said = answer.json().get("kv_transfer_params")

@@ -113,9 +113,9 @@ class Sink:
     def __init__(self, destination: Destination, *, token: str, layer_ids: tuple[int, ...], max_tokens: int, producer: str, device: torch.device) -> None:
         self.spec = destination.spec
         self._aux = [layer_ids.index(i) for i in self.spec.aux_layers]
-        self._last = len(layer_ids) - 1
+        self._last = layer_ids.index(max(layer_ids))
         self._producer = producer
-        self._reports = Connection(destination.report, Stop)
+        self._reports = Connection(destination.report, Stop, timeout=3.0)
         self._reports.send(Introduce(token=token))
         self._ring = Ring(max(_RING, 2 * self.spec.nbytes(max_tokens)))
         self._store: Store | None = None
@@ -168,19 +168,23 @@ class Sink:
             self._stream.wait_event(torch.cuda.current_stream().record_event())
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             states = cache.read(capture.blocks, capture.rows)
-            chosen = states if self._aux == list(range(self._last)) else states[:, self._aux]
+            chosen = states if self._aux == list(range(len(self._aux))) else states[:, self._aux]
             aux.view(capture.rows, len(self._aux), -1).copy_(chosen[:, : len(self._aux)], non_blocking=True)
             last.copy_(states[:, self._last], non_blocking=True)
             return self._stream.record_event() if self._stream is not None else None
 
-    def close(self) -> None:
-        """Write what is in the ring and end. Idempotent."""
-        if self._thread.is_alive():
-            self._copies.put(None)
-            self._thread.join(10.0)
-        self._reports.close()
-        if self._store is not None:
-            self._store.close()
+    def gone(self) -> bool:
+        """Whether it is of no more use, because the engine at the other end has ended or the store was not to be opened."""
+        try:
+            self._reports.receive(0.0)
+        except (Closed, BadFrame):
+            self.broken = True
+        return self.broken
+
+    def close(self, wait: float = 0.0) -> None:
+        """Let its thread write what is in the ring and end; wait for that, so many seconds. Idempotent."""
+        self._copies.put(None)
+        self._thread.join(wait)
 
     # -- in the thread
 
@@ -190,8 +194,8 @@ class Sink:
             started = time.monotonic()
             capture = copy.capture
             try:
-                if copy.error:
-                    raise RuntimeError(copy.error)
+                if copy.error or self.broken:
+                    raise RuntimeError(copy.error or "the engine that ordered it is gone")
                 if copy.done is not None:
                     copy.done.synchronize()
                 assert self._store is not None
@@ -204,6 +208,9 @@ class Sink:
             with self._lock:
                 self._ring.free_oldest()
             self._report(report)
+        self._reports.close()
+        if self._store is not None:
+            self._store.close()
 
     def _report(self, report: Wrote) -> None:
         try:
