@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.tiny import save_target
 from torchspec.cli import main
+from torchspec.models.draft_config import DraftConfig
+from torchspec.target import Target, TargetConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted([*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "examples").rglob("*.yaml")])
@@ -24,6 +28,15 @@ def test_a_shipped_config_parses(file: Path, capsys: pytest.CaptureFixture[str],
     given = yaml.safe_load(file.read_text())
     assert effective["data"]["target"]["path"] == given["data"]["target"]["path"]
     assert effective["model"]["unroll_steps"] == given["model"]["unroll_steps"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs/drafts").glob("*.json")), ids=lambda f: f.name)
+def test_a_shipped_draft_fits_a_target(file: Path, tmp_path: Path) -> None:
+    target = Target(TargetConfig(str(save_target(tmp_path))))
+    draft = DraftConfig.from_json(file, target=target, aux_layers=(2, 4, 5))
+    assert draft.hidden_size == target.hidden_size
+    for name, value in json.loads(file.read_text()).items():
+        assert getattr(draft, name) == value
 
 
 @pytest.mark.parametrize("flag", ["--data.max_lenght=5", "--model.unrol_steps=2", "--trainer.max_stepz=1", "--data.max_len=5", "--data.store.budgt=1GiB"])

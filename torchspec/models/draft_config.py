@@ -122,7 +122,7 @@ class DraftConfig:
         """
         file = Path(path)
         if not file.is_file():
-            raise UserError("model.draft", str(path), "does not exist", "give a JSON file with the draft's fields (docs/configuration.md)")
+            raise UserError("model.draft", str(path), "does not exist", "give a JSON file such as configs/drafts/eagle3.json")
         try:
             given = json.loads(file.read_text())
         except ValueError as error:
