@@ -63,6 +63,7 @@ def orthogonalise(matrix: Tensor, *, iterations: int = 5) -> Tensor:
     x = x / (_MARGIN * x.norm()).clamp(min=1e-7)
     for i in range(iterations):
         a, b, c = _COEFFICIENTS[min(i, len(_COEFFICIENTS) - 1)]
+        a, b, c = a / _MARGIN, b / _MARGIN**3, c / _MARGIN**5
         gram = x @ x.t()
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide else x.t()
