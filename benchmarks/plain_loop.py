@@ -201,7 +201,7 @@ def main() -> None:
             continue
         tokens += int(valid.sum())
         seconds = time.perf_counter() - started
-        bar.update(min(seconds, bar.total) - bar.n)
+        bar.update(min(seconds, args.seconds) - bar.n)
         if seconds >= args.seconds:
             break
     bar.close()
