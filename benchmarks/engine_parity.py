@@ -180,7 +180,7 @@ def loss_of(task: DraftTask, records: dict[int, Record], spec: RecordSpec, devic
     dataset, total = _AllAnswers(records), 0.0
     for pack in filter(None, packs):
         counts = sum(supervised_counts(dataset.mask(i), _STEPS) for i in pack)
-        batch = collate(records, dataset=dataset, samples=pack, spec=spec, counts=np.asarray(counts), pack_index=0, stage="train")  # type: ignore[arg-type]
+        batch = collate(records, dataset=dataset, samples=pack, spec=spec, counts=np.asarray(counts), pack_index=0, stage="train")  # type: ignore[arg-type]  # all that it asks of a dataset is mask()
         with torch.no_grad():
             total += float(task(batch.to(device)).loss)
     return total / len(packs)
@@ -204,13 +204,7 @@ def main() -> None:
     config = TargetConfig(args.target, dtype=args.dtype)
     target = Target(config)
     os.environ.setdefault("TORCHSPEC_TOKEN", secrets.token_hex(8))
-    spec = RecordSpec(
-        target=target.fingerprint,
-        tokenizer="",
-        aux_layers=target.aux_layers(None),
-        hidden_size=target.hidden_size,
-        dtype=str(target.dtype).removeprefix("torch."),
-    )
+    spec = target.record_spec(target.aux_layers(None), tokenizer="")
     everything = conversations(target, args.data, count=args.samples + args.more, longest=args.longest)
     samples = everything[: args.samples]
     result: dict[str, Any] = {"samples": len(samples), "tokens": sum(map(len, everything)), "longest": max(map(len, samples))}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchspec.errors import UserError
+from torchspec.transfer.spec import RecordSpec
 
 if TYPE_CHECKING:
     import torch
@@ -174,6 +175,21 @@ class Target:
         if any(b <= a for a, b in pairwise(chosen)):
             raise UserError("model.aux_layers", chosen, "is not strictly increasing", "sort the indices and drop repeats")
         return tuple(chosen)
+
+    def record_spec(self, aux_layers: tuple[int, ...], *, tokenizer: str) -> RecordSpec:
+        """What a record of this target's states says of itself.
+
+        Args:
+            aux_layers: hidden-state indices fed to the draft.
+            tokenizer: fingerprint of tokenizer and chat template, or "".
+        """
+        return RecordSpec(
+            target=self.fingerprint,
+            tokenizer=tokenizer,
+            aux_layers=aux_layers,
+            hidden_size=self.hidden_size,
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
 
     def describe(self) -> dict[str, Any]:
         """Plain values for logs and manifests."""

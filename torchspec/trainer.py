@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from torchspec.errors import UserError
@@ -106,9 +107,8 @@ class Trainer(pl.Trainer):
 
     def _place_checkpoints(self) -> None:
         """A ModelCheckpoint without a folder saves under the run's."""
-        callbacks: list[Any] = self.checkpoint_callbacks  # type: ignore[assignment]
-        for callback in callbacks:
-            if getattr(callback, "dirpath", "") is None:
+        for callback in self.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(self.default_root_dir) / "checkpoints")
 
     def _run(self, model: Any, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:

@@ -17,7 +17,7 @@ from torchspec.engines.engine import EngineConfig
 from torchspec.engines.group import GroupConfig
 from torchspec.engines.messages import Pack, PackReady, Sample
 from torchspec.target import Target, TargetConfig
-from torchspec.transfer import StoreConfig, open_store
+from torchspec.transfer import Store, StoreConfig, open_store
 from torchspec.transfer.record import Record, open_record
 from torchspec.transfer.spec import RecordSpec
 
@@ -77,10 +77,7 @@ def save_tiny(folder: Path, family: str = "llama", *, layers: int = 4, hidden: i
 
 
 def spec_of(target: Path, aux_layers: tuple[int, ...] = (1, 2)) -> RecordSpec:
-    facts = Target(TargetConfig(str(target)))
-    return RecordSpec(
-        target=facts.fingerprint, tokenizer="none", aux_layers=aux_layers, hidden_size=facts.hidden_size, dtype=str(facts.dtype).removeprefix("torch.")
-    )
+    return Target(TargetConfig(str(target))).record_spec(aux_layers, tokenizer="none")
 
 
 def group_config(folder: Path, target: Path, *, engines: dict[str, Any] | None = None, **changes: Any) -> GroupConfig:
@@ -115,6 +112,13 @@ def random_packs(count: int, *, world: int = 1, rank: int = 0, per_pack: int = 3
     return packs
 
 
+def read_record(store: Store, key: str, nbytes: int, spec: RecordSpec) -> Record:
+    """A record out of a store, verified."""
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    assert store.get([key], [buffer]) == [nbytes]
+    return open_record(buffer, spec)
+
+
 class Rank:
     """A trainer's side of one pass: submits, waits, reads and verifies, acknowledges."""
 
@@ -139,9 +143,7 @@ class Rank:
         self.waiting.remove(ready.pack)
         self.taken.append(ready.pack)
         for ref in ready.records:
-            buffer = torch.empty(ref.nbytes, dtype=torch.uint8)
-            self.store.get([ref.key], [buffer])
-            record = open_record(buffer, self.spec)
+            record = read_record(self.store, ref.key, ref.nbytes, self.spec)
             assert record.input_ids.numpy().tobytes() == self.ids[ref.index]
             assert ref.index not in self.records
             self.records[ref.index] = record

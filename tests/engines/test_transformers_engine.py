@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.engines.parts import save_tiny, spec_of
+from tests.engines.parts import read_record, save_tiny, spec_of
 from torchspec.engines.engine import EngineConfig, Job
 from torchspec.engines.hooks import HiddenStates
 from torchspec.engines.messages import Failed, Finished, Lease
@@ -19,19 +18,10 @@ from torchspec.engines.record_writer import RecordWriter
 from torchspec.engines.transformers_engine import TransformersEngine
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
-from torchspec.transfer import Store, StoreConfig, StoreError, StoreServer, make_server, open_store
-from torchspec.transfer.record import Record, open_record
+from torchspec.transfer import Store, StoreError, StoreServer, open_store
+from torchspec.transfer.record import Record
 
 FAMILIES = ["llama", "qwen3", "gemma3", "gpt2", "mistral", "qwen3_moe", "gpt_neox", "opt"]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
-    folder = tmp_path_factory.mktemp("shm")
-    made = make_server(StoreConfig(kind="shm", shm_dir=str(folder)), run=secrets.token_hex(4), budget=64 << 20)
-    made.start()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +57,7 @@ def records_of(engine: TransformersEngine, server: StoreServer, samples: list[li
     finished, failed = work_off(engine, leases)
     assert not failed
     store = open_store(server.address)
-    records = []
-    for done in sorted(finished, key=lambda f: f.lease):
-        buffer = torch.empty(done.nbytes, dtype=torch.uint8)
-        assert store.get([leases[done.lease].key], [buffer]) == [done.nbytes]
-        records.append(open_record(buffer, engine.spec))
+    records = [read_record(store, leases[done.lease].key, done.nbytes, engine.spec) for done in sorted(finished, key=lambda f: f.lease)]
     store.close()
     return records
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.engines.parts import save_tiny, spec_of
+from tests.engines.parts import read_record, save_tiny, spec_of
 from tests.engines.test_transformers_engine import expected, leases_of, random_samples, work_off
 from torchspec.engines.engine import EngineConfig, Job
 from torchspec.engines.hooks import HiddenStates
@@ -19,20 +17,12 @@ from torchspec.engines.vllm.engine import VLLMEngine
 from torchspec.engines.vllm.orders import TOKEN_VARIABLE
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
-from torchspec.transfer import StoreConfig, StoreServer, make_server, open_store
-from torchspec.transfer.record import Record, open_record
+from torchspec.transfer import StoreServer, open_store
+from torchspec.transfer.record import Record
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
 MAX_LENGTH = 64
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
-    made = make_server(StoreConfig(kind="shm", shm_dir=str(tmp_path_factory.mktemp("shm"))), run=secrets.token_hex(4), budget=64 << 20)
-    made.start()
-    yield made
-    made.close()
 
 
 def engine_for(target: Path, server: StoreServer, aux: tuple[int, ...], **config: Any) -> VLLMEngine:
@@ -42,11 +32,7 @@ def engine_for(target: Path, server: StoreServer, aux: tuple[int, ...], **config
 
 def read(server: StoreServer, engine: VLLMEngine, leases: list[Lease], finished: list[Finished]) -> dict[int, Record]:
     store = open_store(server.address)
-    records = {}
-    for done in finished:
-        buffer = torch.empty(done.nbytes, dtype=torch.uint8)
-        store.get([leases[done.lease].key], [buffer])
-        records[done.lease] = open_record(buffer, engine.spec)
+    records = {done.lease: read_record(store, leases[done.lease].key, done.nbytes, engine.spec) for done in finished}
     store.close()
     return records
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.engines.parts import save_tiny, spec_of, wait_until
+from tests.engines.parts import read_record, save_tiny, spec_of, wait_until
 from torchspec.engines.connection import Closed, Connection
 from torchspec.engines.engine import EngineConfig, Job
 from torchspec.engines.messages import Stop
@@ -23,31 +24,33 @@ from torchspec.engines.vllm.cache import HiddenStateCache
 from torchspec.engines.vllm.capture import CapturingEngine
 from torchspec.engines.vllm.options import OWNED, check_arguments, check_version
 from torchspec.engines.vllm.orders import TOKEN_VARIABLE, BadOrder, Destination, Introduce, Order, Wrote, prove, read_destination, read_order
-from torchspec.engines.vllm.sink import Capture, ReportListener, Ring, Sink
+from torchspec.engines.vllm.reports import ReportServer
+from torchspec.engines.vllm.sink import Capture, Ring, Sink
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
-from torchspec.transfer import StoreConfig, StoreServer, make_server, open_store
-from torchspec.transfer.record import open_record
+from torchspec.transfer import StoreServer, open_store
 from torchspec.transfer.spec import RecordSpec
 
 LAYERS, BLOCK, HIDDEN = 3, 8, 16
 SPEC = RecordSpec(target="t", tokenizer="", aux_layers=(1, 2), hidden_size=HIDDEN, dtype="float32")
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[StoreServer]:
-    made = make_server(StoreConfig(kind="shm", shm_dir=str(tmp_path)), run=secrets.token_hex(4), budget=8 << 20)
-    made.start()
-    yield made
-    made.close()
-
-
 class Inbox:
-    """A listener and what arrived at it."""
+    """A report server in a loop of its own, and what arrived at it."""
 
     def __init__(self) -> None:
         self.reports: list[Wrote] = []
-        self.listener = ReportListener("127.0.0.1", token="secret", on_report=self.reports.append)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._server = ReportServer(token="secret", on_report=self.reports.append)
+        self.port = asyncio.run_coroutine_threadsafe(self._server.start("127.0.0.1"), self._loop).result()
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self._server.close(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
 
     def wait(self, count: int) -> list[Wrote]:
         deadline = time.monotonic() + 20
@@ -61,7 +64,7 @@ class Inbox:
 def inbox() -> Iterator[Inbox]:
     made = Inbox()
     yield made
-    made.listener.close()
+    made.close()
 
 
 def paged(states: torch.Tensor, *, layers_first: bool, blocks: list[int]) -> torch.Tensor:
@@ -116,7 +119,7 @@ def test_places_in_the_ring_never_overlap(sizes: list[int], frees: list[bool]) -
 
 
 def make_sink(server_address: dict[str, object], inbox: Inbox, *, token: str = "secret") -> Sink:
-    destination = Destination(server_address, SPEC, ("127.0.0.1", inbox.listener.port))
+    destination = Destination(server_address, SPEC, ("127.0.0.1", inbox.port))
     return Sink(destination, token=token, layer_ids=(1, 2, 4), max_tokens=64, producer="test", device=torch.device("cpu"))
 
 
@@ -133,9 +136,7 @@ def test_a_capture_becomes_a_record(server: StoreServer, inbox: Inbox) -> None:
     (report,) = inbox.wait(1)
     assert report.key == "a" and report.error == "" and report.rows == 19
     store = open_store(server.address)
-    buffer = torch.empty(report.nbytes, dtype=torch.uint8)
-    store.get(["a"], [buffer])
-    record = open_record(buffer, SPEC)
+    record = read_record(store, "a", report.nbytes, SPEC)
     assert record.input_ids.tolist() == list(range(20))
     assert torch.equal(record.aux, states[:, :2].flatten(1)) and torch.equal(record.last, states[:, 2])
     store.close()
@@ -174,7 +175,7 @@ def test_places_of_written_records_are_used_again(server: StoreServer, inbox: In
 
 
 def test_reports_need_the_token_and_garbage_is_refused(inbox: Inbox, server: StoreServer, caplog: pytest.LogCaptureFixture) -> None:
-    with socket.create_connection(("127.0.0.1", inbox.listener.port)) as stranger:
+    with socket.create_connection(("127.0.0.1", inbox.port)) as stranger:
         stranger.sendall(b"\xff" * 64)
         assert stranger.recv(1) == b""
     sink = make_sink(server.address, inbox, token="wrong")
@@ -188,7 +189,7 @@ def test_reports_need_the_token_and_garbage_is_refused(inbox: Inbox, server: Sto
 
 
 def test_nobody_listening_is_said(server: StoreServer, inbox: Inbox) -> None:
-    inbox.listener.close()
+    inbox.close()
     with pytest.raises(Closed):
         make_sink(server.address, inbox)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shlex
 import signal
 import socket
@@ -18,7 +17,7 @@ import httpx
 import pytest
 import torch
 
-from tests.engines.parts import spec_of
+from tests.engines.parts import read_record, spec_of
 from tests.engines.test_transformers_engine import expected, leases_of, work_off
 from tests.tiny import save_target
 from torchspec.cli import main
@@ -26,8 +25,7 @@ from torchspec.engines.engine import EngineConfig, Job
 from torchspec.engines.vllm.remote import TOKEN_VARIABLE, RemoteVLLMEngine
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
-from torchspec.transfer import StoreConfig, StoreServer, make_server, open_store
-from torchspec.transfer.record import open_record
+from torchspec.transfer import StoreServer, open_store
 
 pytest.importorskip("vllm")
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +39,7 @@ class Served:
 
     url: str
     target: Path
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None = None
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +78,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     process.wait()
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[StoreServer]:
-    made = make_server(StoreConfig(kind="shm", shm_dir=str(tmp_path)), run=secrets.token_hex(4), budget=64 << 20)
-    made.start()
-    yield made
-    made.close()
-
-
 def engine_for(served: Served, server: StoreServer, aux: tuple[int, ...] = AUX, **engine_args: object) -> RemoteVLLMEngine:
     config = EngineConfig(batch_samples=8, batch_tokens=64, start_timeout=4.0, engine_args={"url": served.url, **engine_args})
     return RemoteVLLMEngine(Job(TargetConfig(str(served.target)), spec_of(served.target, aux), server.address, config, max_length=MAX_LENGTH, device="cpu"))
@@ -112,9 +102,7 @@ def test_a_server_of_somebody_else(served: Served, server: StoreServer, monkeypa
     model = AutoModelForCausalLM.from_pretrained(served.target)
     store = open_store(server.address)
     for done in finished:
-        buffer = torch.empty(done.nbytes, dtype=torch.uint8)
-        store.get([leases[done.lease].key], [buffer])
-        record = open_record(buffer, engine.spec)
+        record = read_record(store, leases[done.lease].key, done.nbytes, engine.spec)
         states, _ = expected(model, samples[done.lease])
         assert record.input_ids.tolist() == samples[done.lease]
         torch.testing.assert_close(record.aux, torch.cat([states[1], states[2]], dim=-1)[: done.rows], rtol=1e-4, atol=1e-4)
@@ -133,6 +121,7 @@ def test_a_server_of_somebody_else(served: Served, server: StoreServer, monkeypa
     other.start()
     _, (refused,) = work_off(other, leases_of(samples[1:2]))
     assert "this vLLM was started with [1, 2, 4]" in refused.reason
+    assert served.process is not None
     os.killpg(served.process.pid, signal.SIGKILL)
     other.submit(leases_of(samples[1:2]))
     with pytest.raises(RuntimeError, match="is gone"):
@@ -149,12 +138,12 @@ def test_what_is_missing_is_said(served_nowhere: Served, server: StoreServer, mo
     with pytest.raises(UserError, match=r"engine_args.tensor_parallel_size"):
         engine_for(served_nowhere, server, tensor_parallel_size=2)
     with pytest.raises(UserError, match=r"engine_args.url"):
-        engine_for(Served("here", served_nowhere.target, served_nowhere.process), server).start()
+        engine_for(Served("here", served_nowhere.target), server).start()
 
 
 @pytest.fixture
 def served_nowhere(tmp_path: Path) -> Served:
-    return Served("http://127.0.0.1:9", save_target(tmp_path / "target", layers=4), None)  # type: ignore[arg-type]
+    return Served("http://127.0.0.1:9", save_target(tmp_path / "target", layers=4))
 
 
 def test_the_command_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

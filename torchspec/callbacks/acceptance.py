@@ -105,11 +105,10 @@ class AcceptanceLength(pl.Callback):
 
         exporter = self._exporter(trainer)
         assert exporter is not None
-        draft = Path(exporter.directory or Path(trainer.default_root_dir) / "draft")
         trainer.datamodule.close()  # type: ignore[attr-defined]  # the engines' memory is needed now
         report = measure(
             pl_module.target.config.path,
-            str(draft),
+            str(exporter.folder(trainer)),
             prompts=self.serve_prompts,
             num_speculative_tokens=self.k,
             limit=self.serve_limit,

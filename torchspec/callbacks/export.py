@@ -38,7 +38,7 @@ class ExportDraft(pl.Callback):
             return
         checkpoint = self._checkpoint(trainer)
         if trainer.is_global_zero:
-            directory = Path(self.directory or Path(trainer.default_root_dir) / "draft")
+            directory = self.folder(trainer)
             report = export_checkpoint(checkpoint, pl_module.target, directory, dtype=self.dtype)
             rank_zero_info(
                 f"draft exported to {report.directory}: {report.tensors} tensors, {report.nbytes / 2**20:.1f} MiB; "
@@ -56,6 +56,10 @@ class ExportDraft(pl.Callback):
         path = Path(trainer.default_root_dir) / "export.ckpt"
         trainer.save_checkpoint(path, weights_only=True)  # every rank: a sharded save is collective
         return path
+
+    def folder(self, trainer: pl.Trainer) -> Path:
+        """Where the draft of this run goes."""
+        return Path(self.directory or Path(trainer.default_root_dir) / "draft")
 
     @staticmethod
     def _log(trainer: pl.Trainer, directory: Path) -> None:

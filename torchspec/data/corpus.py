@@ -150,13 +150,7 @@ class Corpus:
 
     def spec(self, aux_layers: tuple[int, ...]) -> RecordSpec:
         """What every record of this run must say of itself."""
-        return RecordSpec(
-            target=self.target.fingerprint,
-            tokenizer=tokenizer_fingerprint(self.tokenizer),
-            aux_layers=aux_layers,
-            hidden_size=self.target.hidden_size,
-            dtype=str(self.target.dtype).removeprefix("torch."),
-        )
+        return self.target.record_spec(aux_layers, tokenizer=tokenizer_fingerprint(self.tokenizer))
 
     def largest_pack(self, stage: str, spec: RecordSpec) -> int:
         """Bytes of records that no pack of any epoch exceeds.

@@ -30,6 +30,7 @@ from torchspec.data.prepare import DataOptions
 from torchspec.data.progress import batches_in_epoch, check_limit, check_trainer, set_progress
 from torchspec.engines.engine import EngineConfig
 from torchspec.errors import UserError
+from torchspec.network import split_host_port
 from torchspec.target import Target, TargetConfig
 from torchspec.transfer.record import RecordSpec
 from torchspec.transfer.sizes import parse_bytes, show_bytes
@@ -199,7 +200,7 @@ class DraftDataModule(pl.LightningDataModule):
         if self.budget < train + reserve:
             problem = f"is less than the {show_bytes(train + reserve)} that one pack for each of {world} ranks needs (training and validation)"
             raise UserError("data.store.budget", self.store.budget, problem, "raise it or lower data.max_tokens")
-        host, port = self._listen()
+        host, port = split_host_port(self.engines.listen, field="data.engines.listen", lowest=0, example="127.0.0.1:0 or 10.0.0.1:29600")
         token = os.environ.get("TORCHSPEC_TOKEN")
         if self.engines.workers == 0 and not token:
             raise UserError("TORCHSPEC_TOKEN", None, "is not set, and without it no worker started by hand can connect", "export a secret here and there")
@@ -225,17 +226,6 @@ class DraftDataModule(pl.LightningDataModule):
             rank_zero_info(
                 f"no workers of our own (data.engines.workers: 0); start some: main.py worker --coordinator {self.endpoint.host}:{self.endpoint.port}"
             )
-
-    def _listen(self) -> tuple[str, int]:
-        """Where the coordinator is to listen.
-
-        Raises:
-            UserError: the text is no address.
-        """
-        host, colon, port = self.engines.listen.rpartition(":")
-        if not colon or not host or not port.isdigit() or int(port) > 65535:
-            raise UserError("data.engines.listen", self.engines.listen, "is not HOST:PORT", "write it as 127.0.0.1:0 or 10.0.0.1:29600")
-        return host, int(port)
 
     def setup(self, stage: str) -> None:
         trainer = self._trainer

@@ -22,7 +22,6 @@ from torchspec.engines.record_writer import Captured, RecordWriter, one_line
 from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
 from torchspec.target import Target, TargetConfig
-from torchspec.transfer.record import RecordSpec
 
 log = logging.getLogger(__name__)
 _AHEAD = 2
@@ -58,13 +57,7 @@ class TransformersEngine:
         self.job = job
         self.target = Target(job.target)
         self.max_tokens = int(getattr(self.target.hf_config, "max_position_embeddings", None) or 2**31)
-        self.spec = RecordSpec(
-            target=self.target.fingerprint,
-            tokenizer=job.spec.tokenizer,
-            aux_layers=job.spec.aux_layers,
-            hidden_size=self.target.hidden_size,
-            dtype=str(self.target.dtype).removeprefix("torch."),
-        )
+        self.spec = self.target.record_spec(job.spec.aux_layers, tokenizer=job.spec.tokenizer)
         self._queue: list[Lease] = []
         self._stats = EngineStats(0, 0, 0.0, 0.0)
         self._states: HiddenStates | None = None

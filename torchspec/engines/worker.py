@@ -7,11 +7,9 @@ own sends a heartbeat a second. It ends when the connection does; started by a c
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -20,6 +18,7 @@ import traceback
 from torchspec.engines.connection import Closed, Connection
 from torchspec.engines.engine import Engine, EngineConfig, Job
 from torchspec.engines.messages import Beat, Cancel, Failed, Hello, Pull, Ready, Report, Stop, ToWorker, Welcome, Work
+from torchspec.engines.parent import die_with
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
 from torchspec.transfer.spec import RecordSpec
@@ -33,19 +32,8 @@ ENGINES = {
 }
 """Engine by its name in the configuration; imported in the worker alone."""
 
-_PR_SET_PDEATHSIG = 1
 _WELCOME = 180.0
 _POLL = 0.25
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when the coordinator that started it dies."""
-    parent = os.environ.get("TORCHSPEC_PARENT")
-    if parent is None or not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it died before we asked
-        os._exit(1)
 
 
 def build(kind: str, job: Job) -> Engine:
@@ -149,7 +137,8 @@ def _loop(connection: Connection, engine: Engine) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry of the process."""
-    die_with_parent()
+    if parent := os.environ.get("TORCHSPEC_PARENT"):
+        die_with(int(parent))
     parser = argparse.ArgumentParser(prog="torchspec.engines.worker", allow_abbrev=False)
     parser.add_argument("--coordinator", required=True, help="HOST:PORT")
     parser.add_argument("--name", required=True)

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from torchspec.errors import UserError
+from torchspec.network import route_to, split_host_port
 from torchspec.transfer.store import Address, StoreError
 
 if TYPE_CHECKING:
@@ -77,25 +78,6 @@ def _log_level(module: ModuleType, level: int) -> None:
         ctypes.c_int.in_dll(ctypes.CDLL(module.__file__), "_ZN3fLI17FLAGS_minloglevelE").value = level
     except (OSError, ValueError):
         pass  # a build without that symbol prints more
-
-
-def split_host_port(text: str, *, field: str) -> tuple[str, int]:
-    """Parts of ``host:port``.
-
-    Raises:
-        UserError: naming ``field``.
-    """
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError(field, text, "is not host:port", "write it as 10.0.0.1:50051")
-    return host, int(port)
-
-
-def route_to(host: str, port: int) -> str:
-    """This machine's address on the route to ``host`` (no packet is sent)."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))
-        return str(probe.getsockname()[0])
 
 
 def check_rdma(protocol: str) -> None:

@@ -7,6 +7,7 @@
 ``sink.py``           records on their way from the connector to the store, and word of them back
 ``orders.py``         what a request asks of the connector, and the connector's report
 ``capture.py``        leases to requests, reports to results; base of the two engines
+``reports.py``        the engine's end of the connectors' reports
 ``engine.py``         ``data.engine: vllm``
 ``remote.py``         ``data.engine: vllm_remote``
 ``generator.py``      answers for ``regenerate``

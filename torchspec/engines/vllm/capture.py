@@ -14,6 +14,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -23,11 +24,10 @@ from torchspec.engines.messages import Failed, Finished, Lease
 from torchspec.engines.record_writer import one_line
 from torchspec.engines.vllm.options import check_arguments
 from torchspec.engines.vllm.orders import PARAMETER, Destination, Order, Wrote, prove
-from torchspec.engines.vllm.sink import ReportListener
+from torchspec.engines.vllm.reports import ReportServer
 from torchspec.errors import UserError
 from torchspec.target import Target
 from torchspec.transfer import StoreError, open_store
-from torchspec.transfer.record import RecordSpec
 
 log = logging.getLogger(__name__)
 _REPORT_WAIT = 120.0
@@ -61,30 +61,25 @@ class CapturingEngine(ABC):
         self.target = Target(job.target)
         limit = int(getattr(self.target.hf_config, "max_position_embeddings", None) or 2**31)
         self.max_tokens = min(max(job.max_length, 2), limit)
-        self.spec = RecordSpec(
-            target=self.target.fingerprint,
-            tokenizer=job.spec.tokenizer,
-            aux_layers=job.spec.aux_layers,
-            hidden_size=self.target.hidden_size,
-            dtype=str(self.target.dtype).removeprefix("torch."),
-        )
+        self.spec = self.target.record_spec(job.spec.aux_layers, tokenizer=job.spec.tokenizer)
         self.capacity = (job.config.batch_samples, job.config.batch_tokens)
         """Samples and tokens that vLLM runs at once."""
         self.token = ""
         """Shown to the connector, and by it."""
         self.report_host = "127.0.0.1"
         """Address under which the connector reaches this process."""
-        self._listener: ReportListener | None = None
+        self._server: ReportServer | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-requests", daemon=True)
         self._results: queue.SimpleQueue[Finished | Failed] = queue.SimpleQueue()
         self._reports: dict[str, asyncio.Future[Wrote]] = {}
-        self._tasks: dict[int, asyncio.Task[None]] = {}
         self._held: dict[int, int] = {}  # tokens of each lease in flight
+        self._running: set[Future[None]] = set()  # the loop alone would let go of them
         self._deletions: set[asyncio.Task[None]] = set()
         self._fatal: BaseException | None = None
-        self._stats = EngineStats(0, 0, 0.0, 0.0)
-        self._write_s = 0.0  # of the loop's thread
+        self._samples = self._tokens = 0
+        self._busy_s = 0.0
+        self._write_s = 0.0  # of the loop's thread; the others are of the worker's
         self._busy_since = 0.0
         self._run: dict[str, Any] = {}
 
@@ -110,9 +105,10 @@ class CapturingEngine(ABC):
 
     def start(self) -> dict[str, Any]:
         info = self.launch()
-        self._listener = ReportListener(self.report_host, token=self.token, on_report=self._on_report)
-        self._run = Destination(self.job.store, self.spec, (self.report_host, self._listener.port)).to_dict()
         self._thread.start()
+        self._server = ReportServer(token=self.token, on_report=self._settle)
+        port = asyncio.run_coroutine_threadsafe(self._server.start(self.report_host), self._loop).result()
+        self._run = Destination(self.job.store, self.spec, (self.report_host, port)).to_dict()
         return {**info, "num_layers": self.target.num_layers}
 
     def room(self) -> tuple[int, int]:
@@ -124,53 +120,43 @@ class CapturingEngine(ABC):
             self._busy_since = time.monotonic()
         for lease in leases:
             self._held[lease.id] = len(lease.ids) // 4
-            asyncio.run_coroutine_threadsafe(self._begin(lease), self._loop)
+            self._running.add(running := asyncio.run_coroutine_threadsafe(self._capture(lease), self._loop))
+            running.add_done_callback(self._running.discard)
 
     def cancel(self, leases: Sequence[int]) -> list[int]:
         return []  # all of them have started; what a revoked lease writes is deleted by the coordinator
 
     def poll(self, timeout: float) -> tuple[list[Finished], list[Failed]]:
-        finished: list[Finished] = []
-        failed: list[Failed] = []
-        wait = timeout
-        while True:
-            try:
-                result = self._results.get(timeout=wait) if wait > 0 else self._results.get_nowait()
-            except queue.Empty:
-                break
-            wait = 0.0
-            self._take(result)
-            (finished if isinstance(result, Finished) else failed).append(result)  # type: ignore[arg-type]
-        if self._fatal is not None and not finished and not failed:
+        results: list[Finished | Failed] = []
+        try:
+            results.append(self._results.get(timeout=timeout) if timeout > 0 else self._results.get_nowait())
+            while True:
+                results.append(self._results.get_nowait())
+        except queue.Empty:
+            pass
+        if self._fatal is not None and not results:
             raise RuntimeError(f"vLLM ended: {one_line(self._fatal)}") from self._fatal
-        return finished, failed
+        for result in results:
+            self._samples += 1
+            self._tokens += self._held.pop(result.lease)
+        if results and not self._held:
+            self._busy_s += time.monotonic() - self._busy_since
+        return [r for r in results if isinstance(r, Finished)], [r for r in results if isinstance(r, Failed)]
 
     def stats(self) -> EngineStats:
-        s = self._stats
         running = time.monotonic() - self._busy_since if self._held else 0.0
-        return EngineStats(s.samples, s.tokens, s.busy_s + running, self._write_s)
+        return EngineStats(self._samples, self._tokens, self._busy_s + running, self._write_s)
 
     def close(self) -> None:
         self.end()
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(5.0)
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
-
-    def _take(self, result: Finished | Failed) -> None:
-        """Count a result."""
-        tokens = self._held.pop(result.lease)
-        s = self._stats
-        now = time.monotonic()
-        busy = 0.0 if self._held else now - self._busy_since
-        self._stats = EngineStats(s.samples + 1, s.tokens + tokens, s.busy_s + busy, s.write_s)
+        if not self._thread.is_alive():
+            return
+        if self._server is not None:
+            asyncio.run_coroutine_threadsafe(self._server.close(), self._loop).result(5.0)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5.0)
 
     # -- in the event loop
-
-    async def _begin(self, lease: Lease) -> None:
-        self._tasks[lease.id] = asyncio.create_task(self._capture(lease))
 
     async def _capture(self, lease: Lease) -> None:
         """One lease, from request to result."""
@@ -185,7 +171,6 @@ class CapturingEngine(ABC):
             result = Failed(lease.id, one_line(error))
         finally:
             self._reports.pop(lease.key, None)
-            self._tasks.pop(lease.id, None)
         self._results.put(result)
 
     async def _request(self, lease: Lease, report: asyncio.Future[Wrote]) -> Finished | Failed:
@@ -219,12 +204,8 @@ class CapturingEngine(ABC):
                 raise TimeoutError(f"no word of the record {_REPORT_WAIT:.0f} s after vLLM's answer")
         return report.result()
 
-    # -- in threads of the listener
-
-    def _on_report(self, report: Wrote) -> None:
-        self._loop.call_soon_threadsafe(self._settle, report)
-
     def _settle(self, report: Wrote) -> None:
+        """Hand a report to whom waits for it."""
         waiting = self._reports.get(report.key)
         if waiting is not None and not waiting.done():
             waiting.set_result(report)

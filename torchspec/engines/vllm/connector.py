@@ -8,12 +8,9 @@ by construction. All ranks hold the same states, so one writes.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
-import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -27,10 +24,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from torchspec.engines.connection import Closed
+from torchspec.engines.parent import die_with
 from torchspec.engines.record_writer import one_line
 from torchspec.engines.vllm.cache import HiddenStateCache, find_group
 from torchspec.engines.vllm.options import check_version
-from torchspec.engines.vllm.orders import PARAMETER, BadOrder, Order, read_destination, read_order
+from torchspec.engines.vllm.orders import PARAMETER, TOKEN_VARIABLE, BadOrder, Order, read_destination, read_order
 from torchspec.engines.vllm.sink import Capture, Sink
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 log = logging.getLogger("vllm.torchspec")
-_PR_SET_PDEATHSIG = 1
 _FORGET = 30.0
 """Seconds without another try after an engine was not to be reached: a try holds up the model."""
 
@@ -65,8 +62,8 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         extra = vllm_config.kv_transfer_config.get_from_extra_config
         check_version(vllm.__version__, allow_unknown=bool(extra("allow_unknown_version", False)))
-        if role == KVConnectorRole.SCHEDULER:
-            _die_with(extra("owner", None))
+        if role == KVConnectorRole.SCHEDULER and (owner := extra("owner", None)) is not None:
+            die_with(owner)  # the engine core must not outlive the worker that started it
         draft = vllm_config.speculative_config.draft_model_config.hf_config if vllm_config.speculative_config else None
         self._layer_ids = tuple(getattr(draft, "eagle_aux_hidden_state_layer_ids", ()))
         self._group, self._block_size = find_group(kv_cache_config)
@@ -219,7 +216,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
             try:
                 self._sinks[text] = Sink(
                     read_destination(run),
-                    token=os.environ["TORCHSPEC_TOKEN"],
+                    token=os.environ[TOKEN_VARIABLE],
                     layer_ids=self._layer_ids,
                     max_tokens=self._max_tokens + 1,
                     producer=f"vllm {vllm.__version__}",
@@ -230,12 +227,3 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
                 self._unreachable[text] = time.monotonic() + _FORGET
                 return None
         return self._sinks[text]
-
-
-def _die_with(owner: int | None) -> None:
-    """The engine core must not outlive the worker that started it, however that ends."""
-    if owner is None or not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != owner:
-        os._exit(1)

@@ -37,7 +37,7 @@ class Order:
     tail: list[int]
     """Token ids of the conversation after those of the prompt: no state is needed at the last one, so it is not computed."""
     run: dict[str, Any]
-    """Store address, record spec, and where to report: the same for all orders of an engine (see :meth:`destination`)."""
+    """Store address, record spec, and where to report: the same for all orders of an engine (see :func:`read_destination`)."""
     proof: str
     """:func:`prove` of the key: requests are logged, so the secret itself is not in them."""
 
@@ -57,7 +57,7 @@ class Destination:
     store: Address
     spec: RecordSpec
     report: tuple[str, int]
-    """Host and port of the engine's :class:`~torchspec.engines.vllm.sink.ReportListener`."""
+    """Host and port of the engine's :class:`~torchspec.engines.vllm.reports.ReportServer`."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"store": self.store, "record": self.spec.to_dict(), "report": list(self.report)}
@@ -114,6 +114,3 @@ class Wrote(Message, frozen=True, kw_only=True):
     seconds: float = 0.0
     """Time spent on taking the states out of the cache and writing them."""
     error: str = ""
-
-
-FromConnector = Introduce | Wrote

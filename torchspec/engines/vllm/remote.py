@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from torchspec.engines.vllm.capture import CapturingEngine
 from torchspec.errors import UserError
-from torchspec.transfer.mooncake import route_to
+from torchspec.network import route_to
 
 log = logging.getLogger(__name__)
 TOKEN_VARIABLE = "TORCHSPEC_ENGINE_TOKEN"
@@ -48,9 +48,10 @@ class RemoteVLLMEngine(CapturingEngine):
             raise UserError(TOKEN_VARIABLE, None, "is not set", "export the secret that the server was started with (its TORCHSPEC_TOKEN)")
         self.report_host = str(arguments.get("report_host") or route_to(parts.hostname, parts.port or 80))
         key = os.environ.get("VLLM_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)  # the server closes after 5
-        self._client = httpx.AsyncClient(base_url=url, timeout=_ANSWERS, limits=limits, headers={"Authorization": f"Bearer {key}"} if key else {})
-        model, version = self._facts(url, {"Authorization": f"Bearer {key}"} if key else {})
+        self._client = httpx.AsyncClient(base_url=url, timeout=_ANSWERS, limits=limits, headers=headers)
+        model, version = self._facts(url, headers)
         self._model = str(model["id"])
         self.max_tokens = min(self.max_tokens, int(model.get("max_model_len") or self.max_tokens))
         return {"engine": "vllm_remote", "versions": {"vllm": version}, "device": url, "model": self._model}

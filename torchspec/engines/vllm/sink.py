@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import socket
 import threading
 import time
 from collections import deque
@@ -21,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchspec.engines.connection import BadFrame, Closed, Connection, Framer
+from torchspec.engines.connection import BadFrame, Closed, Connection
 from torchspec.engines.messages import Stop
 from torchspec.engines.record_writer import one_line, put_when_room
 from torchspec.engines.vllm.cache import HiddenStateCache
-from torchspec.engines.vllm.orders import Destination, FromConnector, Introduce, Wrote
+from torchspec.engines.vllm.orders import Destination, Introduce, Wrote
 from torchspec.transfer import open_store
 from torchspec.transfer.record import seal, views
 from torchspec.transfer.store import Store
@@ -221,61 +220,3 @@ class Sink:
 
 def _at_once() -> bool:
     return True
-
-
-class ReportListener:
-    """The engine's side: takes reports of connectors, each connection in a thread of its own.
-
-    Args:
-        host: address to listen on.
-        token: that a connector must show.
-        on_report: called for each report, in a thread of this listener.
-    """
-
-    def __init__(self, host: str, *, token: str, on_report: Callable[[Wrote], None]) -> None:
-        self._server = socket.create_server((host, 0))
-        self.port = int(self._server.getsockname()[1])
-        self._token = token
-        self._on_report = on_report
-        self._open: set[socket.socket] = set()
-        threading.Thread(target=self._accept, name="torchspec-reports", daemon=True).start()
-
-    def close(self) -> None:
-        """Idempotent."""
-        for each in (self._server, *list(self._open)):
-            try:
-                each.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-            each.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, peer = self._server.accept()
-            except OSError:
-                return
-            self._open.add(connection)
-            threading.Thread(target=self._serve, args=(connection, str(peer)), name="torchspec-reports", daemon=True).start()
-
-    def _serve(self, connection: socket.socket, peer: str) -> None:
-        framer = Framer(FromConnector, limit=65536)
-        known = False
-        try:
-            while data := connection.recv(1 << 16):
-                for message in framer.decode(data):
-                    if isinstance(message, Introduce):
-                        if message.token != self._token:
-                            raise BadFrame("wrong token")
-                        known = True
-                    elif not known:
-                        raise BadFrame("a report before its token")
-                    else:
-                        self._on_report(message)
-        except BadFrame as error:
-            log.warning("refused reports of %s: %s", peer, error)
-        except OSError:
-            pass
-        finally:
-            self._open.discard(connection)
-            connection.close()
