@@ -173,7 +173,7 @@ def errors(ours: dict[int, Record], theirs: dict[int, Record], part: str) -> tup
 def loss_of(task: DraftTask, records: dict[int, Record], spec: RecordSpec, device: str) -> float:
     """Mean over packs of about a thousand tokens of the draft's loss."""
     packs: list[list[int]] = [[]]
-    for i, record in records.items():
+    for i, record in sorted(records.items()):  # engines finish in different orders: the same packs for both
         if sum(records[j].input_ids.shape[0] for j in packs[-1]) + record.input_ids.shape[0] > 1024:
             packs.append([])
         packs[-1].append(i)

@@ -37,7 +37,7 @@ _COEFFICIENTS = (
 """(a, b, c) of x <- a x + b x^3 + c x^5 on singular values, iteration by iteration: Polar Express, the best of its degree for singular values
 from 1e-3 to 1 (Amsel et al., arXiv 2505.16932, section 3). The last repeats."""
 _MARGIN = 1.01
-"""Keeps rounding from lifting a singular value over 1, where the polynomials would blow it up."""
+"""Keeps rounding from lifting a singular value over 1, where the polynomials would blow it up: at the start, and by every iteration."""
 
 
 def mark_hidden_matrices(module: nn.Module) -> None:
