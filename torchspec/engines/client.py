@@ -66,10 +66,10 @@ class TrainerClient:
             raise GroupStopped(f"the coordinator did not answer within {_WELCOME:.0f} s")
         self.welcome: Welcome = first
 
-    def open_stage(self, stage: str, epoch: int, *, first_pack: int, num_packs: int, rank: int, world: int) -> None:
+    def open_stage(self, stage: str, epoch: int, *, first_pack: int, num_packs: int, rank: int, world: int, step_packs: int = 0) -> None:
         """Begin a pass; what came for earlier ones is dropped."""
         self._ready.clear()
-        self._send(OpenStage(stage=stage, epoch=epoch, first_pack=first_pack, num_packs=num_packs, rank=rank, world=world))
+        self._send(OpenStage(stage=stage, epoch=epoch, first_pack=first_pack, num_packs=num_packs, rank=rank, world=world, step_packs=step_packs))
 
     def submit(self, stage: str, epoch: int, packs: Sequence[Pack]) -> None:
         """Packs of this rank, in plan order."""

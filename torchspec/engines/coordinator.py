@@ -253,7 +253,7 @@ class Coordinator:
             case OpenStage():
                 peer.rank = m.rank
                 self._ranks[m.rank, m.stage] = peer
-                ledger.open_stage(m.rank, m.stage, m.epoch, first_pack=m.first_pack, num_packs=m.num_packs, world=m.world)
+                ledger.open_stage(m.rank, m.stage, m.epoch, first_pack=m.first_pack, num_packs=m.num_packs, world=m.world, step_packs=m.step_packs)
             case CloseStage():
                 ledger.close_stage(peer.rank, m.stage, m.epoch)
             case Ask():
@@ -266,6 +266,8 @@ class Coordinator:
             case Report() if view.ready:
                 for done in m.finished:
                     self.ledger.finish(peer.name, done.lease, done.nbytes, done.rows)
+                for prompt in m.answered:
+                    self.ledger.answered(peer.name, prompt.lease, prompt.ids)
                 for lost in m.failed:
                     log.warning("%s failed lease %d: %s", peer.name, lost.lease, lost.reason)
                     self.ledger.fail(peer.name, lost.lease, lost.reason, retry=lost.retry)
@@ -279,7 +281,11 @@ class Coordinator:
                 raise ProtocolError(f"{type(m).__name__} from {peer.name} {'after' if view.ready else 'before'} it was ready")
 
     def _ready(self, peer: Peer, view: _WorkerView, m: Ready) -> None:
-        different = [f"{name} is {m.spec.get(name)!r}, the trainer expects {value!r}" for name, value in self.spec.items() if m.spec.get(name) != value]
+        different = (
+            []
+            if m.answers
+            else [f"{name} is {m.spec.get(name)!r}, the trainer expects {value!r}" for name, value in self.spec.items() if m.spec.get(name) != value]
+        )
         if different:
             self.stop(f"{peer.name} would write other records than this run needs: {'; '.join(different)}")
             return
@@ -289,7 +295,7 @@ class Coordinator:
             return
         log.info("%s ready: %s", peer.name, json.dumps(m.info))
         view.ready, view.last_beat = True, time.monotonic()
-        self.ledger.join(peer.name, m.max_tokens)
+        self.ledger.join(peer.name, m.max_tokens, answers=m.answers)
         self.supervisor.ready(peer.name)
 
     def _lost(self, peer: Peer) -> None:

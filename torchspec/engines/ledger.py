@@ -6,6 +6,9 @@ Life of a sample::
                                                ▲                │
                                                └── new attempt ─┘  fail, worker lost          after max_attempts: given up, named in PackReady
 
+On-policy, samples are prompts: the worker that captures one answers it first, or (``separate_answers``) a worker that only answers holds the sample before one
+that captures. Packs of a step are then announced together, with the lengths of the step's answers.
+
 Credit is granted a pack at a time, in pack order over all ranks of a pass, and returns when the pack is acknowledged (or its pass
 closed) *and* every key that it may have in the store is deleted. So bytes alive never exceed the budget, whatever workers do. What the
 outside must do is left in ``out``: packs that are ready, keys to delete, leases to cancel, and the reason to stop.
@@ -50,12 +53,23 @@ class Ledger:
         max_attempts: tries at one sample.
         max_failed_fraction: share of a pass's samples that may be given up.
         lease_timeout: seconds for a lease.
+        separate_answers: prompts are answered by workers that write no records.
     """
 
     def __init__(
-        self, *, prefix: str, budget: int, reserve: int, nbytes: Callable[[int], int], max_attempts: int, max_failed_fraction: float, lease_timeout: float
+        self,
+        *,
+        prefix: str,
+        budget: int,
+        reserve: int,
+        nbytes: Callable[[int], int],
+        max_attempts: int,
+        max_failed_fraction: float,
+        lease_timeout: float,
+        separate_answers: bool = False,
     ) -> None:
         self.prefix = prefix
+        self.separate_answers = separate_answers
         self.nbytes = nbytes
         self.max_attempts = max_attempts
         self.max_failed_fraction = max_failed_fraction
@@ -64,6 +78,8 @@ class Ledger:
         self.out = Out()
         self.failed = 0
         self._queues: dict[str, deque[SampleState]] = {kind: deque() for kind in KINDS}
+        self._prompts: deque[SampleState] = deque()
+        """For workers that only answer."""
         self._passes: list[PassState] = []
         """In the order of opening."""
         self._open: dict[tuple[int, str], PassState] = {}
@@ -77,21 +93,21 @@ class Ledger:
 
     # -- trainers
 
-    def open_stage(self, rank: int, stage: str, epoch: int, *, first_pack: int, num_packs: int, world: int) -> None:
+    def open_stage(self, rank: int, stage: str, epoch: int, *, first_pack: int, num_packs: int, world: int, step_packs: int = 0) -> None:
         """A rank takes part in a pass; its earlier pass of the stage ends. A rank may be a pass ahead of the others, also with the same epoch.
 
         Raises:
             ProtocolError: when the ranks disagree on the pass.
         """
-        if not 0 <= rank < world or not 0 <= first_pack <= num_packs:
+        if not 0 <= rank < world or not 0 <= first_pack <= num_packs or step_packs < 0 or (step_packs and first_pack % step_packs):
             raise ProtocolError(f"rank {rank} opens packs {first_pack}..{num_packs} of {stage} in a world of {world}")
         self._close(rank, stage)
         unjoined = (p for p in self._passes if (p.stage, p.epoch) == (stage, epoch) and rank not in p.closed)
         found = next(unjoined, None)
         if found is None:
-            found = PassState(stage, epoch, world, first_pack, num_packs, first_pack)
+            found = PassState(stage, epoch, world, first_pack, num_packs, first_pack, step_packs=step_packs)
             self._passes.append(found)
-        if (found.world, found.first, found.end) != (world, first_pack, num_packs):
+        if (found.world, found.first, found.end, found.step_packs) != (world, first_pack, num_packs, step_packs):
             theirs = f"{found.first}..{found.end} of {found.world} ranks"
             raise ProtocolError(f"rank {rank} opens {stage} epoch {epoch} as packs {first_pack}..{num_packs} of {world} ranks, another rank as {theirs}")
         found.open.add(rank)
@@ -111,8 +127,9 @@ class Ledger:
         for given in packs:
             if not passed.next <= given.index < passed.end or passed.rank_of(given.index) != rank or given.index in passed.packs:
                 raise ProtocolError(f"rank {rank} submits pack {given.index} of {stage} epoch {epoch}, which is not its own or was submitted before")
-            pack = PackState(given.index, rank, passed, sum(self.nbytes(len(sample.ids) // 4) for sample in given.samples))
-            pack.samples = [SampleState(sample.index, sample.ids, pack) for sample in given.samples]
+            pack = PackState(given.index, rank, passed)
+            pack.samples = [SampleState(s.index, s.ids, pack, s.go_on, len(s.ids) // 4 if s.go_on is not None else 0) for s in given.samples]
+            pack.nbytes = sum(self.nbytes(sample.tokens) for sample in pack.samples)
             pack.waiting = len(pack.samples)
             if pack.nbytes > self.credit.most(kind):
                 self.out.stop = (
@@ -167,10 +184,10 @@ class Ledger:
 
     # -- workers
 
-    def join(self, worker: str, max_tokens: int) -> None:
-        """A worker is ready."""
+    def join(self, worker: str, max_tokens: int, *, answers: bool = False) -> None:
+        """A worker is ready; one that ``answers`` gets prompts and writes no records."""
         assert worker not in self._workers
-        self._workers[worker] = WorkerState(max_tokens)
+        self._workers[worker] = WorkerState(max_tokens, answers)
 
     def pull(self, worker: str, samples: int, tokens: int, now: float) -> list[Lease]:
         """Leases for a worker with room, in plan order, validation first.
@@ -180,8 +197,7 @@ class Ledger:
         """
         state = self._workers[worker]
         leases: list[Lease] = []
-        for kind in KINDS:
-            queue = self._queues[kind]
+        for queue in [self._prompts] if state.answers else self._queues.values():
             while queue and len(leases) < samples and state.alone not in state.leases:
                 sample = queue[0]
                 if sample.tokens > state.max_tokens:
@@ -203,11 +219,25 @@ class Ledger:
         sample = self._settle(worker, lease)
         if sample is None:
             return
-        if nbytes > self.nbytes(sample.tokens) or rows not in (sample.tokens, sample.tokens - 1):
+        tokens = sample.tokens if sample.go_on is None else rows + 1
+        if nbytes > self.nbytes(tokens) or rows not in (tokens, tokens - 1) or not sample.prompt < tokens <= sample.tokens:
             self._again(sample, f"the engine wrote {nbytes} bytes and {rows} rows for {sample.tokens} tokens", retry=False)
             return
-        sample.record = RecordRef(sample.index, sample.key, nbytes, sample.tokens, rows)
+        sample.record = RecordRef(sample.index, sample.key, nbytes, tokens, rows)
         self._resolved(sample.pack)
+
+    def answered(self, worker: str, lease: int, ids: bytes) -> None:
+        """A prompt has its answer: another worker may capture the conversation."""
+        sample = self._settle(worker, lease)
+        if sample is None:
+            return
+        if not sample.ids == ids[: len(sample.ids)] or not sample.prompt < len(ids) // 4 <= sample.tokens:
+            self._again(
+                sample, f"the engine answered {len(ids) // 4} tokens to a prompt of {sample.prompt}, at most {sample.tokens} were asked for", retry=False
+            )
+            return
+        sample.ids, sample.go_on = ids, None
+        self._queue(sample)
 
     def fail(self, worker: str, lease: int, reason: str, *, retry: bool) -> None:
         """A lease produced nothing."""
@@ -224,8 +254,9 @@ class Ledger:
         state = self._workers.pop(worker, None)
         if state is None:
             return []
-        keys = [*state.cancelled.values(), *(sample.key for sample in state.leases.values())]
-        self.out.delete.extend(state.cancelled.values())
+        cancelled = [key for key in state.cancelled.values() if key]
+        keys = [*cancelled, *(sample.key for sample in state.leases.values() if sample.key)]
+        self.out.delete.extend(cancelled)
         for sample in state.leases.values():
             sample.lease = None
             self._again(sample, reason, retry=True)
@@ -250,7 +281,7 @@ class Ledger:
             if sample is not None and not sample.pack.ended:
                 again.append(sample)
         for sample in reversed(again):  # in front of the others, in their old order
-            self._queues[kind_of(sample.pack.owner.stage)].appendleft(sample)
+            self._queue(sample, first=True)
         self._grant()
 
     # -- what is known
@@ -258,7 +289,7 @@ class Ledger:
     @property
     def has_work(self) -> bool:
         """Whether a pull may be given something."""
-        return any(self._queues.values())
+        return bool(self._prompts) or any(self._queues.values())
 
     @property
     def waits_for_credit(self) -> bool:
@@ -272,7 +303,7 @@ class Ledger:
             "budget": self.credit.budget,
             "bytes_alive": self.credit.alive,
             "queued": sum(len(pack.samples) for pack in packs if not pack.granted),
-            "ready_for_work": sum(len(queue) for queue in self._queues.values()) + len(self._retrying),
+            "ready_for_work": len(self._prompts) + sum(len(queue) for queue in self._queues.values()) + len(self._retrying),
             "leased": sum(len(worker.leases) for worker in self._workers.values()),
             "finished": sum(sample.record is not None for pack in packs for sample in pack.samples),
             "failed": self.failed,
@@ -285,7 +316,7 @@ class Ledger:
         assert self.credit.alive == sum(p.nbytes for p in living.values()) <= self.credit.budget
         assert all(key in pack.keys for key, pack in self._paying.items())
         assert all(self._paying[key] is pack for pack in living.values() for key in pack.keys)
-        queued = [id(sample) for queue in self._queues.values() for sample in queue]
+        queued = [id(sample) for queue in (self._prompts, *self._queues.values()) for sample in queue]
         leased = [id(sample) for worker in self._workers.values() for sample in worker.leases.values()]
         retrying = [id(sample) for sample in self._retrying.values() if not sample.pack.ended]
         expected = [id(s) for p in living.values() if not p.ended for s in p.samples if s.record is None and s.failure is None]
@@ -304,8 +335,11 @@ class Ledger:
             return
         passed.open.discard(rank)
         passed.closed.add(rank)
-        for pack in [p for p in passed.packs.values() if p.rank == rank]:
+        mine = [p for p in passed.packs.values() if p.rank == rank]
+        for pack in mine:
             self._end(pack)
+        for step in {passed.step_of(pack.index) for pack in mine} if passed.step_packs else ():
+            self._announce_step(passed, step)
         if len(passed.closed) == passed.world:
             self._passes.remove(passed)
 
@@ -331,29 +365,39 @@ class Ledger:
             passed.next += 1
             pack.granted = True
             self.credit.take(kind, pack.nbytes)
-            self._queues[kind].extend(pack.samples)
+            for sample in pack.samples:
+                self._queue(sample)
             if not pack.waiting:
-                self._announce(pack)
+                self._whole(pack)
+
+    def _queue(self, sample: SampleState, *, first: bool = False) -> None:
+        """Let workers have it."""
+        queue = self._prompts if self.separate_answers and sample.go_on is not None else self._queues[kind_of(sample.pack.owner.stage)]
+        if first:
+            queue.appendleft(sample)
+        else:
+            queue.append(sample)
 
     def _lease(self, worker: str, sample: SampleState, now: float) -> Lease:
         state = self._workers[worker]
         self._next_lease += 1
         passed = sample.pack.owner
         sample.lease = self._next_lease
-        # the lease's number is the attempt: no two attempts of a run share a key, not even over a pass that is opened again
-        sample.key = f"{self.prefix}/{passed.stage}/{passed.epoch}/{sample.index}/{sample.lease}"
-        sample.pack.keys.add(sample.key)
-        self._paying[sample.key] = sample.pack
+        if not state.answers:
+            # the lease's number is the attempt: no two attempts of a run share a key, not even over a pass that is opened again
+            sample.key = f"{self.prefix}/{passed.stage}/{passed.epoch}/{sample.index}/{sample.lease}"
+            sample.pack.keys.add(sample.key)
+            self._paying[sample.key] = sample.pack
         state.leases[sample.lease] = sample
         state.deadlines[sample.lease] = now + self.lease_timeout
-        return Lease(sample.lease, sample.key, passed.stage, sample.index, sample.ids)
+        return Lease(sample.lease, sample.key, passed.stage, sample.index, sample.ids, sample.go_on)
 
     def _settle(self, worker: str, lease: int) -> SampleState | None:
         """The worker is done with a lease; its sample, unless it was cancelled (then what it may have written goes)."""
         state = self._workers[worker]
         state.deadlines.pop(lease, None)
         key = state.cancelled.pop(lease, None)
-        if key is not None:
+        if key:
             self.out.delete.append(key)
         sample = state.leases.pop(lease, None)
         if sample is not None:
@@ -368,7 +412,10 @@ class Ledger:
         sample.attempt += 1
         pack, passed = sample.pack, sample.pack.owner
         if retry and sample.attempt < self.max_attempts:
-            self._retrying[key] = sample
+            if key:
+                self._retrying[key] = sample
+            else:
+                self._queue(sample, first=True)
             return
         sample.failure = Failure(sample.index, reason, sample.attempt)
         self.failed += 1
@@ -383,25 +430,52 @@ class Ledger:
     def _resolved(self, pack: PackState) -> None:
         pack.waiting -= 1
         if not pack.waiting:
+            self._whole(pack)
+
+    def _whole(self, pack: PackState) -> None:
+        """Nothing of a pack is waited for."""
+        if pack.owner.step_packs:
+            self._announce_step(pack.owner, pack.owner.step_of(pack.index))
+        else:
             self._announce(pack)
 
-    def _announce(self, pack: PackState) -> None:
+    def _announce_step(self, passed: PassState, step: int) -> None:
+        """Announce the packs of an optimizer step when all of them are whole. A pack that was produced again later is announced with the lengths of the first
+        time, which the step's other packs were trained with."""
+        first = step * passed.step_packs
+        indices = [i for i in range(first, min(first + passed.step_packs, passed.end)) if passed.rank_of(i) not in passed.closed]
+        packs = [pack for i in indices if (pack := passed.packs.get(i)) is not None]
+        if not packs:
+            return
+        if step not in passed.answers:
+            if len(packs) < len(indices) or not all(pack.granted and not pack.waiting for pack in packs):
+                return
+            passed.answers[step] = [s.record.tokens - s.prompt for pack in packs for s in pack.samples if s.record is not None]
+        for pack in packs:
+            if pack.granted and not pack.waiting and not pack.announced:
+                self._announce(pack, passed.answers[step])
+
+    def _announce(self, pack: PackState, answers: list[int] | None = None) -> None:
         pack.announced = True
         records = [sample.record for sample in pack.samples if sample.record is not None]
         failed = [sample.failure for sample in pack.samples if sample.failure is not None]
-        self.out.ready.append((pack.rank, PackReady(stage=pack.owner.stage, epoch=pack.owner.epoch, pack=pack.index, records=records, failed=failed)))
+        stage, epoch = pack.owner.stage, pack.owner.epoch
+        self.out.ready.append((pack.rank, PackReady(stage=stage, epoch=epoch, pack=pack.index, records=records, failed=failed, answers=answers)))
 
     def _end(self, pack: PackState) -> None:
         """Nothing of the pack is wanted any more."""
-        del pack.owner.packs[pack.index]
+        passed = pack.owner
+        del passed.packs[pack.index]
         pack.ended = True
+        if passed.step_packs and not any(passed.step_of(i) == passed.step_of(pack.index) for i in passed.packs):
+            passed.answers.pop(passed.step_of(pack.index), None)
         if not pack.granted:
             return
         if pack.waiting:
-            queue = self._queues[kind_of(pack.owner.stage)]
-            kept = [sample for sample in queue if sample.pack is not pack]
-            queue.clear()
-            queue.extend(kept)
+            for queue in (self._prompts, self._queues[kind_of(passed.stage)]):
+                kept = [sample for sample in queue if sample.pack is not pack]
+                queue.clear()
+                queue.extend(kept)
             for name, state in self._workers.items():
                 for lease in [lease for lease, sample in state.leases.items() if sample.pack is pack]:
                     sample = state.leases.pop(lease)

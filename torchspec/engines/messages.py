@@ -23,6 +23,15 @@ class Message(msgspec.Struct, tag=True, frozen=True, kw_only=True, forbid_unknow
     """Base of every frame."""
 
 
+class Continue(msgspec.Struct, frozen=True):
+    """The target is to answer first: what it says belongs to the conversation (on-policy training)."""
+
+    new_tokens: int
+    """Answer tokens at most."""
+    seed: int
+    """Of the sampling, so that another attempt says the same."""
+
+
 class Sample(msgspec.Struct, frozen=True):
     """One conversation to capture."""
 
@@ -30,6 +39,8 @@ class Sample(msgspec.Struct, frozen=True):
     """Position in the tokenised dataset; unique inside (stage, epoch)."""
     ids: bytes
     """Token ids, little-endian int32."""
+    go_on: Continue | None = None
+    """Set where ``ids`` are a prompt."""
 
 
 class Pack(msgspec.Struct, frozen=True):
@@ -65,14 +76,24 @@ class Lease(msgspec.Struct, frozen=True):
     stage: str
     index: int
     ids: bytes
+    go_on: Continue | None = None
+    """Set where ``ids`` are a prompt that this worker is to answer."""
 
 
 class Finished(msgspec.Struct, frozen=True):
-    """A record that is whole in the store."""
+    """A record that is whole in the store. Of an answered prompt it holds ``rows + 1`` tokens."""
 
     lease: int
     nbytes: int
     rows: int
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """What a worker that only answers (no key, no record) made of a prompt; another one captures it."""
+
+    lease: int
+    ids: bytes
+    """Prompt and answer, little-endian int32."""
 
 
 class Failed(msgspec.Struct, frozen=True):
@@ -115,6 +136,8 @@ class OpenStage(Message, frozen=True, kw_only=True):
     num_packs: int
     rank: int
     world: int
+    step_packs: int = 0
+    """Packs of an optimizer step, where its packs are to be announced together, with the lengths of its answers (on-policy: no plan knows them)."""
 
 
 class Submit(Message, frozen=True, kw_only=True):
@@ -163,6 +186,8 @@ class Ready(Message, frozen=True, kw_only=True):
     """engine, versions, device, process id, num_layers."""
     max_tokens: int
     """Longest sample it takes."""
+    answers: bool = False
+    """It answers prompts and writes no records (``spec`` is then empty)."""
 
 
 class Pull(Message, frozen=True, kw_only=True):
@@ -177,6 +202,7 @@ class Report(Message, frozen=True, kw_only=True):
 
     finished: list[Finished]
     failed: list[Failed]
+    answered: list[Answered] = []
 
 
 class Beat(Message, frozen=True, kw_only=True):
@@ -212,6 +238,8 @@ class PackReady(Message, frozen=True, kw_only=True):
     pack: int
     records: list[RecordRef]
     failed: list[Failure]
+    answers: list[int] | None = None
+    """Answer tokens of every sample of the pack's optimizer step, of all ranks; None where the plan knows what is supervised."""
 
 
 class Work(Message, frozen=True, kw_only=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torchspec.engines.messages import Failure, RecordRef
+from torchspec.engines.messages import Continue, Failure, RecordRef
 
 VALIDATE, TRAIN = "validate", "train"
 KINDS = (VALIDATE, TRAIN)
@@ -23,6 +23,10 @@ class SampleState:
     index: int
     ids: bytes
     pack: PackState
+    go_on: Continue | None = None
+    """Set while the prompt in ``ids`` is to be answered."""
+    prompt: int = 0
+    """Tokens of the prompt, of a sample that is or was to be answered."""
     attempt: int = 0
     """Attempts that failed."""
     key: str = ""
@@ -32,7 +36,8 @@ class SampleState:
 
     @property
     def tokens(self) -> int:
-        return len(self.ids) // 4
+        """Of the conversation, at most."""
+        return len(self.ids) // 4 + (self.go_on.new_tokens if self.go_on is not None else 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -71,6 +76,10 @@ class PassState:
     """Ranks that took part."""
     packs: dict[int, PackState] = field(default_factory=dict)
     """Submitted and not yet ended."""
+    step_packs: int = 0
+    """Packs that are announced together; 0: each by itself."""
+    answers: dict[int, list[int]] = field(default_factory=dict)
+    """Answer lengths of steps that were announced and have packs left, by step."""
     submitted_packs: int = 0
     submitted_samples: int = 0
     failed: int = 0
@@ -78,6 +87,10 @@ class PassState:
     def rank_of(self, index: int) -> int:
         """Whose a pack is."""
         return (index - self.first) % self.world
+
+    def step_of(self, index: int) -> int:
+        """Optimizer step of a pack; only where ``step_packs`` is given."""
+        return index // self.step_packs
 
     @property
     def expected_samples(self) -> float:
@@ -90,6 +103,8 @@ class WorkerState:
     """What a worker holds."""
 
     max_tokens: int
+    answers: bool = False
+    """Answers prompts instead of writing records."""
     leases: dict[int, SampleState] = field(default_factory=dict)
     deadlines: dict[int, float] = field(default_factory=dict)
     """Of every lease, also a cancelled one until the worker has settled it."""
