@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 
 from torchspec.errors import UserError
-from torchspec.models.draft_config import DraftConfig, rope_of
+from torchspec.models.draft_config import DraftConfig
 from torchspec.models.rope import frequencies
+from torchspec.models.rope_parameters import rope_of
 from torchspec.models.target_weights import TargetHead, read_embedding
 from torchspec.target import Target, TargetConfig
 
@@ -138,12 +139,3 @@ def test_rope_kinds_equal_transformers(rope: dict[str, Any]) -> None:
     inverse, factor = frequencies(draft)
     torch.testing.assert_close(inverse, theirs.inv_freq)
     assert factor == pytest.approx(theirs.attention_scaling)
-
-
-def test_longrope_is_refused() -> None:
-    draft = DraftConfig(
-        hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=96, draft_vocab_size=96, target_hidden_size=32,
-        aux_layers=(1,), rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}, max_position_embeddings=64,
-    )  # fmt: skip
-    with pytest.raises(UserError, match="longrope"):
-        frequencies(draft)

@@ -1,4 +1,4 @@
-"""Architecture of a dense EAGLE-3 draft, as plain numbers.
+"""Architecture of an EAGLE-3 draft, as plain numbers.
 
 Derived from the target's configuration, or read from a JSON file that a user writes; what the two must agree on (hidden size of the target, vocabulary) is
 checked by name. Options and their meaning: EAGLE-3 (arXiv 2503.01840), EAGLE-3.1 (2605.09992: ``fc_norm`` and ``norm_output``).
@@ -12,7 +12,37 @@ from pathlib import Path
 from typing import Any
 
 from torchspec.errors import UserError
+from torchspec.models.rope_parameters import check_rope, rope_of
 from torchspec.target import Target
+
+
+@dataclass(frozen=True)
+class LatentSizes:
+    """Sizes of DeepSeek's multi-head latent attention, by the names of its configuration (arXiv 2405.04434)."""
+
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"draft.mla.{name}", value, "is no size", "use 1 or more; servers need every one of them")
+
+    @classmethod
+    def of(cls, target: Any) -> LatentSizes | None:
+        """The target's own, or None where its attention is another; a target without a query rank (DeepSeek-V2-Lite) gets three times the key's."""
+        if getattr(target, "kv_lora_rank", None) is None or getattr(target, "qk_rope_head_dim", None) is None:
+            return None
+        return cls(
+            q_lora_rank=int(getattr(target, "q_lora_rank", None) or 3 * target.kv_lora_rank),
+            kv_lora_rank=int(target.kv_lora_rank),
+            qk_nope_head_dim=int(target.qk_nope_head_dim),
+            qk_rope_head_dim=int(target.qk_rope_head_dim),
+            v_head_dim=int(target.v_head_dim),
+        )
 
 
 @dataclass(frozen=True)
@@ -50,21 +80,38 @@ class DraftConfig:
     """One RMSNorm for each aux state before fc."""
     norm_output: bool = False
     """The state handed to the next step is the normed one."""
+    mla: LatentSizes | None = None
+    """Latent attention (DeepSeek) of these sizes instead of the ordinary one; ``head_dim`` is then nope + rope, and every head has a key of its own."""
 
     def __post_init__(self) -> None:
         if self.norm_before_fc and self.fc_norm:
             raise UserError("draft.fc_norm", True, "excludes norm_before_fc", "set one of them")
         if self.num_heads % self.num_kv_heads:
             raise UserError("draft.num_key_value_heads", self.num_kv_heads, f"does not divide the {self.num_heads} heads", "use a divisor")
-        if self.head_dim % 2:
-            raise UserError("draft.head_dim", self.head_dim, "is odd", "RoPE needs an even one")
+        if self.rotary_dim % 2:
+            raise UserError("draft.head_dim", self.rotary_dim, "is odd", "RoPE needs an even one")
         if not 0 < self.draft_vocab_size <= self.vocab_size:
             raise UserError("draft.draft_vocab_size", self.draft_vocab_size, f"is not in 1..{self.vocab_size}", "use at most the target's vocabulary")
         for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"draft.{name}", getattr(self, name), "is below 1", "use 1 or more")
-        if self.rope_parameters.get("rope_theta") is None:
-            raise UserError("draft.rope_parameters", self.rope_parameters, "holds no rope_theta", "give the base of the rotary embedding")
+        check_rope(self.rope_parameters, latent=self.mla is not None)
+        if self.mla is not None:
+            self._check_latent(self.mla)
+
+    def _check_latent(self, mla: LatentSizes) -> None:
+        fixed = {"head_dim": mla.qk_nope_head_dim + mla.qk_rope_head_dim, "num_kv_heads": self.num_heads}
+        for name, value in fixed.items():
+            if getattr(self, name) != value:
+                raise UserError(f"draft.{name}", getattr(self, name), f"does not fit latent attention, which makes it {value}", "leave it out")
+        for name in ("attention_bias", "qk_norm", "norm_before_fc"):
+            if getattr(self, name):
+                raise UserError(f"draft.{name}", True, "is not served with latent attention", "leave it out, or set mla to null")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that RoPE turns."""
+        return self.head_dim if self.mla is None else self.mla.qk_rope_head_dim
 
     @property
     def owns_embedding(self) -> bool:
@@ -82,11 +129,12 @@ class DraftConfig:
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> DraftConfig:
         """Back from :meth:`to_dict`."""
-        return cls(**{**plain, "aux_layers": tuple(plain["aux_layers"])})
+        mla = plain.get("mla")
+        return cls(**{**plain, "aux_layers": tuple(plain["aux_layers"]), "mla": None if mla is None else LatentSizes(**mla)})
 
     @classmethod
     def from_target(cls, target: Target, *, aux_layers: tuple[int, ...], **changes: Any) -> DraftConfig:
-        """One layer of the target's own sizes, norms and RoPE.
+        """One layer of the target's own sizes, norms, RoPE and kind of attention.
 
         Args:
             target: the frozen model.
@@ -105,10 +153,14 @@ class DraftConfig:
             "draft_vocab_size": target.vocab_size,
             "target_hidden_size": target.hidden_size,
             "aux_layers": tuple(aux_layers),
-            "rope_parameters": rope_of(config),
+            "rope_parameters": changes["rope_parameters"] if "rope_parameters" in changes else rope_of(config),
             "max_position_embeddings": int(config.max_position_embeddings),
             "rms_norm_eps": float(getattr(config, "rms_norm_eps", None) or 1e-6),
         }
+        mla = changes.get("mla", LatentSizes.of(config))
+        if mla is not None:
+            heads = int(changes.get("num_heads", heads))
+            described |= {"mla": mla, "num_kv_heads": heads, "head_dim": mla.qk_nope_head_dim + mla.qk_rope_head_dim}
         return cls(**{**described, **changes})
 
     @classmethod
@@ -140,6 +192,11 @@ class DraftConfig:
                 f"model.draft ({file.name}: aux_layers)", given["aux_layers"], f"differs from model.aux_layers={list(aux_layers)}", "set model.aux_layers alone"
             )
         given.pop("aux_layers", None)
+        if isinstance(given.get("mla"), dict):
+            wrong = sorted(given["mla"].keys() ^ {f.name for f in fields(LatentSizes)})
+            if wrong:
+                raise UserError(f"model.draft ({file.name}: mla)", wrong, "are missing or unknown", "docs/configuration.md lists the five sizes")
+            given["mla"] = LatentSizes(**given["mla"])
         return cls.from_target(target, aux_layers=aux_layers, **given)
 
     @classmethod
@@ -166,27 +223,3 @@ class DraftConfig:
 
 
 _ALIASES = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads", "num_hidden_layers": "num_layers"}
-
-
-def rope_of(config: Any) -> dict[str, Any]:
-    """RoPE of a Transformers configuration, in the form of version 5, wherever the version keeps it.
-
-    Raises:
-        UserError: when no base is found (a default would train every draft wrongly without a word), or layers of the target differ in theirs without a
-            global one.
-    """
-    parameters = dict(getattr(config, "rope_parameters", None) or {})
-    if parameters and "rope_theta" not in parameters and all(isinstance(value, dict) for value in parameters.values()):
-        # one entry a layer type (Gemma-3): the draft attends to everything, as full-attention layers do
-        parameters = dict(parameters.get("full_attention") or next(iter(parameters.values())))
-    if not parameters:
-        parameters = dict(getattr(config, "rope_scaling", None) or {})
-    if parameters.get("rope_theta") is None:
-        parameters["rope_theta"] = getattr(config, "rope_theta", None)
-    if parameters["rope_theta"] is None:
-        raise UserError(
-            "data.target.path", getattr(config, "_name_or_path", ""), "has a configuration without a RoPE base", "give rope_parameters in model.draft"
-        )
-    parameters["rope_type"] = parameters.pop("type", None) or parameters.get("rope_type") or "default"
-    parameters["rope_theta"] = float(parameters["rope_theta"])
-    return parameters

@@ -1,4 +1,4 @@
-"""The dense EAGLE-3 draft (arXiv 2503.01840) and its unroll over a pack.
+"""The EAGLE-3 draft (arXiv 2503.01840) and its unroll over a pack.
 
 Parameter names are those of vLLM's plain export. One decoder layer takes [embedding; hidden] (2H wide); further layers, if any, take H. At unroll step k,
 position t embeds
@@ -22,37 +22,11 @@ from torch import Tensor, nn
 
 from torchspec.batch import PackedBatch
 from torchspec.models.attention import unroll_attention
+from torchspec.models.dense_attention import DenseAttention, Projections, Turn, cast_linears
 from torchspec.models.draft_config import DraftConfig
-from torchspec.models.rope import frequencies, rotate, tables
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, cast back, times weight (Zhang and Sennrich, arXiv 1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight.to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Projections of one layer; ``width`` is 2H in the first layer and H after it."""
-
-    def __init__(self, config: DraftConfig, width: int) -> None:
-        super().__init__()
-        heads, groups, size, bias = config.num_heads, config.num_kv_heads, config.head_dim, config.attention_bias
-        self.q_proj = nn.Linear(width, heads * size, bias=bias)
-        self.k_proj = nn.Linear(width, groups * size, bias=bias)
-        self.v_proj = nn.Linear(width, groups * size, bias=bias)
-        self.o_proj = nn.Linear(heads * size, config.hidden_size, bias=bias)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(size, config.rms_norm_eps)
-            self.k_norm = RMSNorm(size, config.rms_norm_eps)
+from torchspec.models.mla import LatentAttention
+from torchspec.models.norm import RMSNorm
+from torchspec.models.rope import check_reach, frequencies, tables
 
 
 class MLP(nn.Module):
@@ -73,29 +47,19 @@ class DraftLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if first:
             self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, 2 * config.hidden_size if first else config.hidden_size)
+        kind = DenseAttention if config.mla is None else LatentAttention
+        self.self_attn = kind(config, 2 * config.hidden_size if first else config.hidden_size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
 
 class _CastLayer:
-    """A layer's weights in the compute type, fused where one product serves: k and v; q, k and v; gate and up."""
+    """A layer's weights in the compute type, fused where one product serves."""
 
     def __init__(self, layer: DraftLayer, dtype: torch.dtype) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.q, self.q_bias = _cast([attention.q_proj], dtype)
-        self.kv, self.kv_bias = _cast([attention.k_proj, attention.v_proj], dtype)
-        self.o, self.o_bias = _cast([attention.o_proj], dtype)
-        self.qkv = torch.cat([self.q, self.kv])
-        self.qkv_bias = None if self.q_bias is None or self.kv_bias is None else torch.cat([self.q_bias, self.kv_bias])
-        self.gate_up, _ = _cast([mlp.gate_proj, mlp.up_proj], dtype)
-        self.down, _ = _cast([mlp.down_proj], dtype)
-
-
-def _cast(parts: list[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    weights = [part.weight.to(dtype) for part in parts]
-    biases = [part.bias.to(dtype) for part in parts if part.bias is not None]
-    return torch.cat(weights) if len(weights) > 1 else weights[0], torch.cat(biases) if biases else None
+        self.attention: Projections = layer.self_attn.cast(dtype)
+        self.gate_up, _ = cast_linears([layer.mlp.gate_proj, layer.mlp.up_proj], dtype)
+        self.down, _ = cast_linears([layer.mlp.down_proj], dtype)
 
 
 class _Memory:
@@ -171,6 +135,7 @@ class Eagle3Draft(nn.Module):
             K tensors: the layer stack's output h'' of step k at rows ``base[index[k]]``, [R_k, H] in the compute type, before the final norm.
         """
         rows = batch.rows
+        check_reach(self.config, int(batch.cu_seqlens.diff().max()) + rows.steps - 1 if batch.num_tokens else 0)
         layers = [_CastLayer(layer, self.compute_dtype) for layer in self.layers]  # type: ignore[arg-type]
         hidden = self._project_aux(batch.aux)
         outputs: list[Tensor] = []
@@ -214,19 +179,15 @@ class Eagle3Draft(nn.Module):
         normed = layer.hidden_norm(hidden)
         return torch.cat([layer.input_layernorm(embedded), normed], dim=-1), normed if self.config.norm_before_residual else hidden
 
-    def _heads(self, index: int, x: Tensor, position: Tensor, *, of: str) -> Tensor:
-        """Split [R, heads * d] into heads, norm (Qwen3 style) and rotate queries and keys."""
-        attention: Attention = self.layers[index].self_attn  # type: ignore[assignment]
-        x = x.unflatten(-1, (-1, self.config.head_dim))
-        if self.config.qk_norm:
-            x = attention.q_norm(x) if of == "query" else attention.k_norm(x)
-        wide = x if x.dtype == torch.float64 else x.float()
-        inverse = self.inverse_frequencies.to(wide.dtype)
-        return rotate(wide, *tables(inverse, self.rope_factor, position, wide.dtype)).to(x.dtype)
+    def _turn(self, position: Tensor) -> Turn:
+        """cos and sin of RoPE positions [R]."""
+        inverse = self.inverse_frequencies
+        wide = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+        return tables(inverse.to(wide), self.rope_factor, position, wide)
 
     def _finish(self, index: int, attended: Tensor, residual: Tensor, weights: _CastLayer) -> Tensor:
         """Output projection, residual, MLP."""
-        hidden = residual + F.linear(attended.flatten(1), weights.o, weights.o_bias)
+        hidden = residual + weights.attention.output(attended)
         gate, up = F.linear(self.layers[index].post_attention_layernorm(hidden), weights.gate_up).chunk(2, dim=-1)  # type: ignore[operator, union-attr]
         return hidden + F.linear(F.silu(gate) * up, weights.down)
 
@@ -234,16 +195,16 @@ class Eagle3Draft(nn.Module):
         """Step 0: keys and values of all rows in every layer; the last layer's queries and MLP for supervised rows alone."""
         every = torch.arange(batch.num_tokens, device=hidden.device)
         embedded = self._embed(batch, every, 0)
+        turn = self._turn(batch.position)
         memories = []
         for index, weights in enumerate(layers):
             at = batch.rows.base if index == len(layers) - 1 else every
             x, residual = self._inputs(index, hidden, embedded)
-            key, value = F.linear(x, weights.kv, weights.kv_bias).chunk(2, dim=-1)
-            memory = _Memory(self._heads(index, key, batch.position, of="key"), value.unflatten(-1, (-1, self.config.head_dim)))
+            memory = _Memory(*weights.attention.keys_values(x, turn))
             memories.append(memory)
             if at is not every:
-                x, residual = x[at], residual[at]
-            query = self._heads(index, F.linear(x, weights.q, weights.q_bias), batch.position[at], of="query")
+                x, residual, turn = x[at], residual[at], (turn[0][at], turn[1][at])
+            query = weights.attention.queries(x, turn)
             attended = unroll_attention(query, memory.key, memory.value, None, None, rows=at, cu_seqlens=batch.cu_seqlens)
             hidden = self._finish(index, attended, residual, weights)
         return hidden, memories
@@ -252,15 +213,13 @@ class Eagle3Draft(nn.Module):
         self, hidden: Tensor, batch: PackedBatch, layers: list[_CastLayer], memories: list[_Memory], *, at: Tensor, keep: Tensor, step: int
     ) -> Tensor:
         """Step k >= 1 on the rows that it supervises; hidden [R_k, H] is their output of the step before."""
-        position = batch.position[at] + step
         embedded = self._embed(batch, at, step)
-        size = self.config.head_dim
+        turn = self._turn(batch.position[at] + step)
         for index, (weights, memory) in enumerate(zip(layers, memories, strict=True)):
             x, residual = self._inputs(index, hidden, embedded)
-            query, key, value = F.linear(x, weights.qkv, weights.qkv_bias).split([self.config.num_heads * size, *[self.config.num_kv_heads * size] * 2], dim=-1)
-            query, key = self._heads(index, query, position, of="query"), self._heads(index, key, position, of="key")
+            query, key, value = weights.attention.all(x, turn)
             memory.narrow(keep)
-            memory.append(key, value.unflatten(-1, (-1, size)))
+            memory.append(key, value)
             attended = unroll_attention(query, memory.key, memory.value, memory.extra_key, memory.extra_value, rows=at, cu_seqlens=batch.cu_seqlens)
             hidden = self._finish(index, attended, residual, weights)
         return hidden
