@@ -202,7 +202,9 @@ class DraftConfig:
     @classmethod
     def from_export(cls, described: dict[str, Any], *, aux_layers: tuple[int, ...]) -> DraftConfig:
         """The draft that an exported ``config.json`` describes (layer ids may lawfully be absent there, so they are given)."""
-        flags = {name: bool(described.get(name, False)) for name in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias")}
+        flags: dict[str, Any] = {
+            name: bool(described.get(name, False)) for name in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias")
+        }
         return cls(
             hidden_size=described["hidden_size"],
             intermediate_size=described["intermediate_size"],
