@@ -29,8 +29,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from torchspec.batch import supervised_counts
 from torchspec.data.collate import collate
-from torchspec.data.conversations import find_sources, parse, read_rows
+from torchspec.data.conversations import parse
 from torchspec.data.render import Renderer
+from torchspec.data.sources import find_sources, read_rows
 from torchspec.engines.engine import Engine, EngineConfig, EngineStats, Job
 from torchspec.engines.messages import Finished, Lease
 from torchspec.engines.worker import build

@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from torchspec.data.conversations import RowError, find_sources, parse, read_rows
+from torchspec.data.conversations import RowError, parse
 from torchspec.data.render import Renderer
+from torchspec.data.sources import find_sources, read_rows
 from torchspec.hardware import working_dtype
 
 

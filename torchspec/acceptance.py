@@ -176,8 +176,9 @@ def read_requests(prompts: str, target: Target, *, limit: int | None) -> tuple[l
     Raises:
         UserError: no such file, no usable row, or a target without a chat template.
     """
-    from torchspec.data.conversations import RowError, find_sources, parse, read_rows
+    from torchspec.data.conversations import RowError, parse
     from torchspec.data.render import Renderer
+    from torchspec.data.sources import find_sources, read_rows
 
     sources = find_sources(prompts, config_key="prompts")
     renderer = Renderer(target.tokenizer(), name=target.config.path)

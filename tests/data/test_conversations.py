@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from torchspec.data.conversations import RowError, find_sources, parse, read_rows
+from torchspec.data.conversations import RowError, parse
+from torchspec.data.sources import find_sources, read_rows
 from torchspec.errors import UserError
 
 ROW = {"id": "a", "conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
@@ -116,7 +117,7 @@ def test_text_parts_are_joined_and_extra_fields_kept() -> None:
             }
         ).encode()
     )
-    assert conversation.messages[0] == {"role": "user", "content": "ab"}
+    assert conversation.messages[0] == {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
     assert conversation.messages[1]["content"] == "" and conversation.messages[1]["reasoning_content"] == "hm" and conversation.messages[1]["tool_calls"]
     assert conversation.tools == [{"type": "function"}]
 
@@ -152,7 +153,10 @@ def test_a_key_of_the_users_own() -> None:
         ('{"messages": [{"from": "robot", "value": "x"}]}', "message 0 has the unknown role 'robot'"),
         ('{"messages": [{"role": "user", "content": 5}, {"role": "assistant", "content": "x"}]}', "message 0: its content is a int"),
         ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}', "message 0: its content is missing"),
-        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "message 0: its content is a list that is not plain text"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+            "a part of type 'image', which the engine is not given",
+        ),
         ('{"messages": [{"role": "user", "content": "x"}]}', "has no assistant message"),
         ('{"input_ids": [1, 2]}', "input_ids without loss_mask"),
         ('{"input_ids": [1, 2], "loss_mask": [1]}', "input_ids has 2 entries and loss_mask 1"),

@@ -1,32 +1,35 @@
-"""Where conversations come from, and what one row may look like.
+"""What one row may look like, judged row by row, so that a bad one costs a line of a report and not the run.
 
-A source is a file (.jsonl, .json as an array or as lines, .parquet, .arrow), a folder of them, or a hub dataset ``org/name`` or ``org/name:split``. Reading
-only finds the rows and says where each one is; ``parse`` judges a single row, so that it can run in many processes and a bad row costs one line of a report,
-not the run.
-
-A row holds ``conversations`` or ``messages``: ``{role, content}`` (OpenAI) or ``{from, value}`` (ShareGPT); or tokens: ``input_ids`` with ``loss_mask``.
+A row holds ``conversations`` or ``messages``: ``{role, content}`` (OpenAI, with ``tools``, ``tool_calls``, ``reasoning_content``) or ``{from, value}``
+(ShareGPT); or text that was rendered elsewhere (``text``); or tokens (``input_ids`` with ``loss_mask``).
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from torchspec.errors import UserError
-
-SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 MESSAGE_KEYS = ("conversations", "messages")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool", "user": "user", "assistant": "assistant"}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_KEPT_KEYS = ("tool_calls", "tool_call_id", "name")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.\[\]%-]+)?")
+MEDIA = {"image": "image", "image_url": "image", "input_image": "image", "video": "video", "video_url": "video", "audio": "audio", "input_audio": "audio"}
+"""Types of parts that are no text, by what templates call them."""
+_KEPT_KEYS = ("tool_call_id", "name")
+
+Message = dict[str, Any]
+"""``{role, content, ...}`` in OpenAI's form; ``content`` is text, or a list of ``{type: text, text}`` and ``{type: image | video | audio}``."""
 
 
 class RowError(Exception):
@@ -35,169 +38,53 @@ class RowError(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """One usable row: messages to render, or tokens that were rendered elsewhere."""
+    """One usable row: messages to render, text that was rendered, or tokens."""
 
-    messages: tuple[dict[str, Any], ...] = ()
-    """``{role, content, ...}`` in OpenAI's form."""
+    messages: tuple[Message, ...] = ()
     tools: list[dict[str, Any]] | None = None
+    text: str | None = None
+    """Rendered elsewhere, special tokens included."""
     input_ids: list[int] | None = None
     loss_mask: list[int] | None = None
     cut: frozenset[int] = field(default_factory=frozenset)
     """Indices of messages that a length limit ended (``finish: length``): no end token was generated."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """One file, or one split of a hub dataset."""
-
-    name: str
-    """Path or hub id, as the user gave it; reports put the row number behind it."""
-    kind: str
-    """jsonl, json, parquet, arrow or hub."""
-    fingerprint: str
-    """Changes when the content does: XXH3 of a file's bytes, or the hub dataset's own fingerprint."""
+def words_of(message: Message) -> str:
+    """The text of a message, its parts one after the other."""
+    content = message["content"]
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content if part["type"] == "text")
 
 
-def find_sources(given: str | Sequence[str], *, config_key: str) -> list[Source]:
-    """The sources that the user named.
-
-    Args:
-        given: a file, folder or hub id (with ``:split``, default train), or several.
-        config_key: the config key, for errors.
-
-    Raises:
-        UserError: when one does not exist, or a folder holds nothing readable.
-    """
-    names = [given] if isinstance(given, str) else list(given)
-    if not names:
-        raise UserError(config_key, given, "is empty", "give a conversation file, a folder of them, or a hub dataset id")
-    return [source for name in names for source in _find(name, config_key)]
+def media_of(message: Message) -> list[str]:
+    """Types of the parts of a message that are no text."""
+    content = message["content"]
+    return [] if isinstance(content, str) else [part["type"] for part in content if part["type"] != "text"]
 
 
-def _find(name: str, config_key: str) -> list[Source]:
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise UserError(config_key, name, f"is a {path.suffix or 'suffix-less'} file", f"give one of {', '.join(SUFFIXES)}")
-        return [_file_source(path, name)]
-    if path.is_dir():
-        only = ".arrow" if (path / "dataset_info.json").is_file() and (path / "state.json").is_file() else None
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in SUFFIXES and only in (None, p.suffix) and not p.name.startswith("."))
-        if not files:
-            raise UserError(config_key, name, f"is a folder without any {', '.join(SUFFIXES)} file", "check the folder")
-        return [_file_source(p, str(p)) for p in files]
-    if path.suffix in SUFFIXES or not _HUB_ID.fullmatch(name):
-        raise UserError(config_key, name, "does not exist", "check the path; it is taken relative to the folder the command runs in")
-    fingerprint = str(_load_hub(name, config_key)._fingerprint)
-    return [Source(name, "hub", fingerprint)]
+def reasoning_of(message: Message) -> str:
+    """What the assistant thought before this message, "" for nothing: its own field, or what stands before ``</think>`` in the content."""
+    if message.get("reasoning_content"):
+        return str(message["reasoning_content"])
+    before, found, _ = words_of(message).partition("</think>")
+    return before.replace("<think>", "").strip() if found else ""
 
 
-def _file_source(path: Path, name: str) -> Source:
-    digest = xxhash.xxh3_128()
-    try:
-        with path.open("rb") as handle:
-            while chunk := handle.read(1 << 22):
-                digest.update(chunk)
-    except OSError as error:
-        raise UserError("data", name, f"cannot be read ({error.strerror})", "check its permissions") from error
-    return Source(name, path.suffix[1:], f"xxh3:{digest.hexdigest()}")
-
-
-def _load_hub(name: str, config_key: str) -> Any:
-    import datasets
-
-    repository, _, split = name.partition(":")
-    try:
-        return datasets.load_dataset(repository, split=split or "train")
-    except Exception as error:  # the hub client raises a dozen kinds
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise UserError(
-            config_key,
-            name,
-            f"is no local file or folder, and no hub dataset that loads ({reason})",
-            "check the path or the id (org/name:split), and the network",
-        ) from error
-
-
-def read_rows(source: Source, *, config_key: str) -> Iterator[tuple[bytes, int]]:
-    """Every row as JSON text with its place: the line of a text file (from 1), or the row's number (from 1).
-
-    Nothing is judged here: broken JSON lines come through as they are.
-
-    Raises:
-        UserError: when a file as a whole is unreadable.
-    """
-    if source.kind == "hub":
-        yield from _numbered(_load_hub(source.name, config_key))
-        return
-    path = Path(source.name).expanduser()
-    if source.kind == "json" and _starts_with_bracket(path):
-        try:
-            rows = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise UserError(config_key, source.name, f"is no valid JSON ({error})", "mend the file") from error
-        yield from _numbered(rows)
-    elif source.kind in ("json", "jsonl"):
-        with path.open("rb") as handle:
-            for line, text in enumerate(handle, start=1):
-                text = text.removeprefix(b"\xef\xbb\xbf").strip()
-                if text:
-                    yield text, line
-    else:
-        try:
-            yield from _numbered(_parquet(path) if source.kind == "parquet" else _arrow(path))
-        except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-            raise UserError(
-                config_key, source.name, f"cannot be read as {source.kind} ({str(error).splitlines()[0][:160]})", "mend or convert the file"
-            ) from error
-
-
-def _numbered(rows: Any) -> Iterator[tuple[bytes, int]]:
-    for number, row in enumerate(rows, start=1):
-        yield json.dumps(row, default=str, ensure_ascii=False).encode("utf-8", "surrogatepass"), number
-
-
-def _starts_with_bracket(path: Path) -> bool:
-    with path.open("rb") as handle:
-        return handle.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-
-
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
-
-
-def _arrow(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-
-    with pa.memory_map(str(path)) as memory:
-        try:
-            reader = pa.ipc.open_stream(memory)
-            batches: Any = iter(reader)
-        except pa.ArrowInvalid:
-            file = pa.ipc.open_file(memory)
-            batches = (file.get_batch(i) for i in range(file.num_record_batches))
-        for batch in batches:
-            yield from batch.to_pylist()
-
-
-def parse(text: bytes, *, messages_key: str | None = None, need_answer: bool = True) -> Conversation:
+def parse(text: bytes, *, messages_key: str | None = None, need_answer: bool = True, media: str = "refuse") -> Conversation:
     """Judge one row.
 
     Args:
         text: the row as JSON.
         messages_key: column of the messages; None takes ``conversations`` or ``messages``.
         need_answer: False also takes prompts: rows without an assistant message, and rows with only a ``prompt``.
+        media: ``placeholder`` takes images, video and audio as the placeholders that the template writes; ``refuse`` does not.
 
     Raises:
         RowError: saying what is wrong with the row.
     """
     try:
         row = json.loads(text)
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, UnicodeDecodeError, RecursionError) as error:
         raise RowError(f"is no valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise RowError(f"is a {type(row).__name__}, not an object")
@@ -206,19 +93,42 @@ def parse(text: bytes, *, messages_key: str | None = None, need_answer: bool = T
     if not need_answer and messages_key is None and isinstance(row.get("prompt"), str):
         return Conversation(messages=({"role": "user", "content": row["prompt"]},))
     key = messages_key or next((k for k in MESSAGE_KEYS if row.get(k) is not None), None)
+    if key is None and isinstance(row.get("text"), str) and need_answer:
+        if not row["text"].strip():
+            raise RowError("text is empty")
+        return Conversation(text=row["text"])
     if key is None or row.get(key) is None:
         raise RowError(f"has no {messages_key or ' or '.join(MESSAGE_KEYS)} (keys: {', '.join(map(str, row)) or 'none'})")
     given = row[key]
+    if isinstance(given, str) and given.lstrip().startswith("["):
+        given = _json(given, key)
     if not isinstance(given, list) or not given:
         raise RowError(f"{key} is not a list of messages")
-    messages = tuple(_message(message, i) for i, message in enumerate(given))
+    messages = tuple(_message(message, i, media) for i, message in enumerate(given))
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers and need_answer:
         raise RowError("has no assistant message")
+    _check_order(messages)
     cut = {i for i, message in enumerate(given) if message.get("finish") == "length"}
     if row.get("finish") == "length" and answers:
         cut.add(answers[-1])
     return Conversation(messages=messages, tools=_tools(row.get("tools")), cut=frozenset(cut))
+
+
+def _check_order(messages: tuple[Message, ...]) -> None:
+    """Refuse an order of roles that no server would be sent, or answer to."""
+    before = None
+    for i, message in enumerate(messages):
+        role = message["role"]
+        if role in ("system", "developer") and before not in (None, "system", "developer"):
+            raise RowError(f"has its roles out of order: message {i} is a {role} message after a {before} message; it belongs at the beginning")
+        if role == "assistant" and before in (None, "system", "developer"):
+            raise RowError(f"has its roles out of order: message {i} is an answer to nothing (a user message must come before it)")
+        if role == "assistant" and before == "assistant":
+            raise RowError(f"has its roles out of order: messages {i - 1} and {i} are both the assistant's")
+        if role == "tool" and not (before == "tool" or (before == "assistant" and i)):
+            raise RowError(f"has its roles out of order: message {i} is a tool result, and no assistant message before it called a tool")
+        before = role
 
 
 def _tokens(row: dict[str, Any]) -> Conversation:
@@ -234,46 +144,89 @@ def _tokens(row: dict[str, Any]) -> Conversation:
     return Conversation(input_ids=ids, loss_mask=[int(m) for m in mask])
 
 
-def _message(given: Any, index: int) -> dict[str, Any]:
+def _message(given: Any, index: int, media: str) -> Message:
     if not isinstance(given, dict):
         raise RowError(f"message {index} is a {type(given).__name__}, not an object")
-    if "role" in given:
+    if given.get("role") is not None:
         role, content = given["role"], given.get("content")
         if role not in ROLES:
             raise RowError(f"message {index} has the unknown role {role!r} (known: {', '.join(ROLES)})")
-    elif "from" in given:
+    elif given.get("from") is not None:
         if given["from"] not in SHAREGPT_ROLES:
             raise RowError(f"message {index} has the unknown role {given['from']!r} (known: {', '.join(SHAREGPT_ROLES)})")
         role, content = SHAREGPT_ROLES[given["from"]], given.get("value")
     else:
         raise RowError(f"message {index} has neither role nor from")
-    message: dict[str, Any] = {"role": role, "content": _content(content, index, may_be_empty=bool(given.get("tool_calls")))}
+    calls = _tool_calls(given.get("tool_calls"), index) if role == "assistant" else None
+    message: Message = {"role": role, "content": _content(content, index, may_be_empty=bool(calls), media=media)}
+    if role == "assistant":
+        message["content"] = words_of(message)
+    if calls:
+        message["tool_calls"] = calls
     message.update({key: given[key] for key in _KEPT_KEYS if given.get(key) is not None})
     reasoning = next((given[key] for key in REASONING_KEYS if given.get(key)), None)
     if reasoning is not None:
+        if not isinstance(reasoning, str):
+            raise RowError(f"message {index}: its reasoning is a {type(reasoning).__name__}, not text")
         message["reasoning_content"] = reasoning
     return message
 
 
-def _content(content: Any, index: int, *, may_be_empty: bool) -> str:
+def _content(content: Any, index: int, *, may_be_empty: bool, media: str) -> str | list[dict[str, str]]:
     if isinstance(content, str):
         return content
     if content is None and may_be_empty:
         return ""
-    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
-        return "".join(part["text"] for part in content)
-    shown = "missing" if content is None else f"a {type(content).__name__} that is not plain text"
-    raise RowError(f"message {index}: its content is {shown}")
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        shown = "missing" if content is None else f"a {type(content).__name__} that is not plain text"
+        raise RowError(f"message {index}: its content is {shown}")
+    parts = [_part(part, index, media) for part in content]
+    return parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else parts
+
+
+def _part(part: dict[str, Any], index: int, media: str) -> dict[str, str]:
+    kind = part.get("type")
+    if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind not in MEDIA:
+        raise RowError(f"message {index}: its content has a part of type {kind!r} (known: text, {', '.join(MEDIA)})")
+    if media != "placeholder":
+        raise RowError(f"message {index}: its content has a part of type {kind!r}, which the engine is not given (data.media: placeholder trains on the rest)")
+    return {"type": MEDIA[kind]}
+
+
+def _tool_calls(given: Any, index: int) -> list[dict[str, Any]]:
+    """Calls with their arguments as objects, as vLLM and the templates' authors have them."""
+    calls = _json(given, f"message {index}: tool_calls") if isinstance(given, str) else given
+    if not calls:
+        return []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise RowError(f"message {index}: tool_calls is not a list of objects")
+    result = []
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(f"message {index}: a tool call has no function name")
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            arguments = _json(arguments, f"message {index}: arguments of {function['name']}")
+        kept = {key: call[key] for key in ("id",) if call.get(key) is not None}
+        result.append({**kept, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return result
 
 
 def _tools(tools: Any) -> list[dict[str, Any]] | None:
     if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise RowError("tools is no valid JSON") from None
+        tools = _json(tools, "tools")
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError("tools is not a list of objects")
     return tools
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise RowError(f"{what} is no valid JSON") from None

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from torchspec.data.conversations import RowError, Source, find_sources, parse, read_rows
+from torchspec.data.conversations import RowError, parse
 from torchspec.data.dataset import FORMAT, Summary, TokenizedDataset
 from torchspec.data.render import Renderer, special_ids, tokenizer_fingerprint
+from torchspec.data.sources import Source, find_sources, read_rows
 from torchspec.errors import UserError
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torchspec.data.conversations import Conversation, RowError, find_sources, parse, read_rows
+from torchspec.data.conversations import Conversation, RowError, parse
 from torchspec.data.render import Renderer
+from torchspec.data.sources import find_sources, read_rows
 from torchspec.engines.engine import Generator, Sampling
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig

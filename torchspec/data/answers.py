@@ -1,0 +1,213 @@
+"""Where a rendered conversation shows what the target generated: character spans of its answers.
+
+*Prefix rendering*. Answer i is what ``render(messages[:i+1])`` has beyond ``render(messages[:i], add_generation_prompt=True)``, as far as the whole
+conversation shows the same:
+
+    before    ...<|im_start|>assistant\\n
+    upto      ...<|im_start|>assistant\\nHello<|im_end|>\\n
+    text      ...<|im_start|>assistant\\nHello<|im_end|>\\n<|im_start|>user\\n...
+                                        ^ begin         ^ stop (what follows the end token is dropped by tokens, in render.py)
+
+A template that rewrites earlier turns (reasoning models drop their thinking) breaks this for them, and they are not supervised: no server ever generated
+them in that context. ``supervise: all`` takes their words nevertheless, found by rendering once more with other words in their place.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torchspec.data.conversations import Conversation, Message, RowError, reasoning_of, words_of
+
+if TYPE_CHECKING:
+    from torchspec.data.template import ChatTemplate
+
+SUPERVISE = ("auto", "all", "last")
+"""auto: every answer that is shown as it was generated. last: of these, the last alone. all: also the words of answers that the template shows rewritten."""
+_STAND_INS = ("qz torchspec zq", "xv torchspec vx", "jk torchspec kj")
+
+
+@dataclass(frozen=True)
+class Span:
+    """One answer in the text."""
+
+    begin: int
+    stop: int
+    """Character after the last; the end token may lie before it with whitespace behind, or right at it."""
+    message: int
+    """Index of the message, -1 where it is not known (text rendered elsewhere)."""
+    generated: bool = True
+    """False: its context was rewritten, and only an end token that ends answers everywhere may be supervised."""
+
+
+class AnswerFinder:
+    """Finds the answers of conversations under one template.
+
+    Args:
+        template: the target's.
+        special: control tokens as text, by id.
+        end_ids: tokens that end what the target generates.
+    """
+
+    def __init__(self, template: ChatTemplate, *, special: dict[int, str], end_ids: frozenset[int]) -> None:
+        self.template = template
+        self.end_texts = [special[i] for i in sorted(end_ids) if i in special]
+        self.control = re.compile("|".join(re.escape(text) for text in sorted(set(special.values()), key=len, reverse=True)) or r"(?!)")
+
+    def find(self, conversation: Conversation, *, supervise: str) -> tuple[str, list[Span]]:
+        """(text, answers in it). The text ends with the end token also where the template leaves it to the target's next header.
+
+        Raises:
+            RowError: when the template refuses the conversation.
+        """
+        template, messages, tools = self.template, conversation.messages, conversation.tools
+        variables = template.variables(conversation)
+        text = template.text(messages, tools, generate=False, variables=variables)
+        indices = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        found: dict[int, Span] = {}
+        for i in indices if supervise != "last" else indices[-1:]:
+            before = template.text(messages[:i], tools, generate=True, variables=variables)
+            last = i == len(messages) - 1
+            upto = text if last else template.text(messages[: i + 1], tools, generate=False, variables=variables)
+            stop = self._as_generated(text, before, upto, messages[i])
+            if stop is not None:
+                found[i] = Span(len(before), stop, i)
+            elif last and (whole := self._continued(text, before, messages[i])) is not None:
+                text = whole  # earlier answers are not touched: they lie before the last generation prompt, or are not found
+                found = {j: span for j, span in found.items() if text[: span.stop] == whole[: span.stop] and span.stop <= len(before)}
+                found[i] = Span(len(before), len(whole), i)
+        if template.marked:
+            self._add_marked(found, conversation, text, variables, indices)
+        if supervise == "all":
+            for i in indices:
+                if i not in found and (span := self._rewritten(text, conversation, i, variables)) is not None:
+                    found[i] = span
+        elif supervise == "last":
+            found = {i: span for i, span in found.items() if i == indices[-1]}
+        if indices and indices[-1] in found and indices[-1] == len(messages) - 1 and indices[-1] not in conversation.cut:
+            text, found[indices[-1]] = self._ended(text, found[indices[-1]], conversation, variables)
+        return text, [found[i] for i in sorted(found)]
+
+    def _as_generated(self, text: str, before: str, upto: str, message: Message) -> int | None:
+        """Where the answer that ``upto`` ends with stops in the text; None when the text shows it otherwise."""
+        if not (text.startswith(before) and upto.startswith(before)):
+            return None
+        stop = len(upto) if text.startswith(upto) else self._common(upto, text)
+        if self.control.sub("", upto[stop:]).strip():
+            return None  # words of it are missing
+        return stop if shows(upto[len(before) :], message) else None
+
+    def _common(self, one: str, two: str) -> int:
+        """Characters that both begin with; two control tokens that begin alike (``<|end|>``, ``<|endoftext|>``) are not cut."""
+        stop = _alike(one, two)
+        for match in self.control.finditer(one, max(stop - 64, 0)):
+            if match.start() < stop < match.end():
+                return match.start()
+        return stop
+
+    def _continued(self, text: str, before: str, message: Message) -> str | None:
+        """The generation prompt, what the target generated after it, and the end that the template gives: for templates that open the thinking in the
+        prompt and drop it from every message (DeepSeek R1). None where that does not apply."""
+        prompt = before.rstrip()
+        thought, words = reasoning_of(message), words_of(message).split("</think>")[-1]
+        if not prompt.endswith("<think>") or not thought or not words.strip() or words.strip() not in text:
+            return None
+        end = text[text.rindex(words.strip()) + len(words.strip()) :]
+        if message.get("reasoning_content") is None:
+            generated = words_of(message).removeprefix("<think>" + before[len(prompt) :]).removeprefix("<think>")
+        else:
+            generated = f"{thought}\n</think>\n\n{words}" if before.endswith("\n") else f"{thought}</think>{words}"
+        return before + generated.rstrip() + end
+
+    def _add_marked(self, found: dict[int, Span], conversation: Conversation, text: str, variables: dict[str, Any], indices: list[int]) -> None:
+        """Answers that only the template's own markers show. Where prefix rendering found one too, it stands: markers often miss the end token."""
+        spans = self.template.marked_spans(conversation, variables)
+        if len(spans) != len(indices):
+            spans, indices = spans[-1:], indices[-1:]
+        for (begin, stop), i in zip(spans, indices, strict=True):
+            if i not in found and stop <= len(text) and shows(text[begin:stop], conversation.messages[i]):
+                found[i] = Span(begin, stop, i, generated=False)
+
+    def _rewritten(self, text: str, conversation: Conversation, i: int, variables: dict[str, Any]) -> Span | None:
+        """The words of answer i where the text shows them, by what changes when they do."""
+        words = words_of(conversation.messages[i]).split("</think>")[-1].strip()
+        if not words:
+            return None
+        other = next(s for s in _STAND_INS if s[0] != words[0] and s[-1] != words[-1])
+        messages = list(conversation.messages)
+        messages[i] = {"role": "assistant", "content": other}
+        changed = self.template.text(messages, conversation.tools, generate=False, variables=variables)
+        begin = _alike(text, changed)
+        tail = _alike(text[::-1], changed[::-1])
+        if text[begin : len(text) - tail].strip() != words:
+            return None
+        stop = len(text) - tail
+        end = self.control.match(text, stop)
+        return Span(begin, end.end() if end is not None and end.group() in self.end_texts else stop, i, generated=False)
+
+    def _ended(self, text: str, span: Span, conversation: Conversation, variables: dict[str, Any]) -> tuple[str, Span]:
+        """The last answer with an end token. Some templates show none (GLM): what ends the answer is then the header of what follows."""
+        shown = text[span.begin : span.stop]
+        controls = list(self.control.finditer(shown))
+        if (controls and not shown[controls[-1].end() :].strip()) or not self.end_texts:
+            return text, span
+        following: Message = {"role": "tool" if conversation.messages[-1].get("tool_calls") else "user", "content": "x"}
+        try:
+            longer = self.template.text([*conversation.messages, following], conversation.tools, generate=False, variables=variables)
+        except RowError:
+            return text, span
+        tail = longer[len(text) :] if longer.startswith(text) else ""
+        end = next((e for e in self.end_texts if tail.startswith(e)), None)
+        return (text, span) if end is None else (text + end, Span(span.begin, len(text) + len(end), span.message))
+
+    # -- text that was rendered elsewhere
+
+    def find_in(self, text: str, *, supervise: str) -> list[Span]:
+        """Answers of a text that was rendered elsewhere: from each generation prompt to the next token that ends an answer.
+
+        Raises:
+            RowError: when it has none, or lacks the beginning that the template gives.
+        """
+        user, answer = {"role": "user", "content": "torchspec"}, {"role": "assistant", "content": "qz"}
+        variables = self.template.variables(Conversation())
+        asked = self.template.text([user], None, generate=False, variables=variables)
+        prompted = self.template.text([user], None, generate=True, variables=variables)
+        shown = self.template.text([user, answer], None, generate=False, variables=variables)
+        at = self._common(prompted, asked)
+        prompt, begin = prompted[at:], shown.rindex("qz")
+        header = prompted[at : min(self._common(prompted, shown), begin)]
+        start = str(self.template.tokenizer.bos_token or "")
+        if start and shown.startswith(start) and not text.startswith(start):
+            raise RowError(f"text does not begin with {start!r}, as the target's chat template does")
+        end = self.control.search(shown, begin)
+        ends = {*self.end_texts, *([end.group()] if end is not None else [])}
+        spans, at = [], 0
+        while header.strip() and (at := text.find(header, at)) >= 0:
+            begin = at + len(prompt if text.startswith(prompt, at) else header)
+            stop = next((match.end() for match in self.control.finditer(text, begin) if match.group() in ends), len(text))
+            spans.append(Span(begin, stop, -1))
+            at = max(stop, begin)
+        if not spans:
+            raise RowError(f"text has no answer: {header!r}, with which the target's chat template begins one, is not in it")
+        return spans[-1:] if supervise == "last" else spans
+
+
+def shows(text: str, message: Message) -> bool:
+    """Whether a rendered text still has the message's words, its thinking and its calls."""
+    words = words_of(message).split("</think>")[-1].strip()
+    calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+    thought = reasoning_of(message).strip()
+    return words in text and thought in text and all(name in text for name in calls)
+
+
+def _alike(one: str, two: str) -> int:
+    """Characters that both begin with."""
+    low, high = 0, min(len(one), len(two))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == two[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
