@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from transformers import AutoTokenizer
 
 from tests.tiny import save_conversations, save_tokenizer
 from torchspec.batch import supervised_counts
+from torchspec.data.build import Tokenise
 from torchspec.data.dataset import TokenizedDataset
 from torchspec.data.prepare import DataOptions, prepare
 from torchspec.errors import UserError
@@ -27,11 +31,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def build(source: Path | list[str], cache: Path, tokenizer: Any, **changes: Any) -> TokenizedDataset:
+def build(source: Path | list[str] | dict[str, float], cache: Path, tokenizer: Any, **changes: Any) -> TokenizedDataset:
     options = DataOptions(
         max_length=changes.pop("max_length", 256), min_supervised_tokens=changes.pop("min_supervised_tokens", 2), messages_key=changes.pop("messages_key", None)
     )
-    given = source if isinstance(source, list) else str(source)
+    given = str(source) if isinstance(source, Path) else source
     return prepare(given, **{"options": options, "tokenizer": tokenizer, "vocab_size": VOCAB, "cache_dir": cache, "target_name": "tiny", **changes})
 
 
@@ -120,7 +124,7 @@ def test_damage_is_noticed_and_built_anew(tmp_path: Path, tokenizer: Any) -> Non
         assert len(build(source, tmp_path / "cache", tokenizer)) == 5
 
 
-def test_a_crash_while_writing_leaves_nothing(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_in_the_first_shard_leaves_nothing(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_conversations(tmp_path / "a.jsonl", 5)
     cache = tmp_path / "cache"
     with monkeypatch.context() as patch:
@@ -128,15 +132,78 @@ def test_a_crash_while_writing_leaves_nothing(tmp_path: Path, tokenizer: Any, mo
         with pytest.raises(OSError, match="disk full"):
             build(source, cache, tokenizer)
     assert entries(cache) == []
-    # a build that was killed leaves its folder; the next one of that entry removes it
     key = build(source, cache, tokenizer).folder.name
-    import socket
-
-    left = cache / f".{key}.{socket.gethostname()}.999999999"
+    left = cache / f".{key}.{socket.gethostname()}.999999999"  # of a build that was killed before it had anything
     left.mkdir()
     (cache / key / "meta.json").unlink()
     build(source, cache, tokenizer)
     assert entries(cache) == [key]
+
+
+def test_a_build_that_was_killed_goes_on(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards that were done are not tokenised again, and the result is that of an unbroken build."""
+    source = save_conversations(tmp_path / "a.jsonl", 50)
+    source.write_text(source.read_text().replace("row-7", 'row-7", "messages": [{"role": "narrator"}], "was": "', 1))
+    monkeypatch.setattr("torchspec.data.build.SHARD", 8)
+    unbroken = build(source, tmp_path / "unbroken", tokenizer, max_bad_fraction=0.1, messages_key=None)
+    cache, seen = tmp_path / "cache", []
+    whole = Tokenise.__call__
+
+    def dies(self: Tokenise, batch: dict[str, Any]) -> dict[str, Any]:
+        seen.append(len(batch["row"]))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return whole(self, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Tokenise, "__call__", dies)
+        build(source, cache, tokenizer, max_bad_fraction=0.1)
+    (left,) = cache.iterdir()
+    left = left.rename(left.with_suffix(".999999999"))  # as of another process, which is dead
+    with (left / "tokens.i32").open("ab") as handle:
+        handle.write(b"cut off in the middle")
+    seen.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenise, "__call__", lambda self, batch: seen.append(len(batch["row"])) or whole(self, batch))  # type: ignore[func-returns-value]
+        data = build(source, cache, tokenizer, max_bad_fraction=0.1)
+    assert sum(seen) == 50 - 3 * 8
+    assert data.content == unbroken.content and data.summary == unbroken.summary and entries(cache) == [data.folder.name]
+    for name in ("tokens.i32", "mask.u8", "offsets.npy", "places.i32", "hashes.u64", "counts.npy", "bad_rows.jsonl"):
+        assert (data.folder / name).read_bytes() == (unbroken.folder / name).read_bytes(), name
+
+
+def test_weights_say_how_often_an_epoch(tmp_path: Path, tokenizer: Any) -> None:
+    one, two, three = (save_conversations(tmp_path / f"{name}.jsonl", 20, seed=i) for i, name in enumerate("abc"))
+    plain = build([str(one), str(two), str(three)], tmp_path / "cache", tokenizer)
+    mixed = build({str(one): 2.5, str(two): 1, str(three): 0.25}, tmp_path / "cache", tokenizer)
+    assert entries(tmp_path / "cache") == [plain.folder.name]  # the same tokens: nothing is tokenised again
+    places = Counter(mixed.place(i) for i in range(len(mixed)))
+    assert sorted(n for place, n in places.items() if str(one) in place) == [2] * 10 + [3] * 10
+    assert sum(n for place, n in places.items() if str(two) in place) == 20 and sum(n for place, n in places.items() if str(three) in place) == 5
+    assert len(mixed) == 75 == len(mixed.lengths) == len(mixed.hashes) == len(mixed.supervised_counts(3)) and mixed.content != plain.content
+    again = build({str(one): 2.5, str(two): 1, str(three): 0.25}, tmp_path / "cache", tokenizer)
+    assert again.content == mixed.content
+    counted = np.zeros(VOCAB, dtype=np.int64)
+    for i in range(len(mixed)):
+        np.add.at(counted, mixed.ids(i)[mixed.mask(i) == 1], 1)
+        assert mixed.lengths[i] == len(mixed.ids(i)) and mixed.supervised_counts(3)[i].tolist() == supervised_counts(mixed.mask(i), 3).tolist()
+    assert mixed.token_counts(VOCAB).tolist() == counted.tolist()
+    with pytest.raises(UserError, match=r"data\.train\..*a\.jsonl=0 is no weight"):
+        build({str(one): 0}, tmp_path / "cache", tokenizer)
+
+
+def test_hashes_are_of_the_tokens(tmp_path: Path, tokenizer: Any) -> None:
+    data = build(save_conversations(tmp_path / "a.jsonl", 9), tmp_path / "cache", tokenizer)
+    assert data.hashes.tolist() == [xxhash.xxh3_64_intdigest(data.ids(i).astype("<i4").tobytes()) for i in range(9)]
+
+
+def test_rendered_text_and_a_prefix_of_the_data(tmp_path: Path, tokenizer: Any) -> None:
+    messages = tmp_path / "a.jsonl"
+    messages.write_text(chat("hi", "the dog") + "\n" + chat("why", "we two") + "\n")
+    texts = tmp_path / "b.jsonl"
+    rows = [json.loads(line)["messages"] for line in messages.read_text().splitlines()]
+    texts.write_text("".join(json.dumps({"text": tokenizer.apply_chat_template(row, tokenize=False)}) + "\n" for row in rows))
+    assert build(texts, tmp_path / "cache", tokenizer).content == build(messages, tmp_path / "cache", tokenizer).content
 
 
 def test_truncation_is_on_the_right_and_counted(tmp_path: Path, tokenizer: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from torchspec.data.dataset import TokenizedDataset
 from torchspec.data.plan import Plan
 from torchspec.data.prepare import DataOptions, prepare
 from torchspec.data.render import tokenizer_fingerprint
+from torchspec.data.sources import Given
 from torchspec.errors import UserError
 from torchspec.target import Target
 from torchspec.transfer.record import RecordSpec
@@ -49,7 +50,7 @@ class Corpus:
         self,
         target: Target,
         *,
-        sources: dict[str, str | list[str] | None],
+        sources: Mapping[str, Given | None],
         options: DataOptions,
         unroll_steps: int,
         max_tokens: int,
@@ -84,6 +85,7 @@ class Corpus:
                 vocab_size=self.target.vocab_size,
                 cache_dir=self._cache_dir,
                 target_name=self.target.config.path,
+                end_ids=self.target.end_ids(),
                 config_key=f"data.{stage}",
                 max_bad_fraction=self._max_bad_fraction,
                 num_proc=self._num_proc,

@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -51,7 +51,8 @@ class DraftDataModule(pl.LightningDataModule):
 
     Args:
         target: the frozen model.
-        train: conversation file (.jsonl, .json, .parquet, .arrow), a folder of them, or a hub dataset id (``org/name:split``); or several.
+        train: conversation file (.jsonl, .json, .parquet, .arrow), a folder of them, or a hub dataset id (``org/name:split``); or several; or a table of
+            them with how many times an epoch each is trained (0.5: a fixed half of it).
         validate: the same for validation; none skips it.
         unroll_steps: K, linked from the model.
         aux_layers: hidden-state indices fed to the draft, linked from the model.
@@ -64,6 +65,11 @@ class DraftDataModule(pl.LightningDataModule):
         store: where hidden states wait.
         cache_dir: folder of tokenised data; none means ``~/.cache/torchspec`` (``XDG_CACHE_HOME`` is honoured).
         messages_key: column of the messages; none takes ``conversations`` or ``messages``.
+        supervise: auto trains every answer that the chat template shows as the target generated it (a reasoning model's template drops the thinking of
+            earlier turns: those are left out); last trains the last one alone; all also trains the words of answers that the template rewrites.
+        media: refuse counts a row with images, video or audio as bad; placeholder keeps the template's placeholder tokens (the engine is given none of
+            the media: the states are those of the text alone).
+        template_args: variables for the chat template, as ``chat_template_kwargs`` of a server. Whether an answer thinks is told to it in any case.
         min_supervised_tokens: conversations with fewer answer tokens within max_length are dropped, and counted.
         max_bad_fraction: share of unusable rows that is tolerated; they are listed beside the cache either way.
         num_proc: processes that tokenise; none takes the cores there are for large inputs.
@@ -73,7 +79,7 @@ class DraftDataModule(pl.LightningDataModule):
     def __init__(
         self,
         target: TargetConfig,
-        train: str | list[str],
+        train: str | list[str] | dict[str, float],
         validate: str | list[str] | None = None,
         unroll_steps: int = 7,
         aux_layers: list[int] | None = None,
@@ -86,6 +92,9 @@ class DraftDataModule(pl.LightningDataModule):
         store: StoreConfig = _STORE,
         cache_dir: str | None = None,
         messages_key: str | None = None,
+        supervise: Literal["auto", "all", "last"] = "auto",
+        media: Literal["refuse", "placeholder"] = "refuse",
+        template_args: dict[str, Any] | None = None,
         min_supervised_tokens: int = 2,
         max_bad_fraction: float = 0.0,
         num_proc: int | None = None,
@@ -109,7 +118,14 @@ class DraftDataModule(pl.LightningDataModule):
         self.corpus = Corpus(
             self.target,
             sources={"train": train, "validate": validate},
-            options=DataOptions(max_length=max_length, min_supervised_tokens=min_supervised_tokens, messages_key=messages_key),
+            options=DataOptions(
+                max_length=max_length,
+                min_supervised_tokens=min_supervised_tokens,
+                messages_key=messages_key,
+                supervise=supervise,
+                media=media,
+                template_args=template_args or {},
+            ),
             unroll_steps=unroll_steps,
             max_tokens=max_tokens,
             packs_per_step=packs_per_step,

@@ -5,27 +5,32 @@ A cache entry is a folder ``<cache_dir>/<key>/``:
     tokens.i32      token ids of all conversations, one after the other
     mask.u8         1 on supervised tokens, same positions
     offsets.npy     int64 [n+1], where each conversation begins
-    places.npy      int32 [n, 2], source number and line (or row number), to report a sample by where the user finds it
+    places.i32      int32 [n, 2], source number and line (or row number), to report a sample by where the user finds it
+    hashes.u64      XXH3-64 of each conversation's ids, to find it elsewhere (records of an extraction, a validation set inside the training set)
     counts.npy      int64, supervised occurrences of each token id
     bad_rows.jsonl  rows that could not be used, and why
     meta.json       sizes, sources, what was dropped
 
-Flat files rather than Arrow: a pack needs two slices of two arrays, and a slice of a memory map costs a microsecond.
+Flat files rather than Arrow: a pack needs two slices of two arrays, and a slice of a memory map costs a microsecond. Passes over everything read the files
+in pieces: pages of a memory map count as the process's own.
+
+With weights a conversation may be there several times, or not: ``weighted`` gives a view of the same files in which each has its own index.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-FORMAT = 1
+FORMAT = 2
 """Goes up when rendering, masks or files change: older entries are then built anew."""
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 """Tokens looked at in one go when a whole data set is counted."""
 
 
@@ -53,12 +58,13 @@ class TokenizedDataset:
 
     Args:
         folder: the entry.
+        rows: [n] int64, which of its conversations make up the data set, in order; None takes all.
 
     Raises:
         FileNotFoundError: when it is not there, or not whole.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rows: np.ndarray | None = None) -> None:
         self.folder = folder
         self._meta = json.loads((folder / "meta.json").read_text())
         if self._meta["format"] != FORMAT:
@@ -67,19 +73,36 @@ class TokenizedDataset:
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 raise FileNotFoundError(f"{folder / name} is missing or not {size} bytes")
         self.summary = Summary(**self._meta["summary"])
-        self.offsets: np.ndarray = np.load(folder / "offsets.npy", mmap_mode="r")
-        tokens = self.summary.tokens
+        self._rows = rows
+        self._offsets: np.ndarray = np.load(folder / "offsets.npy", mmap_mode="r")
+        kept, tokens = self.summary.kept, self.summary.tokens
         self._tokens = np.memmap(folder / "tokens.i32", dtype="<i4", mode="r", shape=(tokens,))
         self._mask = np.memmap(folder / "mask.u8", dtype=np.uint8, mode="r", shape=(tokens,))
-        self._places = np.load(folder / "places.npy", mmap_mode="r")
+        self._places = np.memmap(folder / "places.i32", dtype="<i4", mode="r", shape=(kept, 2))
+
+    def weighted(self, weights: Sequence[float]) -> TokenizedDataset:
+        """The same data with each source's conversations so many times an epoch; of a broken number, a fixed random part once more.
+
+        Args:
+            weights: one a source, above 0.
+        """
+        source = np.fromfile(self.folder / "places.i32", dtype="<i4")[::2]
+        generator = np.random.Generator(np.random.PCG64(0))
+        times = np.zeros(source.shape[0], dtype=np.int64)
+        for number, weight in enumerate(weights):
+            mine = np.flatnonzero(source == number)
+            times[mine] = int(weight)
+            times[generator.permutation(mine)[: round((weight - int(weight)) * mine.size)]] += 1
+        return TokenizedDataset(self.folder, np.repeat(np.arange(source.shape[0], dtype=np.int64), times))
 
     def __len__(self) -> int:
-        return self.summary.kept
+        return self.summary.kept if self._rows is None else self._rows.shape[0]
 
     @property
     def content(self) -> str:
         """Hash of all ids and masks: two data sets with the same hash train the same."""
-        return str(self._meta["content"])
+        content = str(self._meta["content"])
+        return content if self._rows is None else f"{content}/{hashlib.sha256(self._rows.tobytes()).hexdigest()[:16]}"
 
     @property
     def tokenizer(self) -> str:
@@ -94,49 +117,72 @@ class TokenizedDataset:
     @cached_property
     def lengths(self) -> np.ndarray:
         """[n] int64, tokens of each conversation."""
-        return np.diff(self.offsets)
+        lengths = np.diff(self._offsets)
+        return lengths if self._rows is None else lengths[self._rows]
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """[n] uint64, XXH3-64 of each conversation's ids (little-endian int32)."""
+        hashes = np.fromfile(self.folder / "hashes.u64", dtype="<u8")
+        return hashes if self._rows is None else hashes[self._rows]
+
+    def _row(self, index: int) -> int:
+        return index if self._rows is None else int(self._rows[index])
 
     def ids(self, index: int) -> np.ndarray:
         """[T] int32."""
-        return self._tokens[self.offsets[index] : self.offsets[index + 1]]
+        row = self._row(index)
+        return self._tokens[self._offsets[row] : self._offsets[row + 1]]
 
     def mask(self, index: int) -> np.ndarray:
         """[T] uint8."""
-        return self._mask[self.offsets[index] : self.offsets[index + 1]]
+        row = self._row(index)
+        return self._mask[self._offsets[row] : self._offsets[row + 1]]
 
     def place(self, index: int) -> str:
         """Where the conversation came from, as ``source:line``."""
-        source, line = self._places[index]
+        source, line = self._places[self._row(index)]
         return f"{self._meta['sources'][source]['name']}:{line}"
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """[V] int64, supervised occurrences of each token."""
-        counts = np.load(self.folder / "counts.npy")
-        return np.pad(counts, (0, vocab_size - counts.shape[0]))
+        if self._rows is None:
+            counts = np.load(self.folder / "counts.npy")
+            return np.pad(counts, (0, vocab_size - counts.shape[0]))
+        times = np.bincount(self._rows, minlength=self.summary.kept)
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        for low, high, mask in self._pieces():
+            on = mask.astype(bool)
+            weight = np.repeat(times[low:high], np.diff(self._offsets[low : high + 1]))[on]
+            ids = self._read("tokens.i32", "<i4", low, high)[on]
+            counts += np.bincount(ids, weights=weight, minlength=vocab_size).astype(np.int64)
+        return counts
 
     def supervised_counts(self, steps: int) -> np.ndarray:
-        """[n, K] int64: supervised positions of each conversation at each unroll step (the rule of ``torchspec.batch``).
+        """[n, K] int32: supervised positions of each conversation at each unroll step (the rule of ``torchspec.batch``).
 
         A turn of L tokens supervises L-1-k positions at step k, one fewer where it begins the conversation (position t supervises x_{t+1} first).
         """
-        result = np.zeros((len(self), steps), dtype=np.int64)
-        for low, high in self._chunks():
-            base = int(self.offsets[low])
-            on = np.asarray(self._mask[base : int(self.offsets[high])]).astype(bool)
-            bounds = np.asarray(self.offsets[low : high + 1]) - base
-            owner, length = _turns(on, bounds)
+        result = np.zeros((self.summary.kept, steps), dtype=np.int32)
+        for low, high, mask in self._pieces():
+            owner, length = _turns(mask.astype(bool), np.asarray(self._offsets[low : high + 1]) - int(self._offsets[low]))
             for k in range(steps):
                 result[low:high, k] = np.bincount(owner, weights=np.maximum(length - 1 - k, 0), minlength=high - low)
-        return result
+        return result if self._rows is None else result[self._rows]
 
-    def _chunks(self) -> Iterator[tuple[int, int]]:
-        """Ranges of conversations of about ``_CHUNK`` tokens."""
+    def _pieces(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        """(first conversation, one after the last, their masks), about ``_CHUNK`` tokens at a time, of the whole entry."""
         low = 0
-        while low < len(self):
-            high = int(np.searchsorted(self.offsets, self.offsets[low] + _CHUNK, side="left"))
-            high = min(max(high, low + 1), len(self))
-            yield low, high
+        while low < self.summary.kept:
+            high = int(np.searchsorted(self._offsets, self._offsets[low] + _CHUNK, side="left"))
+            high = min(max(high, low + 1), self.summary.kept)
+            yield low, high, self._read("mask.u8", "u1", low, high)
             low = high
+
+    def _read(self, name: str, dtype: str, low: int, high: int) -> np.ndarray:
+        size = np.dtype(dtype).itemsize
+        begin, end = int(self._offsets[low]), int(self._offsets[high])
+        return np.fromfile(self.folder / name, dtype=dtype, count=end - begin, offset=begin * size)
 
 
 def _turns(on: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -130,7 +130,7 @@ class ChatTemplate:
 
     def _probe_parts(self) -> bool:
         """Whether it renders content given as a list of parts."""
-        probe = [{"role": "user", "content": [{"type": "text", "text": "torchspec"}]}]
+        probe: Any = [{"role": "user", "content": [{"type": "text", "text": "torchspec"}]}]
         try:
             rendered = str(self.tokenizer.apply_chat_template(probe, tokenize=False, **self._fixed))
         except Exception:  # it takes no lists
