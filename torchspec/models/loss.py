@@ -1,22 +1,24 @@
-"""Loss and metrics of the unroll: soft cross-entropy with the target, fused with both heads, a chunk of rows at a time.
+"""Loss and metrics of the unroll, fused with the draft's final norm and head and with the target's head, a chunk of rows at a time.
 
-    z = lm_head(norm(h''_k[t]))        p = softmax(target logits over the draft rows)       l = logsumexp(z) - sum_v p(v) z(v)
+    z = lm_head(norm(h''_k[t]))        p = softmax(target logits over the draft rows)        losses of (z, p): models/losses.py
 
-which is the forward KL plus the target's entropy. Target distributions are computed once for the step-0 rows and serve every step (row j at step k reads
-entry j+k). Draft
-logits live for one chunk: the forward pass computes their gradient at once and multiplies it back into the gradients of hidden states and head, so no
-[rows, W] tensor is kept.
+Target distributions are computed once for the step-0 rows and serve every step (row j at step k reads entry j+k). Draft logits live for one chunk: the
+forward pass computes their gradient at once and multiplies it back into the gradients of hidden states, norm and head, so no [rows, W] tensor is kept and
+the backward pass only scales what is there.
 A position whose most likely token over the whole vocabulary is outside the draft vocabulary adds nothing to the loss and is a miss in every metric.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchspec.models.losses import LossWeights, RowTargets, row_losses
+from torchspec.models.norms import rms_backward, rms_forward
 from torchspec.models.target_weights import TargetHead
 
 _CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
@@ -41,11 +43,11 @@ class TargetDistribution:
     inside: Tensor
     """[R] bool: the most likely token of the whole vocabulary is in the draft vocabulary."""
     mass: Tensor | None
-    """[R] probability of the draft vocabulary, where measured; None where it is everything or not asked for."""
+    """[R] probability of the draft vocabulary, where asked for; None where it is everything or not asked for."""
 
 
 @torch.no_grad()
-def target_distribution(head: TargetHead, last: Tensor, draft_ids: Tensor | None, *, dtype: torch.dtype, measure: bool) -> TargetDistribution:
+def target_distribution(head: TargetHead, last: Tensor, draft_ids: Tensor | None, *, dtype: torch.dtype, mass: bool) -> TargetDistribution:
     """Ask the target's head.
 
     Args:
@@ -53,16 +55,15 @@ def target_distribution(head: TargetHead, last: Tensor, draft_ids: Tensor | None
         last: [R, D] states before the final norm, those that predict what step 0 predicts.
         draft_ids: [W] target ids of the draft rows, None for all.
         dtype: type to keep p in.
-        measure: also the mass of the draft vocabulary (needs the sum over the whole one).
+        mass: also the mass of the draft vocabulary (needs the sum over the whole one).
     """
     rows = last.shape[0]
     width = head.weight.shape[0] if draft_ids is None else draft_ids.shape[0]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     p = torch.empty(rows, width, dtype=dtype, device=last.device)
     best = torch.empty(rows, dtype=torch.int64, device=last.device)
     inside = torch.ones(rows, dtype=torch.bool, device=last.device)
-    mass = (
-        torch.empty(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=last.device) if measure and draft_ids is not None else None
-    )
+    masses = torch.empty(rows, dtype=wide, device=last.device) if mass and draft_ids is not None else None
     normed = head.normed(last)
     for low, high in _chunks(rows, head.weight.shape[0], last.device):
         whole = head.project(normed[low:high])
@@ -70,12 +71,12 @@ def target_distribution(head: TargetHead, last: Tensor, draft_ids: Tensor | None
         highest, best[low:high] = kept.max(dim=-1)
         if draft_ids is not None:
             inside[low:high] = highest == whole.amax(dim=-1)
-        wide = kept if kept.dtype == torch.float64 else kept.float()
-        total = torch.logsumexp(wide, dim=-1)
-        if mass is not None:
-            mass[low:high] = torch.exp(total - torch.logsumexp(whole if whole.dtype == torch.float64 else whole.float(), dim=-1))
-        p[low:high] = (wide - total[:, None]).exp_()
-    return TargetDistribution(p, best, inside, mass)
+        logits = kept if kept.dtype == torch.float64 else kept.float()
+        total = torch.logsumexp(logits, dim=-1)
+        if masses is not None:
+            masses[low:high] = torch.exp(total - torch.logsumexp(whole if whole.dtype == torch.float64 else whole.float(), dim=-1))
+        p[low:high] = (logits - total[:, None]).exp_()
+    return TargetDistribution(p, best, inside, masses)
 
 
 @dataclass(frozen=True)
@@ -92,62 +93,115 @@ class HeadResult:
     """K tensors [R_k]: sum_v min(p(v), q(v)) with p over the whole vocabulary, the probability that sampling accepts."""
 
 
-def head_loss(states: list[Tensor], weight: Tensor, target: TargetDistribution, index: tuple[Tensor, ...], *, scale: Tensor, measure: bool) -> HeadResult:
+@dataclass(frozen=True)
+class HeadPlan:
+    """What one pass needs besides tensors that have gradients."""
+
+    target: TargetDistribution
+    rows: Tensor
+    """[sum R_k] target row of each state, steps one after the other."""
+    scale: Tensor
+    """[sum R_k] weight_k / count_k of each."""
+    mixing: Tensor
+    """[sum R_k] lambda of ``lk_lambda`` of each."""
+    weights: LossWeights
+    eps: float
+    """Of the final norm."""
+    measure: bool
+
+
+def head_loss(
+    states: list[Tensor],
+    norm: Tensor,
+    weight: Tensor,
+    target: TargetDistribution,
+    index: tuple[Tensor, ...],
+    *,
+    eps: float,
+    scale: Tensor,
+    weights: LossWeights,
+    mixing: Tensor,
+    measure: bool,
+) -> HeadResult:
     """Loss of all steps.
 
     Args:
-        states: K tensors [R_k, H], normed hidden states in the compute type.
-        weight: [W, H], the draft's head in the compute type.
+        states: K tensors [R_k, H], outputs of the layer stack before the final norm, in the compute type.
+        norm: [H] weight of the final norm.
+        weight: [W, H], the draft's head; cast to the compute type here.
         target: at the step-0 rows.
         index: K tensors [R_k]: the step-0 row of each state; its target is ``index + k``.
+        eps: of the final norm.
         scale: [K] weight_k / count_k.
+        weights: which losses.
+        mixing: [K] lambda of ``lk_lambda``.
         measure: also alpha.
     """
-    rows = torch.cat([entries + k for k, entries in enumerate(index)])
     step = torch.cat([torch.full_like(entries, k) for k, entries in enumerate(index)])
-    loss, per_row, hit, alpha = _HeadLoss.apply(torch.cat(states), weight, target, rows, scale[step], measure)
+    rows = torch.cat([entries + k for k, entries in enumerate(index)])
+    measure = measure or weights.needs_alpha
+    plan = HeadPlan(target, rows, scale[step], mixing[step], weights, eps, measure)
+    loss, per_row, hit, alpha = _HeadLoss.apply(plan, norm, weight, *states)
     sizes = [entries.shape[0] for entries in index]
     sums = torch.stack([part.sum() for part in per_row.split(sizes)])
     return HeadResult(loss, sums, hit.split(sizes), alpha.split(sizes) if measure else None)
 
 
+def _pieces(sizes: list[int], low: int, high: int) -> Iterator[tuple[int, int, int, int]]:
+    """(step, first, end, place in the chunk) of the rows low..high-1 of all steps' states laid one after the other."""
+    start = 0
+    for k, size in enumerate(sizes):
+        first, end = max(low - start, 0), min(high - start, size)
+        if first < end:
+            yield k, first, end, start + first - low
+        start += size
+
+
 class _HeadLoss(torch.autograd.Function):
-    """Head, loss and their gradients in one pass over chunks of rows."""
+    """Norm, head, loss and their gradients in one pass over chunks of rows."""
 
     @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, weight: Tensor, target: TargetDistribution, rows: Tensor, scale: Tensor, measure: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wide = torch.float64 if states.dtype == torch.float64 else torch.float32
-        train = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        total = states.shape[0]
-        per_row = torch.empty(total, dtype=wide, device=states.device)
-        hit = torch.empty(total, dtype=torch.bool, device=states.device)
-        alpha = torch.empty(total if measure else 0, dtype=wide, device=states.device)
-        d_states = torch.empty_like(states) if train else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if train else None
-        for low, high in _chunks(total, weight.shape[0], states.device):
-            x, at = states[low:high], rows[low:high]
-            p, inside = target.p[at], target.inside[at]
-            z = torch.matmul(x, weight.t()).to(wide)
-            lse = torch.logsumexp(z, dim=-1)
-            hit[low:high] = (z.argmax(dim=-1) == target.best[at]) & inside
-            per_row[low:high] = torch.where(inside, lse - torch.linalg.vecdot(p.to(wide), z), 0.0)
-            if train or measure:
-                q = z.sub_(lse[:, None]).exp_()
-            if measure:
-                whole = p.to(wide) if target.mass is None else p.to(wide) * target.mass[at, None]
-                alpha[low:high] = torch.minimum(whole, q).sum(dim=-1)
-            if d_states is not None and d_weight is not None:
-                d_z = q.sub_(p).mul_(torch.where(inside, scale[low:high], 0.0)[:, None]).to(states.dtype)
-                torch.matmul(d_z, weight, out=d_states[low:high])
+    def forward(ctx: Any, plan: HeadPlan, norm: Tensor, weight: Tensor, *states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        target, dtype, device = plan.target, states[0].dtype, states[0].device
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        train = any(ctx.needs_input_grad)
+        sizes = [state.shape[0] for state in states]
+        total = sum(sizes)
+        cast = weight.to(dtype)
+        per_row = torch.empty(total, dtype=wide, device=device)
+        hit = torch.empty(total, dtype=torch.bool, device=device)
+        alpha = torch.empty(total if plan.measure else 0, dtype=wide, device=device)
+        d_states = [torch.empty_like(state) for state in states] if train else []
+        d_weight = torch.zeros_like(cast, dtype=wide) if train else None
+        d_norm = torch.zeros_like(norm, dtype=wide) if train else None
+        for low, high in _chunks(total, cast.shape[0], device):
+            pieces = [(k, first, end, place, *rms_forward(states[k][first:end], norm, plan.eps)) for k, first, end, place in _pieces(sizes, low, high)]
+            x = pieces[0][4] if len(pieces) == 1 else torch.cat([piece[4] for piece in pieces])
+            at = plan.rows[low:high]
+            rows = RowTargets(
+                target.p[at],
+                target.best[at],
+                target.inside[at],
+                None if target.mass is None else target.mass[at],
+                plan.scale[low:high].to(wide),
+                plan.mixing[low:high].to(wide),
+            )
+            found = row_losses(torch.matmul(x, cast.t()).to(wide), rows, plan.weights, gradient=train, measure=plan.measure)
+            per_row[low:high], hit[low:high] = found.loss, found.hit
+            if found.alpha is not None and plan.measure:
+                alpha[low:high] = found.alpha
+            if found.gradient is not None and d_weight is not None and d_norm is not None:
+                d_z = found.gradient.to(dtype)
                 d_weight += torch.matmul(d_z.t(), x)
+                d_x = torch.matmul(d_z, cast)
+                for k, first, end, place, _, inverse in pieces:
+                    d_states[k][first:end], part = rms_backward(d_x[place : place + end - first], states[k][first:end], norm, inverse)
+                    d_norm += part
         ctx.mark_non_differentiable(per_row, hit, alpha)
-        if d_states is not None and d_weight is not None:
-            ctx.save_for_backward(d_states, d_weight.to(weight.dtype))
-        return torch.dot(per_row, scale.to(wide)), per_row, hit, alpha
+        if d_weight is not None and d_norm is not None:
+            ctx.save_for_backward(d_norm.to(norm.dtype), d_weight.to(weight.dtype), *d_states)
+        return torch.dot(per_row, plan.scale.to(wide)), per_row, hit, alpha
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_states, d_weight = ctx.saved_tensors
-        return d_states * grads[0].to(d_states.dtype), d_weight * grads[0].to(d_weight.dtype), None, None, None, None
+        return None, *[gradient * grads[0].to(gradient.dtype) for gradient in ctx.saved_tensors]

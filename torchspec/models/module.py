@@ -21,6 +21,7 @@ from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
 from torchspec.models.checkpoint import read_facts
 from torchspec.models.draft_config import DraftConfig
+from torchspec.models.losses import LossWeights
 from torchspec.models.metrics import StepSums
 from torchspec.models.muon import mark_hidden_matrices
 from torchspec.models.parallelize import parallelize
@@ -44,6 +45,8 @@ class DraftModule(pl.LightningModule):
         aux_layers: hidden-state indices fed to the draft, in Transformers' counting; None means [2, L//2, L-3].
         unroll_steps: K, steps trained in a row on the draft's own states.
         step_weights: weight of each step's loss; None means 0.8^k.
+        loss: weight of each loss in the sum, for example ``{forward_kl: 1.0, tv: 0.5}``; None means forward KL alone. Known ones: forward_kl, cross_entropy,
+            reverse_kl, jsd, tv, lk_alpha, lk_lambda (models/losses.py has the formulas).
         init: ``target`` starts from the target's head and final norm with fc passing the last aux state on; ``random`` starts from noise.
         compute_dtype: type of matrix products; auto is bf16 where the device has instructions for it, else fp32. Masters, gradients' reduction and
             norms are fp32 in either case.
@@ -58,6 +61,7 @@ class DraftModule(pl.LightningModule):
         aux_layers: list[int] | None = None,
         unroll_steps: int = 7,
         step_weights: list[float] | None = None,
+        loss: dict[str, float] | None = None,
         init: Literal["target", "random"] = "target",
         compute_dtype: Literal["auto", "bf16", "fp32"] = "auto",
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -74,6 +78,7 @@ class DraftModule(pl.LightningModule):
         self.aux_layers = self.target.aux_layers(aux_layers)
         self.unroll_steps = unroll_steps
         self.step_weights = weights
+        self.loss = LossWeights.of(loss)
         self.init = init
         self.compute_dtype = compute_dtype
         self.optimizer_callable = optimizer
@@ -82,6 +87,8 @@ class DraftModule(pl.LightningModule):
         self.task: DraftTask | None = None
         self._sums: StepSums | None = None
         self._val_sums: StepSums | None = None
+        self._alpha: Tensor | None = None
+        self._saved_alpha: list[float] | None = None
         self.strict_loading = True
 
     # -- construction
@@ -113,7 +120,10 @@ class DraftModule(pl.LightningModule):
             compute_dtype=dtype,
             device=device,
             init=self.init,
+            loss=self.loss,
         )
+        if self._saved_alpha is not None:
+            self.task.mean_alpha.copy_(torch.tensor(self._saved_alpha))
         mesh = self.device_mesh["data_parallel"] if self.device_mesh is not None else None
         if mesh is not None:
             self.task.to(device)
@@ -157,6 +167,9 @@ class DraftModule(pl.LightningModule):
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         output = self.forward(batch)
         self._sums = StepSums.of(output, batch) if self._sums is None else self._sums.add(output, batch)
+        if self.loss.lk_lambda:
+            alpha = torch.stack([output.sums["alpha"], output.sums["rows"]])
+            self._alpha = alpha if self._alpha is None else self._alpha + alpha
         # DDP and FSDP average gradients over ranks and Lightning divides the loss by the accumulation; counts already cover both.
         return output.loss * (self.trainer.world_size * self.trainer.accumulate_grad_batches)
 
@@ -167,6 +180,10 @@ class DraftModule(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if stepped and self._alpha is not None and self.task is not None:
+            alpha, rows = self.trainer.strategy.reduce(self._alpha, reduce_op="sum")
+            self.task.mean_alpha.copy_(alpha / rows.clamp(min=1.0))
+            self._alpha = None
         if not stepped or self._sums is None or self.trainer.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         values = self._sums.reduce(self.trainer.strategy).metrics(self.step_weights)
@@ -202,9 +219,15 @@ class DraftModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["torchspec"] = self.facts()
+        if self.loss.lk_lambda and self.task is not None:
+            checkpoint["torchspec"]["mean_alpha"] = self.task.mean_alpha.tolist()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._check_facts(checkpoint.get("torchspec"))
+        facts = checkpoint.get("torchspec")
+        self._check_facts(facts)
+        self._saved_alpha = (facts or {}).get("mean_alpha")
+        if self._saved_alpha is not None and self.task is not None:
+            self.task.mean_alpha.copy_(torch.tensor(self._saved_alpha))
 
     def _check_facts(self, facts: dict[str, Any] | None) -> None:
         """Refuse a checkpoint of another draft, target or vocabulary, by the name of what differs."""

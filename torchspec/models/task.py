@@ -17,6 +17,7 @@ from torchspec.hardware import working_dtype
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.eagle3 import Eagle3Draft
 from torchspec.models.loss import head_loss, target_distribution
+from torchspec.models.losses import FORWARD_KL, LossWeights, mixing
 from torchspec.models.target_weights import TargetHead, read_embedding
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target
@@ -48,15 +49,20 @@ class DraftTask(nn.Module):
         head: the target's norm and head.
         draft_ids: [W] target ids of the draft's rows; None for the whole vocabulary.
         step_weights: [K] w_k.
+        loss: which losses, by weight.
     """
 
     step_weights: Tensor
     draft_ids: Tensor | None
+    mean_alpha: Tensor
+    """[K] mean alpha of each depth over the previous optimizer step, 0 before the first; ``lk_lambda`` reads it."""
 
-    def __init__(self, draft: Eagle3Draft, head: TargetHead, *, draft_ids: Tensor | None, step_weights: list[float]) -> None:
+    def __init__(self, draft: Eagle3Draft, head: TargetHead, *, draft_ids: Tensor | None, step_weights: list[float], loss: LossWeights = FORWARD_KL) -> None:
         super().__init__()
         self.draft = draft
         self.head = head
+        self.loss = loss
+        self.register_buffer("mean_alpha", torch.zeros(len(step_weights)), persistent=False)
         self.register_buffer("draft_ids", draft_ids, persistent=False)
         self.register_buffer("step_weights", torch.tensor(step_weights, dtype=torch.float32), persistent=False)
 
@@ -71,6 +77,7 @@ class DraftTask(nn.Module):
         compute_dtype: torch.dtype,
         device: torch.device,
         init: Literal["target", "random"],
+        loss: LossWeights = FORWARD_KL,
     ) -> DraftTask:
         """A fresh task for a target; weights from torch's global random state.
 
@@ -82,6 +89,7 @@ class DraftTask(nn.Module):
             compute_dtype: of the draft.
             device: that it will train on; decides the type of the target head (:func:`torchspec.hardware.working_dtype`).
             init: ``random``, or ``target`` for :func:`start_from_target` (where the hidden sizes are equal).
+            loss: which losses, by weight.
         """
         head = TargetHead.of(target).to(working_dtype(target.dtype, device))
         draft = Eagle3Draft(config, compute_dtype=compute_dtype)
@@ -92,7 +100,7 @@ class DraftTask(nn.Module):
         ids = vocabulary.draft_ids if vocabulary is not None and pruned else None
         if init == "target" and config.hidden_size == config.target_hidden_size:
             start_from_target(draft, head, ids)
-        return cls(draft, head, draft_ids=ids, step_weights=step_weights)
+        return cls(draft, head, draft_ids=ids, step_weights=step_weights, loss=loss)
 
     def forward(self, batch: PackedBatch, measure: bool = False) -> StepOutput:
         """Loss and metric sums of a batch.
@@ -105,10 +113,14 @@ class DraftTask(nn.Module):
         if batch.rows.base.shape[0] == 0:
             return self._nothing(steps, measure)
         draft = self.draft
-        states = [draft.norm(hidden) for hidden in draft(batch)]
-        target = target_distribution(self.head, batch.last[batch.rows.base + 1], self.draft_ids, dtype=draft.compute_dtype, measure=measure)
+        states = draft(batch)
+        mass = measure or self.loss.needs_alpha
+        target = target_distribution(self.head, batch.last[batch.rows.base + 1], self.draft_ids, dtype=draft.compute_dtype, mass=mass)
         scale = self.step_weights.to(torch.float64 if draft.compute_dtype == torch.float64 else torch.float32) / batch.counts.clamp(min=1.0)
-        result = head_loss(states, draft.lm_head.weight.to(draft.compute_dtype), target, batch.rows.index, scale=scale, measure=measure)
+        result = head_loss(
+            states, draft.norm.weight, draft.lm_head.weight, target, batch.rows.index,
+            eps=draft.norm.eps, scale=scale, weights=self.loss, mixing=mixing(self.mean_alpha), measure=measure,
+        )  # fmt: skip
         return self._summed(result.loss, result.loss_sum, result.hit, result.alpha, batch)
 
     @staticmethod
@@ -135,7 +147,8 @@ class DraftTask(nn.Module):
     def _nothing(self, steps: int, measure: bool) -> StepOutput:
         """A zero tied to every trainable parameter."""
         zero = torch.stack([parameter.float().sum() for parameter in self.parameters() if parameter.requires_grad]).sum() * 0.0
-        names = ["rows", "correct", "correct_so_far", *(["alpha", "alpha_so_far"] if measure else []), "loss"]
+        alpha = ["alpha", "alpha_so_far"] if measure or self.loss.needs_alpha else []
+        names = ["rows", "correct", "correct_so_far", *alpha, "loss"]
         empty = torch.zeros(steps, device=self.step_weights.device)
         return StepOutput(zero, {name: empty for name in names}, torch.zeros(0, dtype=torch.int64, device=empty.device))
 
