@@ -52,6 +52,7 @@ class AnswerFinder:
 
     def __init__(self, template: ChatTemplate, *, special: dict[int, str], end_ids: frozenset[int]) -> None:
         self.template = template
+        self._headers: dict[bool, str] = {}
         self.end_texts = [special[i] for i in sorted(end_ids) if i in special]
         self.control = re.compile("|".join(re.escape(text) for text in sorted(set(special.values()), key=len, reverse=True)) or r"(?!)")
 
@@ -66,17 +67,15 @@ class AnswerFinder:
         text = template.text(messages, tools, generate=False, variables=variables)
         indices = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         found: dict[int, Span] = {}
-        for i in indices if supervise != "last" else indices[-1:]:
+        for i in reversed(indices if supervise != "last" else indices[-1:]):
             before = template.text(messages[:i], tools, generate=True, variables=variables)
             last = i == len(messages) - 1
             upto = text if last else template.text(messages[: i + 1], tools, generate=False, variables=variables)
             stop = self._as_generated(text, before, upto, messages[i])
+            if stop is None and last and (whole := self._continued(text, before, conversation, variables)) is not None:
+                text, stop = whole, len(whole)  # what the last answer really follows; earlier ones are looked for in it
             if stop is not None:
                 found[i] = Span(len(before), stop, i)
-            elif last and (whole := self._continued(text, before, messages[i])) is not None:
-                text = whole  # earlier answers are not touched: they lie before the last generation prompt, or are not found
-                found = {j: span for j, span in found.items() if text[: span.stop] == whole[: span.stop] and span.stop <= len(before)}
-                found[i] = Span(len(before), len(whole), i)
         if template.marked:
             self._add_marked(found, conversation, text, variables, indices)
         if supervise == "all":
@@ -86,7 +85,7 @@ class AnswerFinder:
         elif supervise == "last":
             found = {i: span for i, span in found.items() if i == indices[-1]}
         if indices and indices[-1] in found and indices[-1] == len(messages) - 1 and indices[-1] not in conversation.cut:
-            text, found[indices[-1]] = self._ended(text, found[indices[-1]], conversation, variables)
+            text, found[indices[-1]] = self._ended(text, found[indices[-1]], messages[-1])
         return text, [found[i] for i in sorted(found)]
 
     def _as_generated(self, text: str, before: str, upto: str, message: Message) -> int | None:
@@ -106,16 +105,26 @@ class AnswerFinder:
                 return match.start()
         return stop
 
-    def _continued(self, text: str, before: str, message: Message) -> str | None:
-        """The generation prompt, what the target generated after it, and the end that the template gives: for templates that open the thinking in the
-        prompt and drop it from every message (DeepSeek R1). None where that does not apply."""
-        prompt = before.rstrip()
+    def _continued(self, text: str, before: str, conversation: Conversation, variables: dict[str, Any]) -> str | None:
+        """The last generation prompt and what the target generated after it, for templates whose text of the whole conversation does not go on from there.
+
+        Harmony drops the thinking before a call once the final answer is there: the answer is then taken from the conversation without the calls. DeepSeek R1
+        opens the thinking in the prompt and drops it from every message: thinking, words and the end that the template gives are put together. None for others.
+        """
+        message = conversation.messages[-1]
+        asked = max((i for i, m in enumerate(conversation.messages) if m["role"] == "user"), default=-1) + 1
+        if 0 < asked < len(conversation.messages) - 1:
+            prompt = self.template.text(conversation.messages[:asked], conversation.tools, generate=True, variables=variables)
+            shown = self.template.text([*conversation.messages[:asked], message], conversation.tools, generate=False, variables=variables)
+            if shown.startswith(prompt) and shows(shown[len(prompt) :], message):
+                return before + shown[len(prompt) :]
+        opened = before.rstrip()
         thought, words = reasoning_of(message), words_of(message).split("</think>")[-1]
-        if not prompt.endswith("<think>") or not thought or not words.strip() or words.strip() not in text:
+        if not opened.endswith("<think>") or not thought or not words.strip() or words.strip() not in text:
             return None
         end = text[text.rindex(words.strip()) + len(words.strip()) :]
         if message.get("reasoning_content") is None:
-            generated = words_of(message).removeprefix("<think>" + before[len(prompt) :]).removeprefix("<think>")
+            generated = words_of(message).removeprefix("<think>" + before[len(opened) :]).removeprefix("<think>")
         else:
             generated = f"{thought}\n</think>\n\n{words}" if before.endswith("\n") else f"{thought}</think>{words}"
         return before + generated.rstrip() + end
@@ -146,20 +155,31 @@ class AnswerFinder:
         end = self.control.match(text, stop)
         return Span(begin, end.end() if end is not None and end.group() in self.end_texts else stop, i, generated=False)
 
-    def _ended(self, text: str, span: Span, conversation: Conversation, variables: dict[str, Any]) -> tuple[str, Span]:
-        """The last answer with an end token. Some templates show none (GLM): what ends the answer is then the header of what follows."""
+    def _ended(self, text: str, span: Span, message: Message) -> tuple[str, Span]:
+        """The last answer with an end token. Some templates show none (GLM): what ends an answer is then the header of what follows."""
         shown = text[span.begin : span.stop]
         controls = list(self.control.finditer(shown))
-        if (controls and not shown[controls[-1].end() :].strip()) or not self.end_texts:
+        if controls and not shown[controls[-1].end() :].strip():
             return text, span
-        following: Message = {"role": "tool" if conversation.messages[-1].get("tool_calls") else "user", "content": "x"}
-        try:
-            longer = self.template.text([*conversation.messages, following], conversation.tools, generate=False, variables=variables)
-        except RowError:
-            return text, span
-        tail = longer[len(text) :] if longer.startswith(text) else ""
-        end = next((e for e in self.end_texts if tail.startswith(e)), None)
-        return (text, span) if end is None else (text + end, Span(span.begin, len(text) + len(end), span.message))
+        end = self._next_header(bool(message.get("tool_calls")))
+        return (text, span) if not end else (text + end, Span(span.begin, len(text) + len(end), span.message))
+
+    def _next_header(self, called: bool) -> str:
+        """The end token with which what follows an answer begins, "" where answers have one of their own. Found on a conversation of two words."""
+        if called not in self._headers:
+            call = {"id": "x", "type": "function", "function": {"name": "x", "arguments": {"x": "x"}}}
+            asked: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x", **({"tool_calls": [call]} if called else {})}]
+            following: Message = {"role": "tool", "name": "x", "tool_call_id": "x", "content": "x"} if called else {"role": "user", "content": "x"}
+            variables = self.template.variables(Conversation())
+            try:
+                short, longer = (self.template.text(messages, None, generate=False, variables=variables) for messages in (asked, [*asked, following]))
+            except RowError:
+                short, longer = "", ""
+            tail = longer[len(short) :] if longer.startswith(short) else ""
+            own = list(self.control.finditer(short))
+            has_own = bool(own) and not short[own[-1].end() :].strip()
+            self._headers[called] = "" if has_own else next((end for end in self.end_texts if tail.startswith(end)), "")
+        return self._headers[called]
 
     # -- text that was rendered elsewhere
 
@@ -180,12 +200,15 @@ class AnswerFinder:
         start = str(self.template.tokenizer.bos_token or "")
         if start and shown.startswith(start) and not text.startswith(start):
             raise RowError(f"text does not begin with {start!r}, as the target's chat template does")
-        end = self.control.search(shown, begin)
+        history = self.template.text([user, answer, user], None, generate=False, variables=variables)
+        end, past = self.control.search(shown, begin), self.control.search(history, history.rindex("qz"))
         ends = {*self.end_texts, *([end.group()] if end is not None else [])}
+        stops = {*ends, *([past.group()] if past is not None else [])}
         spans, at = [], 0
         while header.strip() and (at := text.find(header, at)) >= 0:
             begin = at + len(prompt if text.startswith(prompt, at) else header)
-            stop = next((match.end() for match in self.control.finditer(text, begin) if match.group() in ends), len(text))
+            match = next((match for match in self.control.finditer(text, begin) if match.group() in stops), None)
+            stop = len(text) if match is None else match.end() if match.group() in ends else match.start()
             spans.append(Span(begin, stop, -1))
             at = max(stop, begin)
         if not spans:
@@ -196,9 +219,9 @@ class AnswerFinder:
 def shows(text: str, message: Message) -> bool:
     """Whether a rendered text still has the message's words, its thinking and its calls."""
     words = words_of(message).split("</think>")[-1].strip()
-    calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+    calls = message.get("tool_calls", ())
     thought = reasoning_of(message).strip()
-    return words in text and thought in text and all(name in text for name in calls)
+    return words in text and thought in text and all(call["function"]["name"] in text or call.get("id", text + " ") in text for call in calls)
 
 
 def _alike(one: str, two: str) -> int:

@@ -88,7 +88,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.supervise = supervise
         special = special_ids(tokenizer)
-        self._special = np.array(sorted(special), dtype=np.int64)
+        self._special = special
         ends = {i for i in (*end_ids, tokenizer.eos_token_id) if isinstance(i, int)}
         self._ends = frozenset(ends & special)
         texts = {int(i): str(tokenizer.convert_ids_to_tokens(int(i))) for i in special}
@@ -151,17 +151,16 @@ class Renderer:
 
     def _end(self, ids: np.ndarray, ends: np.ndarray, first: int, last: int, text: str, span: Span) -> int:
         """Index after the last generated token of the answer in ``ids[first:last]``: its end token, also where that stands just behind the span."""
-        special = np.flatnonzero(np.isin(ids[first:last], self._special)) + first
-        end = int(special[-1]) if special.size else -1
-        if end >= 0 and text[int(ends[end]) : int(ends[last - 1])].strip():
-            end = -1  # a control token inside the answer, not at its end
-        if end < 0 and last < ids.shape[0] and (int(ids[last]) in self._ends or (self.template.marked and not span.generated and ids[last] in self._special)):
-            end = last
-        if end >= 0:
-            return end + 1
-        while last > first and not text[int(ends[last - 2]) if last >= 2 else 0 : int(ends[last - 1])].strip():
-            last -= 1
-        return last
+        tail = last  # of control tokens and whitespace
+        while tail > first and (int(ids[tail - 1]) in self._special or not text[int(ends[tail - 2]) if tail >= 2 else 0 : int(ends[tail - 1])].strip()):
+            tail -= 1
+        controls = [i for i in range(tail, last) if int(ids[i]) in self._special]
+        for i in controls:
+            if int(ids[i]) in self._ends:
+                return i + 1
+        if last < ids.shape[0] and int(ids[last]) in (self._special if self.template.marked and not span.generated and not controls else self._ends):
+            return last + 1
+        return controls[-1] + 1 if controls else tail
 
     @staticmethod
     def _end_of_words(ends: np.ndarray, answer: str, begin: int, message: Message) -> int:
