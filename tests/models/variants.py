@@ -26,7 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "EAGLE-3.1 (fc_norm, norm_output)": {"fc_norm": True, "norm_output": True},
     "attention_bias": {"attention_bias": True},
     "Qwen3 (qk_norm)": {"qk_norm": True},
-    "Qwen3, bias, norm_before_residual": {"qk_norm": True, "attention_bias": True, "norm_before_residual": True},
+    "Qwen3, norm_before_residual": {"qk_norm": True, "norm_before_residual": True},
     "two layers": {"num_layers": 2},
     "three layers, Qwen3, EAGLE-3.1": {"num_layers": 3, "qk_norm": True, "fc_norm": True, "norm_output": True},
     "H < D, own embedding": {"hidden_size": 12, "head_dim": 6},

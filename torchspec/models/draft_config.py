@@ -98,6 +98,8 @@ class DraftConfig:
         check_rope(self.rope_parameters, latent=self.mla is not None)
         if self.mla is not None:
             self._check_latent(self.mla)
+        if self.qk_norm and self.attention_bias:
+            raise UserError("draft.attention_bias", True, "is not served with qk_norm: vLLM's Qwen3 draft has no bias on o_proj", "drop one of them")
 
     def _check_latent(self, mla: LatentSizes) -> None:
         fixed = {"head_dim": mla.qk_nope_head_dim + mla.qk_rope_head_dim, "num_kv_heads": self.num_heads}
@@ -198,30 +200,6 @@ class DraftConfig:
                 raise UserError(f"model.draft ({file.name}: mla)", wrong, "are missing or unknown", "docs/configuration.md lists the five sizes")
             given["mla"] = LatentSizes(**given["mla"])
         return cls.from_target(target, aux_layers=aux_layers, **given)
-
-    @classmethod
-    def from_export(cls, described: dict[str, Any], *, aux_layers: tuple[int, ...]) -> DraftConfig:
-        """The draft that an exported ``config.json`` describes (layer ids may lawfully be absent there, so they are given)."""
-        flags: dict[str, Any] = {
-            name: bool(described.get(name, False)) for name in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias")
-        }
-        return cls(
-            hidden_size=described["hidden_size"],
-            intermediate_size=described["intermediate_size"],
-            num_heads=described["num_attention_heads"],
-            num_kv_heads=described["num_key_value_heads"],
-            head_dim=described["head_dim"],
-            vocab_size=described["vocab_size"],
-            draft_vocab_size=described["draft_vocab_size"],
-            target_hidden_size=described["target_hidden_size"],
-            aux_layers=tuple(described.get("eagle_aux_hidden_state_layer_ids", aux_layers)),
-            rope_parameters=dict(described["rope_parameters"]),
-            max_position_embeddings=described["max_position_embeddings"],
-            num_layers=described["num_hidden_layers"],
-            rms_norm_eps=described["rms_norm_eps"],
-            qk_norm=described["model_type"] == "qwen3",
-            **flags,
-        )
 
 
 _ALIASES = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads", "num_hidden_layers": "num_layers"}

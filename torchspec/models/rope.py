@@ -24,7 +24,8 @@ def frequencies(config: DraftConfig) -> tuple[Tensor, float]:
         return (1.0 / config.rope_parameters["rope_theta"] ** half).float(), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    inverse, factor = ROPE_INIT_FUNCTIONS[kind](_described(config), device=torch.device("cpu"))
+    with torch.device("cpu"):  # also where the draft is built on the meta device
+        inverse, factor = ROPE_INIT_FUNCTIONS[kind](_described(config), device=torch.device("cpu"))
     return inverse.float(), float(factor)
 
 

@@ -23,10 +23,16 @@ KINDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 }
 """Kinds that Transformers, speculators and vLLM compute alike, with the fields that each must have and may have."""
 _COMMON = frozenset({"rope_type", "rope_theta"})
+_NOTHING = (("partial_rotary_factor", 1.0),)
+"""Fields whose value says nothing."""
 
 
-def rope_of(config: Any) -> dict[str, Any]:
+def rope_of(config: Any, *, exact: bool = False) -> dict[str, Any]:
     """RoPE of a Transformers configuration, in the form of version 5, wherever the version keeps it.
+
+    Args:
+        config: of a target, or anything with the same attributes.
+        exact: of a draft: refuse what a draft here would not honour, rather than leaving it out.
 
     Raises:
         UserError: when no base is found, or the draft cannot have the target's kind (longrope).
@@ -53,6 +59,9 @@ def rope_of(config: Any) -> dict[str, Any]:
             f"give rope_parameters of one of the kinds {', '.join(KINDS)} in model.draft",
         )
     required, optional = KINDS[kind]
+    left = {name for name, value in parameters.items() if value is not None and name not in required | optional | _COMMON and (name, value) not in _NOTHING}
+    if exact and left:
+        raise UserError("draft", getattr(config, "_name_or_path", ""), f"has RoPE with {', '.join(sorted(left))}", "such a draft cannot be trained here")
     kept = {name: parameters[name] for name in sorted(required | optional) if parameters.get(name) is not None}
     return {"rope_type": kind, "rope_theta": float(parameters["rope_theta"]), **kept}
 
