@@ -16,7 +16,8 @@ from torchspec.errors import GroupStopped, UserError
 
 COMMANDS: dict[str, str] = {
     "regenerate": "answer the prompts of a conversation file with the target itself",
-    "export": "turn a training checkpoint into a draft directory that vLLM serves",
+    "export": "turn a training checkpoint into a draft directory for vLLM, speculators or SGLang",
+    "import_draft": "read a published draft, check it, and write it in another format",
     "acceptance": "serve a draft in vLLM and measure its acceptance length and speed",
     "vllm_command": "print how to start a vllm serve that engine vllm_remote can use",
     "worker": "start an engine worker by hand and connect it to a running coordinator",

@@ -78,28 +78,88 @@ def export(
     checkpoint: str,
     target: str,
     output: str,
+    format: Literal["vllm", "speculators", "sglang"] = "vllm",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+    draft_vocab_size: int | None = None,
+    token_counts: str | None = None,
+    max_shard_size: str = "5GB",
+    tokenizer: bool = False,
+    target_name: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Turn a training checkpoint into a draft directory that vLLM serves.
+    """Turn a training checkpoint into a draft directory that a server reads.
 
     Args:
         checkpoint: a .ckpt file, or the folder of a sharded one.
         target: hub id or directory of the target that the draft was trained for.
         output: directory to write; an earlier export there is replaced.
+        format: vllm, speculators or sglang; a draft that the format's server would run wrongly is refused.
         dtype: type of the tensors; auto takes the target's.
+        draft_vocab_size: cut a draft of the whole vocabulary to so many tokens; needs token_counts.
+        token_counts: conversation file, folder or hub id whose answers decide which tokens stay.
+        max_shard_size: largest file; a bigger draft is written in shards.
+        tokenizer: also write the target's tokenizer and generation settings.
+        target_name: hub id to name the target by, where it is a local copy.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run modelling code that ships with the target.
     """
-    from torchspec.models.export import export_for
-    from torchspec.target import TargetConfig
+    from torchspec.models.export import ExportOptions, export_checkpoint
+    from torchspec.target import Target, TargetConfig
 
-    report = export_for(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code), Path(checkpoint), Path(output), dtype=dtype)
-    print(
-        f"{report.directory}: {report.tensors} tensors, {report.nbytes / 2**20:.1f} MiB; "
-        f"reloaded and compared, largest difference {report.max_logit_difference:g}"
-    )
+    if (draft_vocab_size is None) != (token_counts is None):
+        raise UserError("draft_vocab_size", draft_vocab_size, f"goes with token_counts={token_counts}", "give both or none")
+    facts = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
+    vocabulary = None
+    if draft_vocab_size is not None and token_counts is not None:
+        from torchspec.data.corpus import count_tokens
+        from torchspec.models.vocabulary import VocabularyMapping
+
+        counts, ends = count_tokens(facts, token_counts)
+        vocabulary = VocabularyMapping.from_counts(counts, draft_vocab_size, always=ends)
+        share = vocabulary.coverage(counts)
+        print(f"draft vocabulary: {draft_vocab_size} of {facts.vocab_size} tokens, covering {share:.2%} of the supervised tokens of {token_counts}")
+    options = ExportOptions(form=format, dtype=dtype, max_shard_size=max_shard_size, tokenizer=tokenizer, target_name=target_name)
+    print(export_checkpoint(Path(checkpoint), facts, Path(output), options=options, vocabulary=vocabulary))
+
+
+def import_draft(
+    source: str,
+    target: str,
+    output: str,
+    format: Literal["vllm", "speculators", "sglang"] = "vllm",
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+    max_shard_size: str = "5GB",
+    target_name: str | None = None,
+    draft_revision: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Read a published draft, check every tensor, and write it in another format; model.start_from trains on from either.
+
+    Args:
+        source: directory, file of weights (its config.json beside it) or hub id of the draft.
+        target: hub id or directory of the target that it drafts for.
+        output: directory to write; an earlier export there is replaced.
+        format: vllm, speculators or sglang.
+        dtype: type of the tensors; auto takes the target's.
+        max_shard_size: largest file; a bigger draft is written in shards.
+        target_name: hub id to name the target by, where it is a local copy.
+        draft_revision: branch, tag or commit of the draft's hub id.
+        revision: branch, tag or commit of the target's hub id.
+        trust_remote_code: run modelling code that ships with the target.
+    """
+    from torchspec.models.export import ExportOptions, export_draft
+    from torchspec.models.import_draft import complete
+    from torchspec.models.import_draft import import_draft as read
+    from torchspec.target import Target, TargetConfig
+
+    facts = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
+    draft = read(source, facts, revision=draft_revision)
+    options = ExportOptions(form=format, dtype=dtype, max_shard_size=max_shard_size, target_name=target_name)
+    config = draft.config
+    print(f"{source}: {config.num_layers} layer(s), hidden size {config.hidden_size}, {config.draft_vocab_size} tokens, aux layers {list(config.aux_layers)}")
+    print(export_draft(config, complete(draft, facts), draft.vocabulary, facts, Path(output), options=options))
 
 
 def acceptance(

@@ -1,4 +1,4 @@
-"""Export of the finished draft at the end of ``fit``: a directory that stock vLLM serves, self-checked (``models/export.py``)."""
+"""Export of the finished draft at the end of ``fit``: a directory that a server reads as it is, self-checked (``models/export.py``)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from torchspec.models.export import export_checkpoint
+from torchspec.models.export import ExportOptions, export_checkpoint
 
 
 class ExportDraft(pl.Callback):
-    """Write the draft in vLLM's format when training ends.
+    """Write the draft for a server when training ends.
 
     Args:
         directory: where it goes; None means ``draft`` under the run's folder.
         which: the ``best`` checkpoint by the monitored metric, or the ``last`` state of the weights.
         dtype: type of the tensors; auto takes the target's.
+        format: whose format: vllm, speculators or sglang.
+        target_name: hub id to name the target by, where it is a local copy.
         log_artifact: also log the directory as an artifact when a W&B logger is in use.
     """
 
@@ -26,11 +28,13 @@ class ExportDraft(pl.Callback):
         directory: str | None = None,
         which: Literal["best", "last"] = "last",
         dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+        format: Literal["vllm", "speculators", "sglang"] = "vllm",
+        target_name: str | None = None,
         log_artifact: bool = True,
     ) -> None:
         self.directory = directory
         self.which = which
-        self.dtype: Literal["auto", "bfloat16", "float16", "float32"] = dtype
+        self.options = ExportOptions(form=format, dtype=dtype, target_name=target_name)
         self.log_artifact = log_artifact
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -39,11 +43,8 @@ class ExportDraft(pl.Callback):
         checkpoint = self._checkpoint(trainer)
         if trainer.is_global_zero:
             directory = self.folder(trainer)
-            report = export_checkpoint(checkpoint, pl_module.target, directory, dtype=self.dtype)
-            rank_zero_info(
-                f"draft exported to {report.directory}: {report.tensors} tensors, {report.nbytes / 2**20:.1f} MiB; "
-                f"reloaded and compared, largest difference {report.max_logit_difference:g}"
-            )
+            report = export_checkpoint(checkpoint, pl_module.target, directory, options=self.options)
+            rank_zero_info(f"draft exported to {report}")
             if self.log_artifact:
                 self._log(trainer, directory)
         trainer.strategy.barrier("export")

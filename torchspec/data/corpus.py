@@ -175,3 +175,24 @@ class Corpus:
     def special_end_ids(self) -> list[int]:
         """Ids that end what the target generates, by the target and by the data."""
         return sorted({*self.target.end_ids(), *(i for i in self.dataset("train").end_ids if 0 <= i < self.target.vocab_size)})
+
+
+def count_tokens(target: Target, given: Given) -> tuple[torch.Tensor, list[int]]:
+    """How often the target's answers use each token, for a vocabulary outside a run.
+
+    Args:
+        target: its tokenizer and template decide the tokens.
+        given: conversations.
+
+    Returns:
+        [V] int64 supervised occurrences, and the ids that end a turn.
+
+    Raises:
+        UserError: see :func:`torchspec.data.prepare.prepare`.
+    """
+    longest = int(getattr(target.hf_config, "max_position_embeddings", None) or 2**17)
+    corpus = Corpus(
+        target, sources={"train": given}, options=DataOptions(max_length=longest), unroll_steps=1, max_tokens=longest, packs_per_step=1, seed=0,
+        cache_dir=default_cache_dir(),
+    )  # fmt: skip
+    return corpus.token_counts(), corpus.special_end_ids()

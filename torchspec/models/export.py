@@ -65,8 +65,7 @@ class ExportReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.directory}: {self.tensors} tensors, {self.nbytes / 2**20:.1f} MiB; "
-            f"reloaded and compared, largest difference {self.max_logit_difference:g}"
+            f"{self.directory}: {self.tensors} tensors, {self.nbytes / 2**20:.1f} MiB; reloaded and compared, largest difference {self.max_logit_difference:g}"
         )
 
 
@@ -101,7 +100,6 @@ def export_checkpoint(
         "step_weights": facts["step_weights"],
         "optimizer_steps": entries.get("global_step"),
         "epochs": None if entries.get("epoch") is None else entries["epoch"] + 1,
-        "coverage": facts.get("coverage"),
     }
     return export_draft(config, weights, trained, target, directory, options=options, training=training)
 
@@ -196,13 +194,23 @@ def _write(folder: Path, described: dict[str, Any], card: str, tensors: dict[str
         (folder / "README.md").write_text(card)
         if options.tokenizer:
             target.tokenizer().save_pretrained(folder)
-            target.save_generation_settings(folder)
+            _save_generation_settings(target, folder)
         write_tensors(folder, tensors, max_shard_size=options.max_shard_size)
     except (OSError, SafetensorError) as error:
         need = sum(t.nbytes for t in tensors.values())
         raise UserError(
             "export directory", str(folder.parent), f"cannot take the draft of {need / 2**20:.0f} MiB ({error})", "free space there or choose another directory"
         ) from error
+
+
+def _save_generation_settings(target: Target, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    try:
+        settings = GenerationConfig.from_pretrained(target.config.path, revision=target.config.revision or "main")
+    except (OSError, ValueError):  # the target ships none
+        return
+    settings.save_pretrained(folder)
 
 
 def _self_check(folder: Path, config: DraftConfig, written: dict[str, Tensor], vocabulary: VocabularyMapping | None, target: Target) -> float:

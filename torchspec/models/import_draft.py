@@ -20,6 +20,7 @@ from torchspec.models.draft_files import locate_draft, read_description, read_dr
 from torchspec.models.eagle3 import Eagle3Draft
 from torchspec.models.rope_parameters import rope_of
 from torchspec.models.serving_formats import FLAGS
+from torchspec.models.target_weights import TargetHead
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target
 
@@ -74,6 +75,13 @@ def import_draft(source: str, target: Target, *, revision: str | None = None) ->
     if embedding is not None and tuple(embedding.shape) != (config.vocab_size, config.hidden_size):
         raise UserError("draft", str(folder), f"has embed_tokens of shape {tuple(embedding.shape)}", f"the target's is {config.vocab_size, config.hidden_size}")
     return ImportedDraft(config, tensors, vocabulary, embedding, described)
+
+
+def complete(draft: ImportedDraft, target: Target) -> dict[str, Tensor]:
+    """The draft's weights with a head that was left to the target filled in from it."""
+    if "lm_head.weight" in draft.weights:
+        return dict(draft.weights)
+    return {**draft.weights, "lm_head.weight": TargetHead.of(target).weight}
 
 
 def config_of(described: dict[str, Any], target: Target, *, where: str) -> DraftConfig:

@@ -27,7 +27,7 @@ def model_card(
         dtype: of the tensors.
         parameters: number of trained values.
         target_name: hub id of the target, where it is known by another name than ``target.config.path``.
-        training: facts by their name (``unroll_steps``, ``step_weights``, ``optimizer_steps``, ``epochs``, ``coverage``); what is missing is left out.
+        training: facts by their name (``unroll_steps``, ``step_weights``, ``optimizer_steps``, ``epochs``); what is missing is left out.
     """
     facts = dict(training or {})
     name = target_name or target.config.path
@@ -55,9 +55,7 @@ def _serve(form: Format, target: str, proposals: int) -> str:
 
 def _architecture(config: DraftConfig, target: Target, dtype: str, parameters: int) -> list[tuple[str, str]]:
     kind = "latent (DeepSeek)" if config.mla is not None else "grouped-query with q/k norms (Qwen3)" if config.qk_norm else "grouped-query (Llama)"
-    options = [
-        flag for flag in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias") if getattr(config, flag)
-    ]
+    options = [flag for flag in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias") if getattr(config, flag)]
     whole = config.draft_vocab_size == config.vocab_size
     return [
         ("trained parameters", f"{parameters:,}"),
@@ -81,8 +79,6 @@ def _training(facts: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("optimizer steps", f"{facts['optimizer_steps']:,}"))
     if facts.get("epochs") is not None:
         rows.append(("epochs begun", str(facts["epochs"])))
-    if facts.get("coverage") is not None:
-        rows.append(("supervised tokens that the draft vocabulary covers", f"{facts['coverage']:.2%}"))
     return rows
 
 

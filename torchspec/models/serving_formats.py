@@ -8,6 +8,7 @@ plain forms.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -120,7 +121,6 @@ def _network(config: DraftConfig, target: Target) -> dict[str, Any]:
         described["head_dim"] = config.head_dim
     else:
         described |= {name: getattr(config.mla, name) for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")}
-        described |= {"n_routed_experts": None, "moe_intermediate_size": config.intermediate_size}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(target.hf_config, name, None)
         if value is not None:
@@ -129,10 +129,12 @@ def _network(config: DraftConfig, target: Target) -> dict[str, Any]:
 
 
 def _speculators(config: DraftConfig, target: Target, network: dict[str, Any], unroll_steps: int | None, target_name: str | None) -> dict[str, Any]:
-    """Every flag is written: readers of this format disagree on what an absent one means. There must be no top-level ``model_type``."""
-    from pathlib import Path
+    """Every flag is written: readers of this format disagree on what an absent one means. There must be no top-level ``model_type``.
 
-    name = target_name or (None if Path(target.config.path).is_dir() else target.config.path)
+    speculators opens the verifier when it loads a draft, and cannot do without one, so a local target is named by its whole path.
+    """
+    local = Path(target.config.path)
+    name = target_name or (str(local.resolve()) if local.is_dir() else target.config.path)
     proposal = {"proposal_type": "greedy", "speculative_tokens": unroll_steps or 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}
     return {
         "architectures": ["Eagle3DraftModel"],
