@@ -97,7 +97,7 @@ def run_engine(engine: Engine, samples: list[list[int]], *, warm: int = 4) -> tu
             finished, failed = engine.poll(1.0)
             if failed:
                 raise SystemExit(f"sample {failed[0].lease} failed: {failed[0].reason}")
-            done.update({f.lease: f for f in finished})
+            done.update({f.lease: f for f in finished if isinstance(f, Finished)})
             missing -= {f.lease for f in finished}
 
     order = list(range(len(samples)))

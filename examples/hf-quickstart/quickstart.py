@@ -116,7 +116,7 @@ def lacks_command() -> bool:
 
 def module_line(target: Path, speculative: str) -> str:
     """The same server without the command."""
-    return f".venv/bin/python -m vllm.entrypoints.openai.api_server --model {target} --speculative-config '{speculative}'"
+    return f"VLLM_CPU_KVCACHE_SPACE=1 .venv/bin/python -m vllm.entrypoints.openai.api_server --model {target} --speculative-config '{speculative}'"
 
 
 def say(line: str) -> None:

@@ -25,7 +25,7 @@ class Feeder:
         self.store = open_store(address)
         self.ready: list[PackReady] = []
 
-    def open_stage(self, stage: str, epoch: int, *, first_pack: int, num_packs: int, rank: int, world: int) -> None:
+    def open_stage(self, stage: str, epoch: int, *, first_pack: int, num_packs: int, rank: int, world: int, step_packs: int = 0) -> None:
         self.ready.clear()
         self.keys: dict[int, list[str]] = {}
 

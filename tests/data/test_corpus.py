@@ -78,6 +78,7 @@ def test_no_pack_of_any_epoch_needs_more_than_the_bound(lengths: list[int], toke
     made.max_tokens = tokens
     made._data = {"train": stub}  # type: ignore[dict-item]
     made.sources = {"train": "x"}
+    made.on_policy = None
     bound = made.largest_pack("train", SPEC)
     plan = Plan(lengths, seed=1, epoch=epoch, max_tokens=tokens, packs_per_step=2)
     needed = plan.sums(np.array([SPEC.nbytes(n) for n in lengths]))

@@ -56,8 +56,8 @@ class Coordinator:
         self.lost = False
         return self
 
-    def open_stage(self, stage: str, epoch: int, *, first_pack: int, num_packs: int, rank: int, world: int) -> None:
-        self.opened.append((stage, epoch, first_pack, num_packs, rank, world))
+    def open_stage(self, stage: str, epoch: int, *, first_pack: int, num_packs: int, rank: int, world: int, step_packs: int = 0) -> None:
+        self.opened.append((stage, epoch, first_pack, num_packs, rank, world, step_packs))
         self.ready.clear()
 
     def submit(self, stage: str, epoch: int, packs: list[Pack]) -> None:
@@ -187,7 +187,7 @@ def test_a_rank_gets_its_packs_in_plan_order_with_the_right_states(world: World)
             )
             assert batch.counts.tolist() == world.plan.step_counts(batch.pack_index // 4).tolist()
         loader.close()
-    assert world.coordinator.opened == [("train", 7, 4, len(world.plan), 0, 2), ("train", 7, 4, len(world.plan), 1, 2)]
+    assert world.coordinator.opened == [("train", 7, 4, len(world.plan), 0, 2, 0), ("train", 7, 4, len(world.plan), 1, 2, 0)]
     assert sorted(world.coordinator.acknowledged) == list(range(4, len(world.plan))) and not world.coordinator.alive
     assert world.coordinator.closed == [("train", 7)] * 2 and not threads()
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from tests.engines.parts import read_record, save_tiny, spec_of
 from tests.engines.test_transformers_engine import expected, leases_of, random_samples, work_off
-from torchspec.engines.engine import EngineConfig, Job
+from torchspec.engines.engine import EngineConfig, Job, OnPolicy
 from torchspec.engines.hooks import HiddenStates
-from torchspec.engines.messages import Failed, Finished, Lease
+from torchspec.engines.messages import Continue, Failed, Finished, Lease
 from torchspec.engines.vllm.engine import VLLMEngine
 from torchspec.engines.vllm.orders import TOKEN_VARIABLE
 from torchspec.errors import UserError
@@ -25,9 +26,10 @@ pytestmark = pytest.mark.slow
 MAX_LENGTH = 64
 
 
-def engine_for(target: Path, server: StoreServer, aux: tuple[int, ...], **config: Any) -> VLLMEngine:
+def engine_for(target: Path, server: StoreServer, aux: tuple[int, ...], on_policy: OnPolicy | None = None, **config: Any) -> VLLMEngine:
     given = EngineConfig(**{"batch_samples": 8, "batch_tokens": 32, "threads": 1, **config})
-    return VLLMEngine(Job(TargetConfig(str(target)), spec_of(target, aux), server.address, given, max_length=MAX_LENGTH, device="cpu"))
+    job = Job(TargetConfig(str(target)), spec_of(target, aux), server.address, given, max_length=MAX_LENGTH, device="cpu", on_policy=on_policy)
+    return VLLMEngine(job)
 
 
 def read(server: StoreServer, engine: VLLMEngine, leases: list[Lease], finished: list[Finished]) -> dict[int, Record]:
@@ -56,7 +58,8 @@ def test_records_equal_transformers(
     target = save_tiny(tmp_path, family, hidden=128, dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(target)
     hooks = HiddenStates(model, (4,), num_layers=4)
-    engine = engine_for(target, server, (0, 1, 3))
+    hybrid = family == "qwen3_next"
+    engine = engine_for(target, server, (0, 1, 3), None if hybrid else OnPolicy())
     try:
         info = engine.start()
         assert info["num_layers"] == 4
@@ -80,10 +83,40 @@ def test_records_equal_transformers(
                 assert (ours.float() - theirs[:rows].float()).norm() <= tolerance * theirs[:rows].float().norm()
         stats = engine.stats()
         assert stats.samples == len(samples) and 0 < stats.write_s < stats.busy_s
+        if not hybrid:
+            check_answers(engine, server, model, tolerance)
         if family == "llama":
             check_foreign_orders(engine)
     finally:
         engine.close()
+
+
+def check_answers(engine: VLLMEngine, server: StoreServer, model: Any, tolerance: float) -> None:
+    """Prompts are answered as the target would, beside conversations that are not, and the record holds prompt, answer and the states of both."""
+    prompts, new = random_samples([7, 1, 40, 20, 30]), [9, 2, 24, 16, 0]
+    pairs = zip(leases_of(prompts), new, strict=True)
+    leases = [msgspec.structs.replace(lease, go_on=Continue(tokens, seed=0) if tokens else None) for lease, tokens in pairs]
+    before = engine.stats()
+    finished, failed = work_off(engine, leases)
+    assert not failed
+    records = read(server, engine, leases, finished)
+    assert records[4].input_ids.tolist() == prompts[4]
+    ends = engine.target.end_ids()
+    for index, (prompt, tokens) in enumerate(zip(prompts[:4], new[:4], strict=True)):
+        record = records[index]
+        ids = record.input_ids.tolist()
+        answer = ids[len(prompt) :]
+        assert ids[: len(prompt)] == prompt and 1 <= len(answer) <= tokens and record.last.shape[0] == len(ids) - 1
+        assert len(answer) == tokens or answer[-1] in ends
+        assert not set(answer[:-1]) & set(ends)
+        states, _ = expected(model, ids)
+        for ours, theirs in zip(record.aux.view(len(ids) - 1, 3, -1).unbind(1), (states[0], states[1], states[3]), strict=True):
+            assert (ours.float() - theirs[:-1].float()).norm() <= tolerance * theirs[:-1].float().norm()
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].float()
+        chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert (logits.amax(dim=-1) - chosen).max() <= tolerance * logits.abs().max()
+    assert engine.stats().tokens - before.tokens == sum(len(record.input_ids) for record in records.values())
 
 
 def check_foreign_orders(engine: VLLMEngine) -> None:
@@ -122,6 +155,13 @@ def test_deterministic_records_repeat_beside_any_neighbours(server: StoreServer,
             assert torch.equal(found[0][index].aux, found[1][index].aux) and torch.equal(found[0][index].last, found[1][index].last)
     finally:
         engine.close()
+
+
+def test_a_hybrid_target_is_not_answered_and_captured_in_one_pass(server: StoreServer, tmp_path: Path) -> None:
+    engine = engine_for(save_tiny(tmp_path, "qwen3_next", hidden=128, dtype=torch.bfloat16), server, (1, 2), OnPolicy())
+    with pytest.raises(UserError, match="recurrent layers"):
+        engine.start()
+    engine.close()
 
 
 def test_a_target_whose_states_vllm_does_not_give_is_refused_before_it_is_loaded(server: StoreServer, tmp_path: Path) -> None:

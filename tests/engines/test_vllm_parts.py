@@ -197,7 +197,7 @@ def test_nobody_listening_is_said(server: StoreServer, inbox: Inbox) -> None:
 def test_orders_are_checked(monkeypatch: pytest.MonkeyPatch, server: StoreServer) -> None:
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     run = Destination(server.address, SPEC, ("127.0.0.1", 1)).to_dict()
-    order = Order(key="k", tail=[3], run=run, proof=prove("secret", "k"))
+    order = Order(key="k", tail=[3], answer=False, run=run, proof=prove("secret", "k"))
     assert read_order(order.to_dict()) == order
     assert read_destination(order.run) == Destination(server.address, SPEC, ("127.0.0.1", 1))
     with pytest.raises(BadOrder, match="token"):
@@ -206,6 +206,8 @@ def test_orders_are_checked(monkeypatch: pytest.MonkeyPatch, server: StoreServer
         read_order(dataclasses.replace(order, key="another").to_dict())
     with pytest.raises(BadOrder, match="2 tokens after the prompt"):
         read_order(dataclasses.replace(order, tail=[1, 2]).to_dict())
+    with pytest.raises(BadOrder, match="1 tokens after the prompt"):  # what follows is for the target to say
+        read_order(dataclasses.replace(order, answer=True).to_dict())
     for broken in ({}, {**order.to_dict(), "more": 1}, {**order.to_dict(), "tail": "x"}, [1], {**order.to_dict(), "key": None}):
         with pytest.raises(BadOrder, match="malformed"):
             read_order(broken)

@@ -26,6 +26,7 @@ class PipelineMetrics(pl.Callback):
         self._first_step = 0
         self._last: dict[str, float] = {}
         self._observer: Any | None = None
+        self._drafted = (0, 0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._first_step = trainer.global_step
@@ -77,6 +78,10 @@ class PipelineMetrics(pl.Callback):
             values["bytes_budget"] = state["budget"]
             values["worker_restarts"] = state["restarts"]
             values["samples_failed"] = state["failed"]
+            drafts, accepted = (sum(w[what] for w in workers) for what in ("drafts", "accepted"))
+            before, self._drafted = self._drafted, (drafts, accepted)
+            if drafts > before[0]:  # since the last look; a worker that was restarted counts from 0 again
+                values["answer_acceptance_length"] = 1.0 + max(accepted - before[1], 0) / (drafts - before[0])
         return {name: float(value) for name, value in values.items()}
 
     def _group(self, trainer: pl.Trainer) -> dict[str, Any] | None:

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from torchspec.batch import PackedBatch, turns, unroll_rows
-from torchspec.data.dataset import TokenizedDataset
+from torchspec.data.samples import Samples
 from torchspec.transfer.record import Record, RecordSpec
 
 
 def collate(
     records: Mapping[int, Record],
     *,
-    dataset: TokenizedDataset,
+    dataset: Samples,
     samples: Sequence[int],
     spec: RecordSpec,
     counts: np.ndarray,
@@ -31,7 +31,7 @@ def collate(
 
     Args:
         records: record of each sample that arrived.
-        dataset: gives ids and loss masks.
+        dataset: gives loss masks.
         samples: the pack's samples in the plan's order; those without a record are left out.
         spec: widths and type of the states.
         counts: [K] supervised positions of the whole optimizer step.
@@ -55,7 +55,7 @@ def collate(
         record = records[i]
         rows = record.aux.shape[0]
         ids[low:high].copy_(record.input_ids)
-        mask[low:high] = dataset.mask(i)
+        mask[low:high] = dataset.supervision(i, high - low)
         aux[low : low + rows].copy_(record.aux)
         last[low : low + rows].copy_(record.last)
         if low + rows < high:  # the last row is never read, but must be a number

@@ -14,8 +14,11 @@ import torch
 from torchspec.data.dataset import TokenizedDataset
 from torchspec.data.plan import Plan
 from torchspec.data.prepare import DataOptions, prepare
+from torchspec.data.prompts import Prompts
 from torchspec.data.render import tokenizer_fingerprint
+from torchspec.data.samples import Samples
 from torchspec.data.sources import Given
+from torchspec.engines.engine import OnPolicy
 from torchspec.errors import UserError
 from torchspec.target import Target
 from torchspec.transfer.record import RecordSpec
@@ -43,6 +46,7 @@ class Corpus:
         cache_dir: folder of tokenised data.
         max_bad_fraction: share of unusable rows that is tolerated.
         num_proc: processes that tokenise.
+        on_policy: how the target answers the training prompts anew; None trains on the answers given.
         say: takes the line about each set.
     """
 
@@ -59,12 +63,15 @@ class Corpus:
         cache_dir: Path,
         max_bad_fraction: float = 0.0,
         num_proc: int | None = None,
+        on_policy: OnPolicy | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         self.target, self.sources, self.options = target, sources, options
         self.unroll_steps, self.max_tokens, self.packs_per_step, self.seed = unroll_steps, max_tokens, packs_per_step, seed
         self._cache_dir, self._max_bad_fraction, self._num_proc, self._say = cache_dir, max_bad_fraction, num_proc, say
+        self.on_policy = on_policy
         self._data: dict[str, TokenizedDataset] = {}
+        self._prompts: Prompts | None = None
         self._plan: Plan | None = None
         self._validation_plans: dict[int, Plan] = {}
 
@@ -93,6 +100,21 @@ class Corpus:
             self._say(f"{stage}: {self._data[stage].summary}")
         return self._data[stage]
 
+    def samples(self, stage: str) -> Samples:
+        """What a stage goes through: the data as it is, or (training on-policy) its prompts.
+
+        Raises:
+            UserError: see :meth:`dataset` and :class:`Prompts`.
+        """
+        if stage != "train" or self.on_policy is None:
+            return self.dataset(stage)
+        if self._prompts is None:
+            data = self.dataset(stage)
+            self._prompts = Prompts(data, self.on_policy, max_length=self.options.max_length)
+            if lost := len(data) - len(self._prompts):
+                self._say(f"{stage}: {lost} conversations leave no room for an answer within data.max_length")
+        return self._prompts
+
     @property
     def loaded(self) -> dict[str, TokenizedDataset]:
         """The sets that were used so far."""
@@ -103,14 +125,15 @@ class Corpus:
     def plan(self, epoch: int) -> Plan:
         """The plan of a training epoch."""
         if self._plan is None or self._plan.epoch != epoch:
+            samples = self.samples("train")
             self._plan = Plan(
-                self.dataset("train").lengths,
+                samples.lengths,
                 seed=self.seed,
                 epoch=epoch,
                 max_tokens=self.max_tokens,
                 packs_per_step=self.packs_per_step,
                 counts=self._counts,
-                content=self.dataset("train").content,
+                content=samples.content,
                 num_packs=None if self._plan is None else len(self._plan),
             )
         return self._plan
@@ -137,7 +160,9 @@ class Corpus:
         return self._validation_plans[world]
 
     @cached_property
-    def _counts(self) -> np.ndarray:
+    def _counts(self) -> np.ndarray | None:
+        if self.on_policy is not None:
+            return None  # answers come with their lengths
         return self.dataset("train").supervised_counts(self.unroll_steps)
 
     # -- what others need to know
@@ -159,7 +184,7 @@ class Corpus:
 
         As many of the shortest conversations as fit give the most headers; all of ``max_tokens`` give the most states. For small data, the whole of it is less.
         """
-        lengths = np.sort(self.dataset(stage).lengths)
+        lengths = np.sort(self.samples(stage).lengths)
         records = max(int(np.searchsorted(np.cumsum(lengths), self.max_tokens, side="right")), 1)
         one_token = spec.nbytes(2) - spec.nbytes(1) + 64  # parts are padded to 64 bytes
         overhead = spec.nbytes(0) + 3 * 64

@@ -28,7 +28,7 @@ from torchspec.data.failures import cut_failures
 from torchspec.data.loader import LoaderConfig, LoaderStats, PackLoader, Pass
 from torchspec.data.prepare import DataOptions
 from torchspec.data.progress import batches_in_epoch, check_limit, check_trainer, set_progress
-from torchspec.engines.engine import EngineConfig
+from torchspec.engines.engine import ANSWERING, EngineConfig, OnPolicy
 from torchspec.errors import UserError
 from torchspec.network import split_host_port
 from torchspec.target import Target, TargetConfig
@@ -60,6 +60,7 @@ class DraftDataModule(pl.LightningDataModule):
         max_tokens: tokens of a pack (one micro-batch of one rank) at most.
         packs_per_step: packs of an optimizer step over all ranks; accumulation is this divided by the number of ranks.
         seed: of the order of the data.
+        on_policy: the target answers the training prompts anew in the run, instead of the answers in the data (engines vllm and vllm_remote).
         engine: which engine runs the target.
         engines: how its workers run.
         store: where hidden states wait.
@@ -87,6 +88,7 @@ class DraftDataModule(pl.LightningDataModule):
         max_tokens: int = 4096,
         packs_per_step: int = 8,
         seed: int = 0,
+        on_policy: OnPolicy | None = None,
         engine: str = "transformers",
         engines: EngineConfig = _ENGINES,
         store: StoreConfig = _STORE,
@@ -107,6 +109,8 @@ class DraftDataModule(pl.LightningDataModule):
         if max_length > max_tokens:
             problem = f"is longer than data.max_tokens={max_tokens}: a conversation must fit into a pack"
             raise UserError("data.max_length", max_length, problem, "lower it or raise data.max_tokens")
+        if on_policy is not None and not on_policy.answer_workers and engine not in ANSWERING:
+            raise UserError("data.engine", engine, "cannot answer prompts (data.on_policy)", f"use {' or '.join(ANSWERING)}, or data.on_policy.answer_workers")
         if not 0.0 <= max_bad_fraction < 1.0:
             raise UserError("data.max_bad_fraction", max_bad_fraction, "is no share", "use a number from 0 up to, but not including, 1")
         self.target = Target(target)
@@ -133,6 +137,7 @@ class DraftDataModule(pl.LightningDataModule):
             cache_dir=Path(cache_dir).expanduser() if cache_dir else default_cache_dir(),
             max_bad_fraction=max_bad_fraction,
             num_proc=num_proc,
+            on_policy=on_policy,
             say=rank_zero_info,
         )
         self.group: EngineGroup | None = None
@@ -196,7 +201,12 @@ class DraftDataModule(pl.LightningDataModule):
         check_trainer(trainer, packs_per_step=self.packs_per_step)
         training = trainer.state.fn == TrainerFn.FITTING
         if training:
-            self.corpus.dataset("train")
+            self.corpus.samples("train")
+            policy = self.corpus.on_policy
+            served = any(getattr(callback, "serves_draft", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+            if policy is not None and policy.answer_workers and not served:
+                fix = "add torchspec.callbacks.on_policy.ServeDraft to trainer.callbacks"
+                raise UserError("data.on_policy.answer_workers", policy.answer_workers, "wait for a draft that nobody hands them", fix)
         if self.validates:
             self.corpus.dataset("validate")
         if trainer.is_global_zero:
@@ -210,11 +220,13 @@ class DraftDataModule(pl.LightningDataModule):
         """
         from torchspec.engines.group import EngineGroup, GroupConfig
 
-        world, spec = self._trainer.world_size, self.spec
-        train = world * self.corpus.largest_pack("train", spec) if training else 0
+        world, spec, on_policy = self._trainer.world_size, self.spec, self.corpus.on_policy
+        # on-policy, a step's packs wait for each other: only then is known what they supervise
+        train = (self.packs_per_step if on_policy else world) * self.corpus.largest_pack("train", spec) if training else 0
         reserve = world * self.corpus.largest_pack("validate", spec) if self.validates else 0
         if self.budget < train + reserve:
-            problem = f"is less than the {show_bytes(train + reserve)} that one pack for each of {world} ranks needs (training and validation)"
+            what = "the packs of one step (data.packs_per_step) need" if on_policy else f"one pack for each of {world} ranks needs"
+            problem = f"is less than the {show_bytes(train + reserve)} that {what}, training and validation"
             raise UserError("data.store.budget", self.store.budget, problem, "raise it or lower data.max_tokens")
         host, port = split_host_port(self.engines.listen, field="data.engines.listen", lowest=0, example="127.0.0.1:0 or 10.0.0.1:29600")
         token = os.environ.get("TORCHSPEC_TOKEN")
@@ -232,6 +244,7 @@ class DraftDataModule(pl.LightningDataModule):
             budget=self.budget,
             reserve=reserve,
             max_length=self.max_length,
+            on_policy=on_policy,
             log_dir=Path(self._trainer.default_root_dir) / "logs",
             local_ranks=_cpu_ranks(self._trainer),
         )
@@ -286,7 +299,7 @@ class DraftDataModule(pl.LightningDataModule):
                 stage=stage,
                 rank=trainer.global_rank,
                 world=trainer.world_size,
-                dataset=self.corpus.dataset(stage),
+                dataset=self.corpus.samples(stage),
                 spec=self.spec,
                 window_bytes=self.budget,
                 prefetch_packs=self.prefetch_packs,
@@ -295,6 +308,7 @@ class DraftDataModule(pl.LightningDataModule):
                 health=self._check_group,
                 interrupted=lambda: bool(trainer.received_sigterm),
                 chained=stage == "train",
+                answered=self.corpus.unroll_steps if stage == "train" and self.corpus.on_policy is not None else 0,
             )
             self._loaders[stage] = PackLoader(config, connect=self.connect, begin=begin, length=length)
         return self._loaders[stage]

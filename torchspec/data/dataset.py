@@ -27,6 +27,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from torchspec.engines.messages import Sample
 
 FORMAT = 2
 """Goes up when rendering, masks or files change: older entries are then built anew."""
@@ -138,6 +142,18 @@ class TokenizedDataset:
         """[T] uint8."""
         row = self._row(index)
         return self._mask[self._offsets[row] : self._offsets[row + 1]]
+
+    def request(self, index: int, *, epoch: int) -> Sample:
+        """What is asked of the engines: its states."""
+        return Sample(index, self.ids(index).astype("<i4").tobytes())
+
+    def mismatch(self, index: int, ids: Tensor) -> str:
+        """Why a record's ids are not this conversation's."""
+        return "" if torch.equal(ids, torch.from_numpy(self.ids(index).astype("int32"))) else f"holds the tokens of another sample than {index}"
+
+    def supervision(self, index: int, tokens: int) -> np.ndarray:
+        """[T] uint8 loss mask."""
+        return self.mask(index)
 
     def place(self, index: int) -> str:
         """Where the conversation came from, as ``source:line``."""

@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from torchspec.data.dataset import TokenizedDataset
+from torchspec.data.samples import Samples
 from torchspec.engines.messages import Failure
 
 
-def append_failures(path: Path, failures: Sequence[Failure], *, stage: str, epoch: int, pack: int, dataset: TokenizedDataset) -> None:
+def append_failures(path: Path, failures: Sequence[Failure], *, stage: str, epoch: int, pack: int, dataset: Samples) -> None:
     """Add the samples that a pack lacks; ranks of a host may append at the same time (one write a call)."""
     lines = [
         {"stage": stage, "epoch": epoch, "pack": pack, "sample": f.index, "place": dataset.place(f.index), "reason": f.reason, "attempts": f.attempts}

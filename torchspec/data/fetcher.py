@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from torchspec.batch import PackedBatch
 from torchspec.data.collate import collate
-from torchspec.data.dataset import TokenizedDataset
 from torchspec.data.failures import append_failures
 from torchspec.data.plan import Plan
-from torchspec.engines.messages import Pack, PackReady, RecordRef, Sample
+from torchspec.data.prompts import answer_counts
+from torchspec.data.samples import Samples
+from torchspec.engines.messages import Pack, PackReady, RecordRef
 from torchspec.transfer.record import Record, RecordError, RecordSpec, open_record
 from torchspec.transfer.store import Store, StoreError
 
@@ -75,7 +75,7 @@ class LoaderConfig:
     stage: str
     rank: int
     world: int
-    dataset: TokenizedDataset
+    dataset: Samples
     spec: RecordSpec
     window_bytes: int
     prefetch_packs: int
@@ -87,6 +87,8 @@ class LoaderConfig:
     """True once the run was told to end (SIGTERM)."""
     chained: bool = False
     """Another pass follows when one is exhausted, until one is empty: the trainer's epochs need not be those of the plan."""
+    answered: int = 0
+    """Unroll steps K where answers are given in the run and their lengths come with the packs (on-policy); 0 where the plan knows what is supervised."""
 
 
 class Channel:
@@ -178,7 +180,15 @@ class Fetcher:
         """Fetch every pack; a failure goes to the trainer."""
         try:
             client = self.link.client
-            client.open_stage(self.config.stage, self.epoch, first_pack=self.first, num_packs=self.end, rank=self.config.rank, world=self.config.world)
+            client.open_stage(
+                self.config.stage,
+                self.epoch,
+                first_pack=self.first,
+                num_packs=self.end,
+                rank=self.config.rank,
+                world=self.config.world,
+                step_packs=self.plan.packs_per_step if self.config.answered else 0,
+            )
             for index in self.mine:
                 batch = self._fetch(index)
                 if batch is None or not self._deliver(batch):
@@ -219,16 +229,17 @@ class Fetcher:
     def _submit(self) -> None:
         """Send coming packs while they fit the window."""
         packs = []
+        least = max(_LEAST_PACKS, self.plan.packs_per_step // self.config.world if self.config.answered else 0)  # a step is announced as a whole
         while self._submitted < len(self.mine):
             index = self.mine[self._submitted]
             samples = self.plan.pack(index)
             size = sum(self.config.spec.nbytes(int(self.config.dataset.lengths[i])) for i in samples)
             held = len(self._sizes)
-            if held >= _LEAST_PACKS and (held >= _MOST_PACKS or sum(self._sizes.values()) + size > self.config.window_bytes):
+            if held >= least and (held >= _MOST_PACKS or sum(self._sizes.values()) + size > self.config.window_bytes):
                 break
             self._sizes[index] = size
             self._submitted += 1
-            packs.append(Pack(index, [Sample(int(i), self.config.dataset.ids(int(i)).astype("<i4").tobytes()) for i in samples]))
+            packs.append(Pack(index, [self.config.dataset.request(int(i), epoch=self.epoch) for i in samples]))
         if packs:
             self.link.client.submit(self.config.stage, self.epoch, packs)
 
@@ -240,7 +251,7 @@ class Fetcher:
             return {}
         started = time.monotonic()
         slots: dict[int, Tensor] = {}
-        room = [(self.config.spec.nbytes(int(self.config.dataset.lengths[ref.index])), ref) for ref in ready.records]
+        room = [(self.config.spec.nbytes(ref.tokens), ref) for ref in ready.records]
         buffer = self.link.buffer(sum(nbytes for nbytes, _ in room))
         at = 0
         for nbytes, ref in room:
@@ -282,19 +293,19 @@ class Fetcher:
 
     def _open(self, slot: Tensor, ref: RecordRef) -> Record:
         record = open_record(slot, self.config.spec)
-        ids = torch.from_numpy(self.config.dataset.ids(ref.index).astype("int32"))
-        if not torch.equal(record.input_ids, ids):
-            raise RecordError(f"holds the tokens of another sample than {ref.index}")
+        if problem := self.config.dataset.mismatch(ref.index, record.input_ids):
+            raise RecordError(problem)
         return record
 
     def _collate(self, ready: PackReady, records: dict[int, Record]) -> PackedBatch:
         started = time.monotonic()
+        counts = self.plan.step_counts(ready.pack // self.plan.packs_per_step) if ready.answers is None else answer_counts(ready.answers, self.config.answered)
         batch = collate(
             records,
             dataset=self.config.dataset,
             samples=self.plan.pack(ready.pack).tolist(),
             spec=self.config.spec,
-            counts=self.plan.step_counts(ready.pack // self.plan.packs_per_step),
+            counts=counts,
             pack_index=ready.pack,
             stage=self.config.stage,
             pin=self.config.pin,

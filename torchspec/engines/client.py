@@ -16,6 +16,7 @@ from torchspec.engines.messages import (
     CloseStage,
     Hello,
     Message,
+    NewDraft,
     OpenStage,
     Pack,
     PackReady,
@@ -94,6 +95,10 @@ class TrainerClient:
     def close_stage(self, stage: str, epoch: int) -> None:
         """No more packs of the pass."""
         self._send(CloseStage(stage=stage, epoch=epoch))
+
+    def new_draft(self, path: str, step: int) -> None:
+        """The draft in training, exported to a directory: workers that answer speculate with it from now on."""
+        self._send(NewDraft(path=path, step=step))
 
     def ask(self, timeout: float = 10.0) -> dict[str, Any]:
         """State of the group (docs/design.md, "Group metrics")."""

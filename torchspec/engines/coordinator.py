@@ -24,6 +24,7 @@ from torchspec.engines.client import Endpoint
 from torchspec.engines.connection import Peer
 from torchspec.engines.ledger import Ledger, Out, ProtocolError
 from torchspec.engines.messages import (
+    ANSWERER,
     PROTOCOL,
     Acknowledge,
     Answer,
@@ -32,6 +33,7 @@ from torchspec.engines.messages import (
     Cancel,
     CloseStage,
     Hello,
+    NewDraft,
     OpenStage,
     Pull,
     Ready,
@@ -53,7 +55,7 @@ _TICK = 0.1
 _HELLO = 10.0
 """Seconds for a client to say who it is."""
 _FROM: dict[str, Any] = {
-    "trainer": OpenStage | Submit | Acknowledge | Reissue | CloseStage | Ask,
+    "trainer": OpenStage | Submit | Acknowledge | Reissue | CloseStage | NewDraft | Ask,
     "worker": Ready | Pull | Report | Beat,
     "observer": Ask,
 }
@@ -65,6 +67,7 @@ class _WorkerView:
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
         self.ready = False
+        self.answers = False
         self.pull: Pull | None = None
         self.beat = Beat(samples=0, tokens=0, busy_s=0.0, write_s=0.0)
         self.last_beat = time.monotonic()
@@ -74,6 +77,7 @@ class _WorkerView:
     def facts(self) -> dict[str, Any]:
         b = self.beat
         counters = {"samples": b.samples, "tokens": b.tokens, "busy_s": b.busy_s, "write_s": b.write_s, "alive": self.ready}
+        counters |= {"answers": self.answers, "drafts": b.drafts, "accepted": b.accepted}
         return {**counters, "idle_for_credit_s": self.idle_for_credit_s, "idle_for_packs_s": self.idle_for_packs_s}
 
 
@@ -89,6 +93,7 @@ class Coordinator:
         self.config = config
         self.engines: dict[str, Any] = config["engines"]
         self.error: str | None = None
+        self._draft: NewDraft | None = None
         self.finished = asyncio.Event()
         spec = RecordSpec.from_dict(config["spec"])
         self.spec = spec.to_dict()
@@ -100,9 +105,12 @@ class Coordinator:
             max_attempts=self.engines["max_attempts"],
             max_failed_fraction=self.engines["max_failed_fraction"],
             lease_timeout=self.engines["lease_timeout"],
+            separate_answers=bool(config["answer_devices"]),
         )
         log_dir = Path(config["log_dir"])
-        processes = [WorkerProcess(f"worker-{i}", device, log_dir / f"worker-{i}.log") for i, device in enumerate(config["devices"])]
+        devices = {f"worker-{i}": device for i, device in enumerate(config["devices"])}
+        devices |= {f"{ANSWERER}-{i}": device for i, device in enumerate(config["answer_devices"])}
+        processes = [WorkerProcess(name, device, log_dir / f"{name}.log") for name, device in devices.items()]
         self.supervisor = Supervisor(processes, limits=self.engines, on_end=self._worker_ended, on_fatal=self.stop)
         self._say = say
         self._store: StoreServer | None = None
@@ -237,8 +245,14 @@ class Coordinator:
 
     def _welcome(self, peer: Peer) -> None:
         assert self._store is not None
-        job = {name: self.config[name] for name in ("target", "engine", "engines", "max_length")} if peer.role == "worker" else {}
+        job = {name: self.config[name] for name in ("target", "engine", "engines", "max_length", "on_policy")} if peer.role == "worker" else {}
+        if self._answers(peer.name):
+            job |= {"engine": ANSWERER, "engines": {**self.engines, "engine_args": self.config["on_policy"]["answer_args"]}}
         peer.send(Welcome(run=self.config["run"], incarnation=self.config["incarnation"], store=self._store.address, spec=self.spec, job=job))
+
+    def _answers(self, name: str) -> bool:
+        """Whether a worker is one of those that only answer, which are started here alone."""
+        return name.startswith(ANSWERER) and self.supervisor.owns(name)
 
     def _from_trainer(self, peer: Peer, m: Any) -> None:
         ledger = self.ledger
@@ -254,6 +268,11 @@ class Coordinator:
                 peer.rank = m.rank
                 self._ranks[m.rank, m.stage] = peer
                 ledger.open_stage(m.rank, m.stage, m.epoch, first_pack=m.first_pack, num_packs=m.num_packs, world=m.world, step_packs=m.step_packs)
+            case NewDraft():
+                self._draft = m
+                for view in self._workers.values():
+                    if view.answers:
+                        view.peer.send(m)
             case CloseStage():
                 ledger.close_stage(peer.rank, m.stage, m.epoch)
             case Ask():
@@ -296,6 +315,9 @@ class Coordinator:
         log.info("%s ready: %s", peer.name, json.dumps(m.info))
         view.ready, view.last_beat = True, time.monotonic()
         self.ledger.join(peer.name, m.max_tokens, answers=m.answers)
+        view.answers = m.answers
+        if m.answers and self._draft is not None:
+            peer.send(self._draft)
         self.supervisor.ready(peer.name)
 
     def _lost(self, peer: Peer) -> None:

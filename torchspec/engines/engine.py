@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from torchspec.engines.messages import Failed, Finished, Lease
+from torchspec.engines.messages import Answered, Failed, Finished, Lease
+from torchspec.errors import UserError
 from torchspec.target import TargetConfig
 from torchspec.transfer.spec import RecordSpec
 from torchspec.transfer.store import Address
+
+ANSWERING = ("vllm", "vllm_remote")
+"""Engines that can answer prompts as they capture them."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,50 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How answers are generated."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class OnPolicy(Sampling):
+    """The target answers the training prompts in the run.
+
+    With ``answer_workers: 0`` the capturing engine (``vllm`` or ``vllm_remote``) answers a prompt and captures its states in one pass. Else so many workers on
+    this host answer with vLLM and with the draft in training as its speculator (callback ``torchspec.callbacks.on_policy.ServeDraft``), and the capturing
+    engine, any, takes the finished conversations.
+    """
+
+    answer_workers: int = 0
+    """vLLM workers that only answer."""
+    answer_devices: list[str] | None = None
+    """One entry for each of them, as ``data.engines.devices``."""
+    answer_args: dict[str, Any] = field(default_factory=dict)
+    """Engine arguments of their vLLM."""
+    num_speculative_tokens: int = 3
+    """Drafts they propose at a time."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 2:
+            raise UserError("data.on_policy.max_new_tokens", self.max_new_tokens, "is below 2", "give room for 2 tokens or more: one supervises nothing")
+        if self.temperature < 0.0:
+            raise UserError("data.on_policy.temperature", self.temperature, "is negative", "use 0 for greedy answers, or more")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError("data.on_policy.top_p", self.top_p, "is no share", "use a number above 0 and at most 1")
+        if self.seed < 0:
+            raise UserError("data.on_policy.seed", self.seed, "is negative", "use 0 or more")
+        if self.answer_workers < 0:
+            raise UserError("data.on_policy.answer_workers", self.answer_workers, "is negative", "use 0 or more")
+        if self.num_speculative_tokens < 1:
+            raise UserError("data.on_policy.num_speculative_tokens", self.num_speculative_tokens, "is below 1", "use 1 or more")
+
+
+@dataclass(frozen=True)
 class Job:
     """What an engine is built from, in its worker process."""
 
@@ -68,6 +116,8 @@ class Job:
     """Longest sample of the plan, tokens."""
     device: str
     """torch device inside the process: cpu or cuda:0."""
+    on_policy: OnPolicy | None = None
+    """How prompts are answered; None where every sample is a whole conversation."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +128,10 @@ class EngineStats:
     tokens: int
     busy_s: float
     write_s: float
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are generated."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    seed: int = 0
+    drafts: int = 0
+    """Times that a draft was proposed; 0 where nothing speculates."""
+    accepted: int = 0
+    """Tokens of them that the target took."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +170,7 @@ class Engine(Protocol):
         """Forget those of the leases that have not started; returns which."""
         ...
 
-    def poll(self, timeout: float) -> tuple[list[Finished], list[Failed]]:
+    def poll(self, timeout: float) -> tuple[Sequence[Finished | Answered], Sequence[Failed]]:
         """Results since the last call; waits up to ``timeout`` seconds for one when work is in flight. A batching engine works here."""
         ...
 
@@ -135,6 +178,20 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Idempotent."""
+        ...
+
+
+@runtime_checkable
+class TakesDrafts(Protocol):
+    """An engine that answers with a draft as its speculator; it has room once it has one."""
+
+    def take_draft(self, path: str, step: int) -> None:
+        """Speculate with the exported draft in this directory from now on.
+
+        Args:
+            path: on this host.
+            step: optimizer step that it is of.
+        """
         ...
 
 

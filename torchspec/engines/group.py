@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import torchspec
 from torchspec.engines.client import Endpoint, GroupStopped, TrainerClient
-from torchspec.engines.engine import EngineConfig
+from torchspec.engines.engine import EngineConfig, OnPolicy
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
 from torchspec.transfer import remove_leftovers
@@ -52,6 +52,8 @@ class GroupConfig:
     max_length: int
     """Longest sample, tokens."""
     log_dir: Path
+    on_policy: OnPolicy | None = None
+    """How prompts are answered, where there are any."""
     run: str = field(default_factory=lambda: secrets.token_hex(6))
     incarnation: int = 0
     listen_host: str = "127.0.0.1"
@@ -65,10 +67,14 @@ class GroupConfig:
         """One line for the coordinator."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         plain |= {"target": asdict(self.target), "spec": self.spec.to_dict(), "store": asdict(self.store), "engines": asdict(self.engines)}
+        plain["on_policy"] = None if self.on_policy is None else asdict(self.on_policy)
         plain["log_dir"] = str(self.log_dir.resolve())
-        plain["devices"] = worker_devices(self.engines)
-        if self.engines.threads is None and "cpu" in plain["devices"]:
-            plain["engines"]["threads"] = cpu_share(self.engines.workers + self.local_ranks)
+        plain["devices"] = worker_devices(self.engines.workers, self.engines.devices, field="data.engines.devices")
+        answers = 0 if self.on_policy is None else self.on_policy.answer_workers
+        answer_devices = None if self.on_policy is None else self.on_policy.answer_devices
+        plain["answer_devices"] = worker_devices(answers, answer_devices, field="data.on_policy.answer_devices")
+        if self.engines.threads is None and "cpu" in (*plain["devices"], *plain["answer_devices"]):
+            plain["engines"]["threads"] = cpu_share(self.engines.workers + answers + self.local_ranks)
         plain["expected_host"] = None if self.listen_host in ("127.0.0.1", "localhost", "::1") else self.listen_host
         plain["owner"] = os.getpid()
         return json.dumps(plain)
@@ -79,21 +85,25 @@ def cpu_share(processes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(processes, 1))
 
 
-def worker_devices(config: EngineConfig) -> list[str]:
+def worker_devices(workers: int, devices: list[str] | None, *, field: str) -> list[str]:
     """The device of each worker: as configured, else the CUDA devices in turn, else cpu.
+
+    Args:
+        workers: how many.
+        devices: as configured.
+        field: its name.
 
     Raises:
         UserError: when the list does not fit the number of workers.
     """
-    if config.workers < 0:
-        raise UserError("data.engines.workers", config.workers, "is negative", "use 0 or more (0 waits for workers started by hand)")
-    if config.devices is not None:
-        if len(config.devices) != config.workers:
-            problem = f"names {len(config.devices)} devices for {config.workers} workers"
-            raise UserError("data.engines.devices", config.devices, problem, "give one entry a worker")
-        return list(config.devices)
+    if workers < 0:
+        raise UserError("data.engines.workers", workers, "is negative", "use 0 or more (0 waits for workers started by hand)")
+    if devices is not None:
+        if len(devices) != workers:
+            raise UserError(field, devices, f"names {len(devices)} devices for {workers} workers", "give one entry a worker")
+        return list(devices)
     count = _cuda_devices()
-    return [str(i % count) if count else "cpu" for i in range(config.workers)]
+    return [str(i % count) if count else "cpu" for i in range(workers)]
 
 
 def _cuda_devices() -> int:

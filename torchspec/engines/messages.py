@@ -3,9 +3,9 @@
 A frame is a 4-byte little-endian length, a 4-byte number and one MessagePack map that names its type. Each side numbers its frames from 0;
 a frame out of order is refused and the connection closed. The first frame of a client is :class:`Hello`.
 
-    trainer  -> Hello OpenStage Submit Acknowledge Reissue CloseStage Ask      <- Welcome PackReady Answer Stop
-    worker   -> Hello Ready Pull Report Beat                                   <- Welcome Work Cancel Stop
-    observer -> Hello Ask                                                      <- Welcome Answer Stop
+    trainer  -> Hello OpenStage Submit Acknowledge Reissue CloseStage NewDraft Ask   <- Welcome PackReady Answer Stop
+    worker   -> Hello Ready Pull Report Beat                                         <- Welcome Work Cancel NewDraft Stop
+    observer -> Hello Ask                                                            <- Welcome Answer Stop
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import msgspec
 
 PROTOCOL = 1
+ANSWERER = "vllm_answers"
+"""The engine of workers that only answer; their names begin with it."""
 MAX_FRAME = 64 * 2**20
 """Bytes; a longer frame is refused unread."""
 
@@ -174,6 +176,15 @@ class CloseStage(Message, frozen=True, kw_only=True):
     epoch: int
 
 
+class NewDraft(Message, frozen=True, kw_only=True):
+    """The draft in training, exported: workers that answer speculate with it from now on (trainer -> coordinator -> worker)."""
+
+    path: str
+    """Directory, on the workers' host."""
+    step: int
+    """Optimizer step that it is of."""
+
+
 # worker -> coordinator
 
 
@@ -214,6 +225,10 @@ class Beat(Message, frozen=True, kw_only=True):
     """Time inside the engine."""
     write_s: float
     """Time spent on writing records (also inside busy_s)."""
+    drafts: int = 0
+    """Times that a draft was proposed while answering."""
+    accepted: int = 0
+    """Tokens of them that the target took."""
 
 
 # coordinator -> client
@@ -264,6 +279,6 @@ class Stop(Message, frozen=True, kw_only=True):
     error: str = ""
 
 
-ToCoordinator = Hello | Ask | OpenStage | Submit | Acknowledge | Reissue | CloseStage | Ready | Pull | Report | Beat
+ToCoordinator = Hello | Ask | OpenStage | Submit | Acknowledge | Reissue | CloseStage | NewDraft | Ready | Pull | Report | Beat
 ToTrainer = Welcome | PackReady | Answer | Stop
-ToWorker = Welcome | Work | Cancel | Stop
+ToWorker = Welcome | Work | Cancel | NewDraft | Stop

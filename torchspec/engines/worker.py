@@ -14,10 +14,11 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import asdict
 
 from torchspec.engines.connection import Closed, Connection
-from torchspec.engines.engine import Engine, EngineConfig, Job
-from torchspec.engines.messages import Beat, Cancel, Failed, Hello, Pull, Ready, Report, Stop, ToWorker, Welcome, Work
+from torchspec.engines.engine import Engine, EngineConfig, Job, OnPolicy, TakesDrafts
+from torchspec.engines.messages import ANSWERER, Answered, Beat, Cancel, Failed, Finished, Hello, NewDraft, Pull, Ready, Report, Stop, ToWorker, Welcome, Work
 from torchspec.engines.parent import die_with
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
@@ -29,6 +30,7 @@ ENGINES = {
     "transformers": "torchspec.engines.transformers_engine:TransformersEngine",
     "vllm": "torchspec.engines.vllm.engine:VLLMEngine",
     "vllm_remote": "torchspec.engines.vllm.remote:RemoteVLLMEngine",
+    ANSWERER: "torchspec.engines.vllm.answering:AnsweringEngine",
 }
 """Engine by its name in the configuration; imported in the worker alone."""
 
@@ -77,6 +79,7 @@ def work(host: str, port: int, *, token: str, name: str, device: str) -> None:
         config=EngineConfig(**plain["engines"]),
         max_length=plain["max_length"],
         device=device,
+        on_policy=OnPolicy(**plain["on_policy"]) if plain["on_policy"] else None,
     )
     engine = build(plain["engine"], job)
     stopped = threading.Event()
@@ -84,7 +87,9 @@ def work(host: str, port: int, *, token: str, name: str, device: str) -> None:
         started = time.monotonic()
         info = engine.start()
         log.info("engine up after %.1f s: %s", time.monotonic() - started, info)
-        connection.send(Ready(spec=engine.spec.to_dict(), info={**info, "pid": os.getpid()}, max_tokens=engine.max_tokens))
+        answers = isinstance(engine, TakesDrafts)
+        spec = {} if answers else engine.spec.to_dict()
+        connection.send(Ready(spec=spec, info={**info, "pid": os.getpid()}, max_tokens=engine.max_tokens, answers=answers))
         threading.Thread(target=_beat, args=(connection, engine, stopped), name="heartbeat", daemon=True).start()
         _loop(connection, engine)
     finally:
@@ -97,7 +102,7 @@ def _beat(connection: Connection, engine: Engine, stopped: threading.Event) -> N
     while not stopped.is_set():
         stats = engine.stats()
         try:
-            connection.send(Beat(samples=stats.samples, tokens=stats.tokens, busy_s=stats.busy_s, write_s=stats.write_s))
+            connection.send(Beat(**asdict(stats)))
         except Closed:
             return
         stopped.wait(1.0)
@@ -121,6 +126,10 @@ def _loop(connection: Connection, engine: Engine) -> None:
                 engine.submit(message.leases)
                 held += len(message.leases)
                 asked = None
+            elif isinstance(message, NewDraft):
+                assert isinstance(engine, TakesDrafts), "only engines that take drafts are told of them"
+                engine.take_draft(message.path, message.step)
+                asked = None
             elif isinstance(message, Cancel):
                 dropped = engine.cancel(message.leases)
                 held -= len(dropped)
@@ -128,10 +137,12 @@ def _loop(connection: Connection, engine: Engine) -> None:
                     connection.send(Report(finished=[], failed=[Failed(lease, "cancelled") for lease in dropped]))
             message = connection.receive(0.0)
         if held:
-            finished, failed = engine.poll(_POLL)
-            held -= len(finished) + len(failed)
-            if finished or failed:
-                connection.send(Report(finished=finished, failed=failed))
+            done, failed = engine.poll(_POLL)
+            held -= len(done) + len(failed)
+            if done or failed:
+                finished = [d for d in done if isinstance(d, Finished)]
+                answered = [d for d in done if isinstance(d, Answered)]
+                connection.send(Report(finished=finished, failed=list(failed), answered=answered))
                 asked = None
 
 

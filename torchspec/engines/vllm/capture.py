@@ -1,42 +1,32 @@
-"""What every engine made of vLLM has in common: leases become requests, the connector's reports become results.
+"""What every engine made of vLLM that captures has in common: leases become requests, the connector's reports become results.
 
-Each lease is a request for one token on all but the last token of its conversation (the state at the last one is never read). An event loop in a thread feeds
-vLLM and takes its answers. A lease is finished when the connector reports its record as written, which comes after vLLM's answer. When vLLM is gone this
-worker ends: the supervisor starts another, and the leases go with it, not as failures of their samples.
+Each lease is a request for one token on all but the last token of its conversation (the state at the last one is never read), or, on-policy, for an answer to
+its prompt. A lease is finished when the connector reports its record as written, which comes after vLLM's answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import queue
-import threading
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from concurrent.futures import Future
+from abc import abstractmethod
 from typing import Any
 
-import torch
-
-from torchspec.engines.engine import EngineStats, Job
+from torchspec.engines.engine import EngineStats, Job, Sampling
 from torchspec.engines.messages import Failed, Finished, Lease
-from torchspec.engines.record_writer import one_line
+from torchspec.engines.vllm.asynchronous import AsynchronousEngine
 from torchspec.engines.vllm.options import check_arguments
 from torchspec.engines.vllm.orders import PARAMETER, Destination, Order, Wrote, prove
 from torchspec.engines.vllm.reports import ReportServer
 from torchspec.errors import UserError
-from torchspec.target import Target
 from torchspec.transfer import StoreError, open_store
 
 log = logging.getLogger(__name__)
 _REPORT_WAIT = 120.0
 """Seconds for a record to be written after vLLM answered (a full store is waited for, a minute)."""
-_AHEAD = 2
-"""Times what vLLM runs at once that is asked for, so that its batch stays full."""
 
 
-class CapturingEngine(ABC):
+class CapturingEngine(AsynchronousEngine[Finished]):
     """See the module.
 
     Args:
@@ -57,30 +47,16 @@ class CapturingEngine(ABC):
             raise UserError(
                 f"data.engines.engine_args.{unknown[0]}", job.config.engine_args[unknown[0]], problem, f"known are {', '.join(self.known_arguments)}"
             )
-        self.job = job
-        self.target = Target(job.target)
-        limit = int(getattr(self.target.hf_config, "max_position_embeddings", None) or 2**31)
-        self.max_tokens = min(max(job.max_length, 2), limit)
+        super().__init__(job)
         self.spec = self.target.record_spec(job.spec.aux_layers, tokenizer=job.spec.tokenizer)
-        self.capacity = (job.config.batch_samples, job.config.batch_tokens)
-        """Samples and tokens that vLLM runs at once."""
         self.token = ""
         """Shown to the connector, and by it."""
         self.report_host = "127.0.0.1"
         """Address under which the connector reaches this process."""
         self._server: ReportServer | None = None
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-requests", daemon=True)
-        self._results: queue.SimpleQueue[Finished | Failed] = queue.SimpleQueue()
         self._reports: dict[str, asyncio.Future[Wrote]] = {}
-        self._held: dict[int, int] = {}  # tokens of each lease in flight
-        self._running: set[Future[None]] = set()  # the loop alone would let go of them
         self._deletions: set[asyncio.Task[None]] = set()
-        self._fatal: BaseException | None = None
-        self._samples = self._tokens = 0
-        self._busy_s = 0.0
         self._write_s = 0.0  # of the loop's thread; the others are of the worker's
-        self._busy_since = 0.0
         self._run: dict[str, Any] = {}
 
     # -- what differs
@@ -90,16 +66,8 @@ class CapturingEngine(ABC):
         """Bring vLLM up, set ``capacity``, ``token`` and ``report_host``; returns facts for the ready message."""
 
     @abstractmethod
-    async def ask(self, ids: list[int], parameters: dict[str, Any], key: str) -> dict[str, Any] | None:
-        """One token after ``ids``, with these ``kv_transfer_params``; returns those of the answer. ``key`` is unique."""
-
-    @abstractmethod
-    def gone(self) -> bool:
-        """Whether vLLM cannot serve any more."""
-
-    @abstractmethod
-    def end(self) -> None:
-        """Let go of vLLM. Idempotent."""
+    async def ask(self, ids: list[int], parameters: dict[str, Any], key: str, sampling: Sampling) -> dict[str, Any] | None:
+        """An answer to ``ids``, with these ``kv_transfer_params``; returns those of the answer. ``key`` is unique."""
 
     # -- the engine's interface
 
@@ -111,77 +79,34 @@ class CapturingEngine(ABC):
         self._run = Destination(self.job.store, self.spec, (self.report_host, port)).to_dict()
         return {**info, "num_layers": self.target.num_layers}
 
-    def room(self) -> tuple[int, int]:
-        samples, tokens = self.capacity
-        return max(_AHEAD * samples - len(self._held), 0), max(_AHEAD * tokens - sum(self._held.values()), 0)
-
-    def submit(self, leases: Sequence[Lease]) -> None:
-        if not self._held:
-            self._busy_since = time.monotonic()
-        for lease in leases:
-            self._held[lease.id] = len(lease.ids) // 4
-            self._running.add(running := asyncio.run_coroutine_threadsafe(self._capture(lease), self._loop))
-            running.add_done_callback(self._running.discard)
-
-    def cancel(self, leases: Sequence[int]) -> list[int]:
-        return []  # all of them have started; what a revoked lease writes is deleted by the coordinator
-
-    def poll(self, timeout: float) -> tuple[list[Finished], list[Failed]]:
-        results: list[Finished | Failed] = []
-        try:
-            results.append(self._results.get(timeout=timeout) if timeout > 0 else self._results.get_nowait())
-            while True:
-                results.append(self._results.get_nowait())
-        except queue.Empty:
-            pass
-        if self._fatal is not None and not results:
-            raise RuntimeError(f"vLLM ended: {one_line(self._fatal)}") from self._fatal
-        for result in results:
-            self._samples += 1
-            self._tokens += self._held.pop(result.lease)
-        if results and not self._held:
-            self._busy_s += time.monotonic() - self._busy_since
-        return [r for r in results if isinstance(r, Finished)], [r for r in results if isinstance(r, Failed)]
+    def tokens_of(self, done: Finished) -> int:
+        return done.rows + 1
 
     def stats(self) -> EngineStats:
-        running = time.monotonic() - self._busy_since if self._held else 0.0
-        return EngineStats(self._samples, self._tokens, self._busy_s + running, self._write_s)
+        s = super().stats()
+        return EngineStats(s.samples, s.tokens, s.busy_s, self._write_s)
 
     def close(self) -> None:
         self.end()
-        if not self._thread.is_alive():
-            return
-        if self._server is not None:
+        if self._server is not None and self._thread.is_alive():
             asyncio.run_coroutine_threadsafe(self._server.close(), self._loop).result(5.0)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5.0)
+        super().close()
 
     # -- in the event loop
 
-    async def _capture(self, lease: Lease) -> None:
-        """One lease, from request to result."""
+    async def work(self, lease: Lease, ids: list[int]) -> Finished | Failed:
         report: asyncio.Future[Wrote] = self._loop.create_future()
         self._reports[lease.key] = report
         try:
-            result = await self._request(lease, report)
-        except Exception as error:  # of vLLM, whatever it is
-            if self.gone():
-                self._fatal = error
-                return  # not this sample's fault: the lease goes back with the worker
-            result = Failed(lease.id, one_line(error))
+            return await self._request(lease, ids, report)
         finally:
             self._reports.pop(lease.key, None)
-        self._results.put(result)
 
-    async def _request(self, lease: Lease, report: asyncio.Future[Wrote]) -> Finished | Failed:
-        ids = torch.frombuffer(bytearray(lease.ids), dtype=torch.int32).tolist() if lease.ids else []
-        if not 0 < len(ids) <= self.max_tokens:
-            return Failed(lease.id, f"{len(ids)} tokens; vLLM takes 1 to {self.max_tokens} here", retry=False)
-        if min(ids) < 0 or max(ids) >= self.target.vocab_size:
-            return Failed(lease.id, f"token ids {min(ids)} to {max(ids)}; the target's vocabulary has {self.target.vocab_size}", retry=False)
-        tail = ids[-1:] if len(ids) > 1 else []
-        order = Order(key=lease.key, tail=tail, run=self._run, proof=prove(self.token, lease.key))
-        said = await self.ask(ids[: len(ids) - len(tail)], {PARAMETER: order.to_dict()}, lease.key)
+    async def _request(self, lease: Lease, ids: list[int], report: asyncio.Future[Wrote]) -> Finished | Failed:
+        go_on = lease.go_on
+        tail = ids[-1:] if len(ids) > 1 and go_on is None else []
+        order = Order(key=lease.key, tail=tail, answer=go_on is not None, run=self._run, proof=prove(self.token, lease.key))
+        said = await self.ask(ids[: len(ids) - len(tail)], {PARAMETER: order.to_dict()}, lease.key, self.sampling(go_on))
         answer = (said or {}).get(PARAMETER) or {}
         if "error" in answer:
             return Failed(lease.id, answer["error"])

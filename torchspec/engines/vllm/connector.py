@@ -101,7 +101,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         except Exception as error:  # whatever an order says, vLLM goes on
             log.exception("an order could not be followed")
             return False, {PARAMETER: {"error": one_line(error)}}
-        rows = len(ids) - len(order.tail)
+        rows = len(ids) - (1 if order.answer else len(order.tail))
         if request.num_computed_tokens < rows:
             return False, {PARAMETER: {"error": f"ended ({request.status.name}) after {request.num_computed_tokens} of {rows} tokens"}}
         self._pending.append((Capture(request.request_id, order.key, ids, rows, list(block_ids)), order.run))
@@ -125,7 +125,9 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         prompt = request.prompt_token_ids
         if not prompt:
             raise BadOrder("the request has no token ids")
-        return [*prompt, *order.tail]
+        if order.answer and not request.output_token_ids:
+            raise BadOrder(f"the request ended ({request.status.name}) without an answer")
+        return [*prompt, *(request.output_token_ids if order.answer else order.tail)]
 
     def _check_run(self, run: dict[str, Any]) -> None:
         """Refuse an order for other states than this server has. A run is looked at once."""

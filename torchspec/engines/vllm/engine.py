@@ -8,9 +8,20 @@ from typing import Any
 
 import torch
 
+from torchspec.engines.engine import Sampling
 from torchspec.engines.vllm.capture import CapturingEngine
-from torchspec.engines.vllm.options import capture_arguments, check_version, model_arguments, refuse_without_states, set_environment, vllm_config_of
+from torchspec.engines.vllm.options import (
+    capture_arguments,
+    check_version,
+    model_arguments,
+    own_devices,
+    refuse_without_states,
+    sampling_params,
+    set_environment,
+    vllm_config_of,
+)
 from torchspec.engines.vllm.orders import TOKEN_VARIABLE
+from torchspec.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +41,15 @@ class VLLMEngine(CapturingEngine):
         self.token = os.environ.setdefault(TOKEN_VARIABLE, os.urandom(16).hex())
         arguments = model_arguments(self.target, config, max_length=self.max_tokens, device=device)
         if device != "cpu":
-            arguments.setdefault("tensor_parallel_size", _own_devices(device))
+            arguments.setdefault("tensor_parallel_size", own_devices(device))
         if vllm.__version__.startswith("0.26."):
             arguments.setdefault("async_scheduling", False)  # there, a request preempted in mid-flight may end without all of its states
         arguments |= capture_arguments(self.target, self.spec.aux_layers, allow_unknown_version=config.allow_unknown_version, owner=os.getpid())
         vllm_config = vllm_config_of(arguments)
         refuse_without_states(vllm_config)
+        if self.job.on_policy is not None and not self.job.on_policy.answer_workers and vllm_config.model_config.is_hybrid:
+            problem = "is off for a target with recurrent layers: as vLLM answers and captures in one pass, their states went wrong (docs/engines.md)"
+            raise UserError("data.on_policy.answer_workers", 0, problem, "set it to 1 or more")
         if not vllm_config.scheduler_config.enable_chunked_prefill and int(arguments["max_num_batched_tokens"]) < self.max_tokens:
             log.info("vLLM does not cut prefills of this target: steps of %d tokens, data.max_length", self.max_tokens)
             arguments["max_num_batched_tokens"] = self.max_tokens
@@ -50,12 +64,10 @@ class VLLMEngine(CapturingEngine):
             "tensor_parallel_size": int(arguments.get("tensor_parallel_size", 1)),
         }
 
-    async def ask(self, ids: list[int], parameters: dict[str, Any], key: str) -> dict[str, Any] | None:
-        from vllm import SamplingParams
-
-        sampling = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, extra_args={"kv_transfer_params": parameters})
+    async def ask(self, ids: list[int], parameters: dict[str, Any], key: str, sampling: Sampling) -> dict[str, Any] | None:
+        asked = sampling_params(sampling, ends=self.ends, kv_transfer_params=parameters)
         said: dict[str, Any] | None = None
-        async for output in self._llm.generate({"prompt_token_ids": ids}, sampling, request_id=key):
+        async for output in self._llm.generate({"prompt_token_ids": ids}, asked, request_id=key):
             said = output.kv_transfer_params
         return said
 
@@ -66,10 +78,3 @@ class VLLMEngine(CapturingEngine):
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.shutdown()
-
-
-def _own_devices(device: str) -> int:
-    """GPUs of this worker: those that its CUDA_VISIBLE_DEVICES lists; without it the one of ``device``, which is made the only visible one."""
-    if "CUDA_VISIBLE_DEVICES" not in os.environ:
-        os.environ["CUDA_VISIBLE_DEVICES"] = device.partition(":")[2] or "0"
-    return len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))

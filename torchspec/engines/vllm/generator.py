@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torchspec.engines.engine import Answer, EngineConfig, Sampling
-from torchspec.engines.vllm.options import GENERATES, check_arguments, model_arguments, set_environment
+from torchspec.engines.vllm.options import GENERATES, check_arguments, model_arguments, sampling_params, set_environment
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
 
@@ -45,21 +46,13 @@ class VLLMGenerator:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Answer]:
         """Answers in the order they finish. A prompt that leaves no room for a token gets an empty one, finish ``length``."""
-        from vllm import SamplingParams
-
         for i, prompt in enumerate(prompts):
             room = self._longest - len(prompt)
             if room < 1:
                 yield Answer(i, [], "length")
                 continue
-            parameters = SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=None if sampling.temperature == 0.0 else sampling.seed + i,
-                max_tokens=min(sampling.max_new_tokens, room),
-                stop_token_ids=self._ends,
-                detokenize=False,
-            )
+            its_own = replace(sampling, seed=sampling.seed + i, max_new_tokens=min(sampling.max_new_tokens, room))
+            parameters = sampling_params(its_own, ends=self._ends)
             self._engine.add_request(str(i), {"prompt_token_ids": list(prompt)}, parameters)
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():

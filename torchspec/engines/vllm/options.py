@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from torchspec.engines.engine import EngineConfig
+from torchspec.engines.engine import EngineConfig, Sampling
 from torchspec.engines.vllm.orders import TOKEN_VARIABLE
 from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
@@ -39,6 +39,14 @@ OWNED = {
 
 GENERATES = {name: OWNED[name] for name in ("model", "tokenizer", "skip_tokenizer_init", "revision", "dtype", "trust_remote_code")}
 """Of these, what is refused where vLLM only generates."""
+ANSWERS = {
+    **GENERATES,
+    "max_model_len": OWNED["max_model_len"],
+    "speculative_config": "the draft in training is the speculator",
+    "pipeline_parallel_size": "new draft weights go to the ranks of one stage",
+    "data_parallel_size": "use data.on_policy.answer_workers: each worker is a replica",
+}
+"""What is refused where it answers in a run."""
 
 
 def check_version(version: str, *, allow_unknown: bool) -> None:
@@ -127,6 +135,27 @@ def capture_arguments(target: Target, aux_layers: tuple[int, ...], **connector: 
     }
 
 
+def sampling_params(sampling: Sampling, *, ends: list[int], kv_transfer_params: dict[str, Any] | None = None) -> Any:
+    """vLLM's own form of how to answer.
+
+    Args:
+        sampling: length, temperature, nucleus, seed (without meaning for greedy answers).
+        ends: token ids after which the target has finished.
+        kv_transfer_params: for the connector.
+    """
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=None if sampling.temperature == 0.0 else sampling.seed,
+        max_tokens=sampling.max_new_tokens,
+        stop_token_ids=ends,
+        detokenize=False,
+        extra_args=None if kv_transfer_params is None else {"kv_transfer_params": kv_transfer_params},
+    )
+
+
 def serve_command(target: Target, aux_layers: tuple[int, ...]) -> str:
     """The shell line of a ``vllm serve`` that engine vllm_remote can use; TorchSpec must be importable there."""
     arguments = capture_arguments(target, aux_layers)
@@ -168,6 +197,13 @@ def refuse_without_states(vllm_config: Any) -> None:
     if not supports_eagle3(found):
         problem = f"cannot hand out hidden states of {name} (its model in vLLM {vllm.__version__} lacks the EAGLE-3 interface)"
         raise UserError("data.engine", "vllm", problem, "set data.engine to transformers")
+
+
+def own_devices(device: str) -> int:
+    """GPUs of this worker: those that its CUDA_VISIBLE_DEVICES lists; without it the one of ``device``, which is made the only visible one."""
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device.partition(":")[2] or "0"
+    return len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
 
 
 def set_environment(config: EngineConfig, *, device: str) -> None:

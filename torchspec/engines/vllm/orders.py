@@ -36,6 +36,8 @@ class Order:
     """Of the record in the store; unique for each attempt."""
     tail: list[int]
     """Token ids of the conversation after those of the prompt: no state is needed at the last one, so it is not computed."""
+    answer: bool
+    """What the target says to the prompt belongs to the conversation (then there is no tail)."""
     run: dict[str, Any]
     """Store address, record spec, and where to report: the same for all orders of an engine (see :func:`read_destination`)."""
     proof: str
@@ -75,7 +77,7 @@ def read_order(plain: Any) -> Order:
         order = msgspec.convert(dict(plain), Order)
     except msgspec.ValidationError as error:
         raise BadOrder(f"the order is malformed ({error})") from error
-    if len(order.tail) > 1:
+    if len(order.tail) > (0 if order.answer else 1):
         raise BadOrder(f"the order is malformed ({len(order.tail)} tokens after the prompt)")
     token = os.environ.get(TOKEN_VARIABLE, "")
     if not token or not hmac.compare_digest(order.proof.encode(), prove(token, order.key).encode()):

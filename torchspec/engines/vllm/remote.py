@@ -13,6 +13,7 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
+from torchspec.engines.engine import Sampling
 from torchspec.engines.vllm.capture import CapturingEngine
 from torchspec.errors import UserError
 from torchspec.network import route_to
@@ -75,10 +76,19 @@ class RemoteVLLMEngine(CapturingEngine):
                     raise UserError("data.engines.engine_args.url", url, f"does not answer as vLLM does ({error})", "start it: main.py vllm_command") from error
                 time.sleep(2.0)
 
-    async def ask(self, ids: list[int], parameters: dict[str, Any], key: str) -> dict[str, Any] | None:
+    async def ask(self, ids: list[int], parameters: dict[str, Any], key: str, sampling: Sampling) -> dict[str, Any] | None:
         import httpx
 
-        body = {"model": self._model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "kv_transfer_params": parameters}
+        body = {
+            "model": self._model,
+            "prompt": ids,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": None if sampling.temperature == 0.0 else sampling.seed,
+            "stop_token_ids": self.ends,
+            "kv_transfer_params": parameters,
+        }
         for last in (False, True):
             try:  # a second time with the same key is harmless: a record is written once
                 answer = await self._client.post("/v1/completions", json=body)

@@ -1,0 +1,80 @@
+"""On-policy training with a speculating answerer (``data.on_policy.answer_workers``): hands it the draft in training, now and then.
+
+The engine that answers the training prompts drafts with what was learned so far, so answers come faster as training goes on, and their acceptance
+(``pipeline/answer_acceptance_length``) is that of serving, on fresh answers, over the run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from torchspec.errors import UserError
+from torchspec.models.export import export_checkpoint
+
+
+class ServeDraft(pl.Callback):
+    """Export the draft when training starts and every so many optimizer steps, and tell the workers that answer.
+
+    Drafts go to ``serve/`` under the run's folder, which those workers must see; the newest two stay.
+
+    Args:
+        every_n_steps: optimizer steps between two drafts.
+    """
+
+    serves_draft = True
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        if every_n_steps < 1:
+            raise UserError("callbacks.ServeDraft.every_n_steps", every_n_steps, "is below 1", "use 1 or more")
+        self.every_n_steps = every_n_steps
+        self._client: Any | None = None
+        self._served: int | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        policy = trainer.datamodule.corpus.on_policy  # type: ignore[attr-defined]
+        if stage == "fit" and (policy is None or not policy.answer_workers):
+            raise UserError("data.on_policy.answer_workers", 0, "leaves nobody to serve the draft", "set it to 1 or more, or take ServeDraft out")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._serve(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._served:
+            self._serve(trainer, pl_module)
+
+    def _serve(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._served = step = trainer.global_step
+        folder = Path(trainer.default_root_dir).resolve() / "serve"
+        checkpoint = folder / f"step-{step}.ckpt"
+        trainer.save_checkpoint(checkpoint, weights_only=True)  # every rank: a sharded save is collective
+        if trainer.is_global_zero:
+            export_checkpoint(checkpoint, pl_module.target, folder / f"step-{step}")
+            _remove(checkpoint)
+            if self._client is None:
+                self._client = trainer.datamodule.connect("serve-draft")  # type: ignore[attr-defined]
+            self._client.new_draft(str(folder / f"step-{step}"), step)
+            drafts = sorted((path for path in folder.glob("step-*") if path.suffix != ".ckpt"), key=lambda path: int(path.name.removeprefix("step-")))
+            for old in drafts[:-2]:
+                _remove(old)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

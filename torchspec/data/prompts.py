@@ -1,0 +1,98 @@
+"""On-policy data: conversations up to one of their answers, which the target gives anew in the run.
+
+The plan packs prompt + longest answer, since it cannot know more; what really was said comes with the records. Only the new answer is supervised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchspec.data.dataset import TokenizedDataset
+from torchspec.engines.engine import OnPolicy
+from torchspec.engines.messages import Continue, Sample
+from torchspec.errors import UserError
+
+_LEAST = 2
+"""Answer tokens below which nothing can be supervised."""
+
+
+class Prompts:
+    """See :class:`torchspec.data.samples.Samples`.
+
+    A conversation is cut before its last answer that has room for ``max_new_tokens``, else before its first; where even that has no room it is left out.
+
+    Args:
+        data: conversations with answers.
+        policy: how the target answers.
+        max_length: tokens of prompt and answer at most.
+
+    Raises:
+        UserError: when no conversation has room.
+    """
+
+    def __init__(self, data: TokenizedDataset, policy: OnPolicy, *, max_length: int) -> None:
+        self.data, self.policy = data, policy
+        cuts = np.array([_cut(data.mask(i), max_length - policy.max_new_tokens) for i in range(len(data))], dtype=np.int64)
+        room = np.minimum(policy.max_new_tokens, max_length - cuts)
+        self._kept = np.flatnonzero((cuts > 0) & (room >= _LEAST))
+        if not self._kept.size:
+            raise UserError(
+                "data.on_policy.max_new_tokens", policy.max_new_tokens, f"fits behind no prompt within data.max_length={max_length}", "raise data.max_length"
+            )
+        self._prompts, self._room = cuts[self._kept], room[self._kept]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return self._prompts + self._room
+
+    @cached_property
+    def content(self) -> str:
+        """Hash of the prompts and of how they are answered."""
+        digest = hashlib.sha256(self.data.content.encode())
+        digest.update(self._prompts.tobytes() + self.lengths.tobytes())
+        digest.update(repr((self.policy.temperature, self.policy.top_p, self.policy.seed)).encode())
+        return digest.hexdigest()
+
+    def prompt(self, index: int) -> np.ndarray:
+        """[P] int32 token ids."""
+        return self.data.ids(int(self._kept[index]))[: self._prompts[index]]
+
+    def request(self, index: int, *, epoch: int) -> Sample:
+        seed = np.random.SeedSequence([self.policy.seed, epoch, index]).generate_state(1, np.uint32)[0]
+        return Sample(index, self.prompt(index).astype("<i4").tobytes(), Continue(int(self._room[index]), seed=int(seed)))
+
+    def mismatch(self, index: int, ids: Tensor) -> str:
+        prompt = torch.from_numpy(self.prompt(index).astype("int32"))
+        if not prompt.shape[0] < ids.shape[0] <= self.lengths[index]:
+            return f"holds {ids.shape[0]} tokens for a prompt of {prompt.shape[0]} and at most {self._room[index]} more"
+        return "" if torch.equal(ids[: prompt.shape[0]], prompt) else f"does not begin with prompt {index}"
+
+    def supervision(self, index: int, tokens: int) -> np.ndarray:
+        return (np.arange(tokens) >= self._prompts[index]).astype(np.uint8)
+
+    def place(self, index: int) -> str:
+        return self.data.place(int(self._kept[index]))
+
+
+def answer_counts(lengths: list[int], steps: int) -> np.ndarray:
+    """[K] float32: positions that answers of these lengths supervise at each unroll step (the rule of ``torchspec.batch``: L-1-k of L tokens)."""
+    turns = np.array(lengths, dtype=np.int64)[:, None]
+    return np.maximum(turns - 1 - np.arange(steps), 0).sum(axis=0).astype(np.float32)
+
+
+def _cut(mask: np.ndarray, before: int) -> int:
+    """Where the last answer begins that begins at or before a position, else the first; 0 without one that follows a prompt."""
+    on = mask.astype(bool)
+    begins = np.flatnonzero(on[1:] & ~on[:-1]) + 1
+    if not begins.size:
+        return 0
+    early = begins[begins <= before]
+    return int(early[-1] if early.size else begins[0])
