@@ -247,6 +247,7 @@ def main() -> None:
             result["loss_rel_diff"] = round(abs(losses[0] - losses[1]) / losses[1], 6)
             result |= {"loss_vllm": round(losses[0], 3), "loss_transformers": round(losses[1], 3)}
             result |= {"vllm": ours_rate, "transformers": theirs_rate, "versions": info["versions"], "dtype": info["dtype"], "store": server.kind}
+            print(f"so far: {json.dumps(result)}", file=sys.stderr, flush=True)
             if args.file_connector:
                 layers = sorted({*spec.aux_layers, target.num_layers})
                 rate = file_connector_rate(

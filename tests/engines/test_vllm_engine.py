@@ -157,6 +157,13 @@ def test_deterministic_records_repeat_beside_any_neighbours(server: StoreServer,
         engine.close()
 
 
+def test_random_answers_are_refused_on_a_cpu(server: StoreServer, tmp_path: Path) -> None:
+    engine = engine_for(save_tiny(tmp_path, hidden=128), server, (1, 2), OnPolicy(temperature=0.7))
+    with pytest.raises(UserError, match=r"data\.on_policy\.temperature=0\.7"):
+        engine.start()
+    engine.close()
+
+
 def test_a_hybrid_target_is_not_answered_and_captured_in_one_pass(server: StoreServer, tmp_path: Path) -> None:
     engine = engine_for(save_tiny(tmp_path, "qwen3_next", hidden=128, dtype=torch.bfloat16), server, (1, 2), OnPolicy())
     with pytest.raises(UserError, match="recurrent layers"):

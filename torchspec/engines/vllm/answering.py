@@ -23,6 +23,7 @@ from torchspec.engines.vllm.options import (
     check_version,
     model_arguments,
     own_devices,
+    refuse_random_on_cpu,
     sampling_params,
     set_environment,
     vllm_config_of,
@@ -54,6 +55,7 @@ class AnsweringEngine(AsynchronousEngine[Answered]):
         self._llm: Any = None
 
     def start(self) -> dict[str, Any]:
+        refuse_random_on_cpu(self.policy.temperature, device=self.job.device, field="data.on_policy.temperature")
         set_environment(self.job.config, device=self.job.device)
         import vllm
 

@@ -15,6 +15,7 @@ from torchspec.engines.vllm.options import (
     check_version,
     model_arguments,
     own_devices,
+    refuse_random_on_cpu,
     refuse_without_states,
     sampling_params,
     set_environment,
@@ -33,6 +34,8 @@ class VLLMEngine(CapturingEngine):
 
     def launch(self) -> dict[str, Any]:
         config, device = self.job.config, self.job.device
+        if self.job.on_policy is not None and not self.job.on_policy.answer_workers:
+            refuse_random_on_cpu(self.job.on_policy.temperature, device=device, field="data.on_policy.temperature")
         set_environment(config, device=device)
         import vllm
         from vllm.v1.engine.async_llm import AsyncLLM

@@ -199,6 +199,18 @@ def refuse_without_states(vllm_config: Any) -> None:
         raise UserError("data.engine", "vllm", problem, "set data.engine to transformers")
 
 
+def refuse_random_on_cpu(temperature: float, *, device: str, field: str) -> None:
+    """Refuse random sampling beside speculation on a CPU: vLLM 0.32's CPU build leaves the temperatures of drafted positions unset (its ``expand`` kernel
+    writes into a copy), and what it says is noise. Greedy answers are right there, and so is random sampling on a GPU.
+
+    Raises:
+        UserError: naming the field.
+    """
+    if device == "cpu" and temperature > 0.0:
+        problem = "is random sampling, which vLLM's CPU build does wrongly while it speculates (docs/engines.md)"
+        raise UserError(field, temperature, problem, "set it to 0 on a CPU")
+
+
 def own_devices(device: str) -> int:
     """GPUs of this worker: those that its CUDA_VISIBLE_DEVICES lists; without it the one of ``device``, which is made the only visible one."""
     if "CUDA_VISIBLE_DEVICES" not in os.environ:
