@@ -215,6 +215,12 @@ def _check(draft: str, *, num_speculative_tokens: int, max_new_tokens: int, limi
     ):
         if not good:
             raise UserError(field, value, "is too small", "give at least 0" if field == "temperature" else "give at least 1")
+    if temperature > 0:
+        import torch
+
+        from torchspec.engines.vllm.options import refuse_random_on_cpu
+
+        refuse_random_on_cpu(temperature, device="cuda" if torch.cuda.is_available() else "cpu", field="temperature")
     for key in OWNED:
         if key in (engine_args or {}):
             raise UserError(f"engine_args.{key}", (engine_args or {})[key], "is set by the measurement itself", "use the option of the command")
