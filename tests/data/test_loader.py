@@ -20,7 +20,7 @@ from torchspec.data.dataset import TokenizedDataset
 from torchspec.data.loader import LoaderConfig, PackLoader, Pass
 from torchspec.data.plan import Plan
 from torchspec.data.prepare import DataOptions, prepare
-from torchspec.engines.messages import Failure, Pack, PackReady, RecordRef
+from torchspec.engines.messages import Damaged, Failure, Pack, PackReady, RecordRef
 from torchspec.transfer import StoreConfig, make_server, open_store
 from torchspec.transfer.record import RecordSpec, seal, views
 
@@ -97,9 +97,10 @@ class Coordinator:
 
     samples_of: Callable[[list[int]], set[int]]
 
-    def reissue(self, stage: str, epoch: int, pack: int, index: int, key: str, reason: str) -> None:
-        self.reissued.append((index, reason))
-        self.on_reissue(stage, epoch, pack, index, key)
+    def reissue(self, stage: str, epoch: int, pack: int, damaged: list[Damaged]) -> None:
+        for bad in damaged:
+            self.reissued.append((bad.index, bad.reason))
+            self.on_reissue(stage, epoch, pack, bad.index, bad.key)
 
     on_reissue: Callable[..., None]
 

@@ -8,8 +8,10 @@ import random
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,11 +19,30 @@ import pytest
 from tests.engines.parts import group_config, save_tiny, wait_until
 from torchspec.engines.client import Endpoint, TrainerClient
 from torchspec.engines.connection import BadFrame, Closed, Connection, Framer
+from torchspec.engines.greeting import prove
 from torchspec.engines.group import EngineGroup
-from torchspec.engines.messages import MAX_FRAME, Ask, Beat, Hello, OpenStage, Pack, PackReady, RecordRef, Sample, Stop, Submit, ToCoordinator, ToTrainer
+from torchspec.engines.messages import (
+    MAX_FRAME,
+    Ask,
+    Beat,
+    Challenge,
+    Hello,
+    OpenStage,
+    Pack,
+    PackReady,
+    Pulse,
+    RecordRef,
+    Sample,
+    Stop,
+    Submit,
+    ToCoordinator,
+    ToTrainer,
+    Welcome,
+)
+from torchspec.errors import GroupStopped
 
 MESSAGES = [
-    Hello(token="t", role="trainer", name="rank-0"),
+    Hello(proof=b"p" * 32, role="trainer", name="rank-0"),
     Submit(stage="train", epoch=3, packs=[Pack(0, [Sample(7, b"\0\1\2\3" * 100)]), Pack(2, [])]),
     Ask(),
     Beat(samples=1, tokens=2, busy_s=0.5, write_s=0.25),
@@ -82,6 +103,23 @@ def test_random_bytes_never_do_more_than_end_the_connection() -> None:
                 list(framer.decode(bytes(data[at : at + 50])))
         except BadFrame:
             pass
+
+
+@pytest.fixture
+def pair_factory() -> Iterator[Callable[[float], tuple[Connection, socket.socket]]]:
+    """Makes a client that waits so many seconds for a sign of life, and the bare socket of its peer."""
+    made: list[Any] = []
+
+    def make(silence: float) -> tuple[Connection, socket.socket]:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            connection = Connection(server.getsockname(), ToTrainer, silence=silence)
+            peer, _ = server.accept()
+        made.extend([connection, peer])
+        return connection, peer
+
+    yield make
+    for part in made:
+        part.close()
 
 
 @pytest.fixture
@@ -151,10 +189,35 @@ def endpoint(group: EngineGroup) -> Endpoint:
 
 
 def raw(endpoint: Endpoint, *, hello: bool) -> socket.socket:
+    """A bare connection, its challenge read, and answered when ``hello``."""
     connection = socket.create_connection((endpoint.host, endpoint.port), timeout=20)
+    nonce = challenge_of(connection)
     if hello:
-        connection.sendall(frame(0, msgspec.msgpack.encode(Hello(token=endpoint.token, role="trainer", name="fuzz"))))
+        connection.sendall(frame(0, msgspec.msgpack.encode(Hello(proof=prove(endpoint.token, nonce, "trainer", "fuzz"), role="trainer", name="fuzz"))))
+        assert isinstance(next_frame(connection), Welcome)
     return connection
+
+
+def challenge_of(connection: socket.socket) -> bytes:
+    """The nonce that the coordinator greets with."""
+    challenge = next_frame(connection)
+    assert isinstance(challenge, Challenge) and len(challenge.nonce) == 32
+    return challenge.nonce
+
+
+def next_frame(connection: socket.socket) -> Any:
+    head = connection.recv(8, socket.MSG_WAITALL)
+    return msgspec.msgpack.decode(connection.recv(struct.unpack("<II", head)[0], socket.MSG_WAITALL), type=ToTrainer)
+
+
+def last_words(data: bytes) -> Any:
+    """The last frame of what the coordinator sent."""
+    at, last = 0, None
+    while at < len(data):
+        (length, _) = struct.unpack_from("<II", data, at)
+        last = msgspec.msgpack.decode(data[at + 8 : at + 8 + length], type=ToTrainer)
+        at += 8 + length
+    return last
 
 
 def ended(connection: socket.socket) -> bytes:
@@ -213,26 +276,97 @@ def test_a_frame_for_a_stranger_is_small(endpoint: Endpoint) -> None:
 def test_a_client_that_breaks_the_rules_is_told_and_dropped(endpoint: Endpoint, message: OpenStage | Submit) -> None:
     with raw(endpoint, hello=True) as connection:
         connection.sendall(frame(1, msgspec.msgpack.encode(message)))
-        *_, last = Framer(ToTrainer).decode(ended(connection))
+        last = last_words(ended(connection))
     assert isinstance(last, Stop) and last.error.startswith("coordinator: ")
 
 
 @pytest.mark.parametrize(
-    ("hello", "words"),
+    ("token", "changes", "words"),
     [
-        (Hello(token="", role="trainer", name="x"), "wrong run token"),
-        (Hello(token="é", role="trainer", name="x"), "wrong run token"),
-        (Hello(token="OK", role="root", name="x"), "unknown role"),
-        (Hello(token="OK", role="trainer", name="x", protocol=99), "protocol 99"),
+        ("", {}, "wrong run token"),
+        ("é", {}, "wrong run token"),
+        ("OK", {"role": "worker"}, "wrong run token"),
+        ("OK", {"name": "somebody else"}, "wrong run token"),
+        ("OK", {"proof": b""}, "wrong run token"),
+        ("OK", {"protocol": 99}, "protocol 99"),
     ],
-    ids=["no token", "token of other letters", "role", "protocol"],
+    ids=["no token", "token of other letters", "proof for another role", "proof for another name", "no proof", "protocol"],
 )
-def test_a_stranger_is_told_why(endpoint: Endpoint, hello: Hello, words: str) -> None:
-    given = msgspec.structs.replace(hello, token=endpoint.token) if hello.token == "OK" else hello
+def test_a_stranger_is_told_why(endpoint: Endpoint, token: str, changes: dict[str, Any], words: str) -> None:
     with socket.create_connection((endpoint.host, endpoint.port), timeout=20) as connection:
-        connection.sendall(frame(0, msgspec.msgpack.encode(given)))
-        (last,) = Framer(ToTrainer).decode(ended(connection))
+        proof = prove(endpoint.token if token == "OK" else token, challenge_of(connection), "trainer", "x")
+        hello = msgspec.structs.replace(Hello(proof=proof, role="trainer", name="x"), **changes)
+        connection.sendall(frame(0, msgspec.msgpack.encode(hello)))
+        last = last_words(ended(connection))
     assert isinstance(last, Stop) and words in last.error
+
+
+def test_a_role_that_does_not_exist_is_refused(endpoint: Endpoint) -> None:
+    with pytest.raises(GroupStopped, match="unknown role 'root'"):
+        TrainerClient(endpoint, "x", role="root")
+
+
+def test_a_recorded_greeting_is_worth_nothing(endpoint: Endpoint) -> None:
+    """The whole conversation of an honest client, played again on a new connection."""
+    with socket.create_connection((endpoint.host, endpoint.port), timeout=20) as honest:
+        recorded = frame(0, msgspec.msgpack.encode(Hello(proof=prove(endpoint.token, challenge_of(honest), "trainer", "x"), role="trainer", name="x")))
+        honest.sendall(recorded)
+        assert isinstance(next_frame(honest), Welcome)
+    assert endpoint.token.encode() not in recorded
+    with socket.create_connection((endpoint.host, endpoint.port), timeout=20) as thief:
+        thief.sendall(recorded)
+        last = last_words(ended(thief))
+    assert isinstance(last, Stop) and "wrong run token" in last.error
+
+
+def test_two_processes_with_one_rank_are_noticed(endpoint: Endpoint) -> None:
+    """The second one goes on, the first is told: neither waits for ever."""
+    first, second = TrainerClient(endpoint, "a"), TrainerClient(endpoint, "b")
+    for client in (first, second):
+        client.open_stage("train", 0, first_pack=0, num_packs=2, rank=0, world=1)
+        client.submit("train", 0, [Pack(0, [])])
+        ready = client.poll(10.0)
+        assert ready is not None and ready.pack == 0
+    with pytest.raises(GroupStopped, match="every rank must have its own number"):
+        first.poll(10.0)
+    second.close()
+
+
+def test_what_was_on_its_way_for_an_earlier_pass_is_dropped(endpoint: Endpoint) -> None:
+    """Two passes of the same stage and epoch: an announcement of the first must not be taken for one of the second."""
+    client = TrainerClient(endpoint, "rank-0")
+    client.open_stage("train", 0, first_pack=0, num_packs=4, rank=0, world=1)
+    client.submit("train", 0, [Pack(0, []), Pack(1, []), Pack(2, [])])
+    wait_until(lambda: client.ask()["finished"] == 0 and len(client._ready) == 3, timeout=10, what="the announcements")
+    client.submit("train", 0, [Pack(3, [])])  # its announcement is somewhere between
+    client.open_stage("train", 0, first_pack=1, num_packs=4, rank=0, world=1)
+    assert client.poll(0.5) is None
+    client.submit("train", 0, [Pack(1, [])])
+    ready = client.poll(10.0)
+    assert ready is not None and ready.pack == 1
+    client.acknowledge("train", 0, [1])
+    client.ask()
+    client.close()
+
+
+def test_a_coordinator_that_says_nothing_is_given_up(pair_factory: Callable[[float], tuple[Connection, socket.socket]]) -> None:
+    connection, peer = pair_factory(0.3)
+    for number in range(4):  # signs of life
+        peer.sendall(frame(number, msgspec.msgpack.encode(Pulse())))
+        while connection.receive(0.1) is not None:
+            pass
+    started = time.monotonic()
+    with pytest.raises(Closed, match="said nothing"):
+        while True:
+            connection.receive(0.1)
+    assert 0.1 < time.monotonic() - started < 2.0
+
+
+def test_a_client_that_does_not_say_who_it_is_is_dropped(group: EngineGroup, endpoint: Endpoint) -> None:
+    with raw(endpoint, hello=False) as connection:
+        connection.settimeout(15)
+        assert ended(connection) == b""
+    assert "did not say who it is" in (group.config.log_dir / "coordinator.log").read_text()
 
 
 def test_an_observer_may_only_ask(endpoint: Endpoint) -> None:

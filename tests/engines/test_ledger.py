@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from torchspec.engines.ledger import Ledger, Out, ProtocolError
-from torchspec.engines.messages import Lease, Pack, PackReady, Sample
+from torchspec.engines import books
+from torchspec.engines.ledger import Ledger, ProtocolError
+from torchspec.engines.messages import Damaged, Lease, Pack, PackReady, Sample
+from torchspec.engines.passes import Out
 
 BYTES = 100
 """Bytes of a token in these tests."""
@@ -25,8 +27,8 @@ def pack(index: int, *lengths: int) -> Pack:
 
 
 def out(ledger: Ledger) -> Out:
-    taken, ledger.out = ledger.out, Out()
-    ledger.audit()
+    taken = ledger.out.take()
+    books.audit(ledger)
     return taken
 
 
@@ -225,7 +227,7 @@ def test_one_poison_sample_does_not_take_its_neighbours_along() -> None:
                 if not held:
                     break
                 finish(ledger, "w", [held.pop(0)])
-        if "w" in ledger._workers:
+        if "w" in ledger.leases.workers:
             ledger.leave("w", "end")
         delete(ledger)
         ready = [message for _, message in out(ledger).ready]
@@ -249,9 +251,9 @@ def test_a_record_that_could_not_be_read_is_produced_again(one: Ledger) -> None:
     one.submit(0, "train", 0, [pack(0, 3, 4)])
     (ready,) = drain(one)
     bad = ready.records[0]
-    one.reissue(0, "train", 0, 0, bad.index, bad.key, "checksum")
+    one.reissue(0, "train", 0, 0, [Damaged(bad.index, bad.key, "checksum")])
     assert out(one).delete == [bad.key]
-    one.reissue(0, "train", 0, 0, bad.index, bad.key, "checksum")  # said twice
+    one.reissue(0, "train", 0, 0, [Damaged(bad.index, bad.key, "checksum")])  # said twice
     assert out(one).delete == []
     with pytest.raises(ProtocolError):
         one.acknowledge(0, "train", 0, [0])
@@ -355,7 +357,7 @@ def test_too_many_failures_stop_the_run_with_the_last_reason() -> None:
     )
 
 
-@pytest.mark.parametrize(("nbytes", "rows"), [(301, 3), (300, 1), (300, 4)])
+@pytest.mark.parametrize(("nbytes", "rows"), [(301, 3), (300, 1), (300, 4), (0, 3), (-1, 3)])
 def test_a_record_of_another_size_than_its_credit_is_refused(one: Ledger, nbytes: int, rows: int) -> None:
     one.submit(0, "train", 0, [pack(0, 3)])
     (lease,) = one.pull("w", 1, 100, 0.0)
@@ -379,4 +381,56 @@ def test_state_counts_samples_by_where_they_are() -> None:
     ledger.submit(0, "train", 0, [pack(0, 2, 2, 2), pack(1, 2), pack(2, 4, 3)])
     leases = ledger.pull("w", 3, 100, 0.0)
     finish(ledger, "w", leases[:1])
-    assert ledger.state() == {"budget": 1000, "bytes_alive": 800, "queued": 2, "ready_for_work": 1, "leased": 2, "finished": 1, "failed": 0}
+    assert books.state(ledger) == {"budget": 1000, "bytes_alive": 800, "queued": 2, "ready_for_work": 1, "leased": 2, "finished": 1, "failed": 0}
+
+
+def test_damaged_records_of_a_pack_go_together_even_where_one_is_given_up() -> None:
+    """Announced in between, the pack would name a record that is about to be deleted."""
+    ledger = make(max_attempts=2)
+    ledger.open_stage(0, "train", 0, first_pack=0, num_packs=1, world=1)
+    ledger.join("w", 100)
+    ledger.submit(0, "train", 0, [pack(0, 3, 4)])
+    first, second = ledger.pull("w", 2, 100, 0.0)
+    ledger.fail("w", first.id, "no luck", retry=True)
+    finish(ledger, "w", [second])
+    delete(ledger)
+    (ready,) = drain(ledger)
+    ledger.reissue(0, "train", 0, 0, [Damaged(r.index, r.key, "checksum") for r in ready.records])
+    taken = out(ledger)
+    assert taken.ready == [] and sorted(taken.delete) == sorted(r.key for r in ready.records)
+    ledger.deleted(taken.delete)
+    (again,) = drain(ledger)
+    assert [f.index for f in again.failed] == [0] and [r.index for r in again.records] == [1]
+
+
+def test_a_rank_that_skips_a_pass_holds_nobody_up() -> None:
+    """Rank 0 opens validation 1, rank 1 goes straight to validation 2: pass 1 waits for nothing of rank 1."""
+    ledger = make()
+    ledger.join("w", 100)
+    ledger.open_stage(0, "validate", 1, first_pack=0, num_packs=4, world=2)
+    ledger.submit(0, "validate", 1, [pack(0, 3), pack(2, 3)])
+    ledger.open_stage(1, "validate", 2, first_pack=0, num_packs=4, world=2)
+    assert [m.pack for m in drain(ledger)] == [0, 2]
+    ledger.acknowledge(0, "validate", 1, [0, 2])
+    ledger.close_stage(0, "validate", 1)
+    delete(ledger)
+    assert len(ledger.passes) == 1 and ledger.credit.alive == 0
+
+
+@pytest.mark.parametrize("ids", [b"", b"\0" * 6], ids=["none", "half a number"])
+def test_ids_that_are_no_numbers_are_refused(one: Ledger, ids: bytes) -> None:
+    with pytest.raises(ProtocolError, match="int32"):
+        one.submit(0, "train", 0, [Pack(0, [Sample(0, ids)])])
+
+
+def test_the_audit_sees_credit_that_leaks_and_records_that_vanish(one: Ledger) -> None:
+    one.submit(0, "train", 0, [pack(0, 3)])
+    (ready,) = drain(one)
+    one.credit.take("train", 1)
+    with pytest.raises(AssertionError, match="credit of train is 301 bytes, its living packs hold 300"):
+        books.audit(one)
+    one.credit.give_back("train", 1)
+    books.audit(one)
+    one.deleted([ready.records[0].key])
+    with pytest.raises(AssertionError, match="deleted while it is owed"):
+        books.audit(one)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from torchspec.engines import books
 from torchspec.engines.ledger import Ledger, ProtocolError
-from torchspec.engines.messages import Continue, Lease, Pack, PackReady, Sample
+from torchspec.engines.messages import Continue, Damaged, Lease, Pack, PackReady, Sample
 
 
 def ids(length: int) -> bytes:
@@ -47,7 +48,7 @@ def settle(ledger: Ledger) -> None:
     """What the coordinator does with keys to delete."""
     keys, ledger.out.delete = ledger.out.delete, []
     ledger.deleted(keys)
-    ledger.audit()
+    books.audit(ledger)
 
 
 def test_credit_covers_the_longest_answer_and_the_record_says_how_long_it_was() -> None:
@@ -91,7 +92,7 @@ def test_packs_of_a_step_are_announced_together_over_ranks() -> None:
     for rank, message in found:
         ledger.acknowledge(rank, "train", 0, [message.pack])
     settle(ledger)
-    assert ledger.credit.alive == 0 and ledger.state()["queued"] == 0
+    assert ledger.credit.alive == 0 and books.state(ledger)["queued"] == 0
 
 
 def test_a_damaged_record_is_answered_again_and_keeps_the_lengths_that_others_trained_with() -> None:
@@ -101,7 +102,7 @@ def test_a_damaged_record_is_answered_again_and_keeps_the_lengths_that_others_tr
         ledger.finish("w", lease.id, 10 * 5, 4)
     first, second = (message for _, message in ready(ledger))
     ledger.acknowledge(0, "train", 0, [0])
-    ledger.reissue(0, "train", 0, 1, 10, second.records[0].key, "checksum")
+    ledger.reissue(0, "train", 0, 1, [Damaged(10, second.records[0].key, "checksum")])
     settle(ledger)
     (lease,) = pull(ledger)
     assert lease.go_on is not None and lease.key != second.records[0].key
@@ -142,7 +143,7 @@ def test_one_worker_answers_and_another_captures() -> None:
     ledger.finish("w", capture.id, 10 * 9, 8)
     ((_, message),) = ready(ledger)
     assert message.answers == [2, 5]
-    ledger.reissue(0, "train", 0, 0, 0, message.records[0].key, "checksum")
+    ledger.reissue(0, "train", 0, 0, [Damaged(0, message.records[0].key, "checksum")])
     settle(ledger)
     (capture,) = pull(ledger)
     assert (capture.ids, capture.go_on) == (ids(5), None)  # what was said stays said
@@ -161,7 +162,7 @@ def test_a_lost_answering_worker_returns_its_prompts() -> None:
     ledger.join("a", 100, answers=True)
     (lease,) = pull(ledger, "a")
     assert ledger.leave("a", "died") == []
-    ledger.audit()
+    books.audit(ledger)
     ledger.join("b", 100, answers=True)
     (again,) = pull(ledger, "b")
     assert again.index == lease.index and again.id != lease.id

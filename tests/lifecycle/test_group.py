@@ -23,7 +23,7 @@ import torch
 from tests.engines.parts import MAX_LENGTH, Rank, alive, children, group_config, of_run, random_packs, save_tiny, store_files, wait_until
 from torchspec.engines.client import Endpoint, TrainerClient
 from torchspec.engines.group import EngineGroup, GroupConfig
-from torchspec.engines.messages import Pack, Sample
+from torchspec.engines.messages import Damaged, Pack, Sample
 from torchspec.errors import GroupStopped, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -345,7 +345,7 @@ def test_a_damaged_record_is_produced_again(make: Callable[..., EngineGroup]) ->
     assert ready is not None
     first = ready.records[0]
     rank.store.delete([first.key])
-    rank.client.reissue("train", 0, 0, first.index, first.key, "gone")
+    rank.client.reissue("train", 0, 0, [Damaged(first.index, first.key, "gone")])
     again = rank.take()
     assert {r.index for r in again.records} == {r.index for r in ready.records} and first.key not in {r.key for r in again.records}
     rank.settled()

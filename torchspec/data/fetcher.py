@@ -22,7 +22,7 @@ from torchspec.data.failures import append_failures
 from torchspec.data.plan import Plan
 from torchspec.data.prompts import answer_counts
 from torchspec.data.samples import Samples
-from torchspec.engines.messages import Pack, PackReady, RecordRef
+from torchspec.engines.messages import Damaged, Pack, PackReady, RecordRef
 from torchspec.transfer.record import Record, RecordError, RecordSpec, open_record
 from torchspec.transfer.store import Store, StoreError
 
@@ -266,11 +266,10 @@ class Fetcher:
                 except RecordError as error:
                     damaged[ref.index] = str(error)
         self.stats.read_s += time.monotonic() - started
-        for ref in ready.records:
-            if ref.index in damaged:
-                self.stats.reissued += 1
-                self.link.client.reissue(self.config.stage, self.epoch, ready.pack, ref.index, ref.key, damaged[ref.index])
         if damaged:
+            self.stats.reissued += len(damaged)
+            again = [Damaged(ref.index, ref.key, damaged[ref.index]) for ref in ready.records if ref.index in damaged]
+            self.link.client.reissue(self.config.stage, self.epoch, ready.pack, again)
             return None
         self.stats.bytes += sum(ref.nbytes for ref in ready.records)
         return records

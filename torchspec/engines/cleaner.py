@@ -23,6 +23,8 @@ class Cleaner:
         self._address = address
         self._on_deleted = on_deleted
         self._on_error = on_error
+        self.call = 0
+        """Number of the call to the store that is going on, from 1; 0 while there is none."""
         self._queue: queue.SimpleQueue[list[str] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="cleaner", daemon=True)
         self._thread.start()
@@ -43,8 +45,11 @@ class Cleaner:
             self._on_error(f"the coordinator cannot reach its store: {error}")
             return
         try:
+            number = 0
             while keys := self._next():
+                self.call = number = number + 1
                 store.delete(keys)
+                self.call = 0
                 self._on_deleted(keys)
         except Exception as error:
             self._on_error(f"deleting from the store failed: {error}")

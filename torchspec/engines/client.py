@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchspec.engines.connection import BadFrame, Closed, Connection
+from torchspec.engines.connection import SILENCE, BadFrame, Closed, Connection
+from torchspec.engines.greeting import Refused, greet
 from torchspec.engines.messages import (
     Acknowledge,
     Answer,
     Ask,
     CloseStage,
-    Hello,
+    Damaged,
     Message,
     NewDraft,
+    Opened,
     OpenStage,
     Pack,
     PackReady,
@@ -29,9 +31,6 @@ from torchspec.engines.messages import (
 from torchspec.errors import GroupStopped
 
 __all__ = ["Endpoint", "GroupStopped", "TrainerClient"]
-
-_WELCOME = 180.0
-"""Seconds for the coordinator to start its store."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +54,22 @@ class TrainerClient:
     def __init__(self, endpoint: Endpoint, name: str, *, role: str = "trainer") -> None:
         self._ready: deque[PackReady] = deque()
         self._answers: deque[Answer] = deque()
+        self._opening = 0
+        """Passes asked for and not confirmed: what comes before the confirmation belongs to an earlier one."""
         try:
-            self._connection = Connection((endpoint.host, endpoint.port), ToTrainer)
-            self._connection.send(Hello(token=endpoint.token, role=role, name=name))
-            first = self._connection.receive(_WELCOME)
-        except (Closed, BadFrame) as error:
+            self._connection = Connection((endpoint.host, endpoint.port), ToTrainer, silence=SILENCE)
+        except Closed as error:
             raise GroupStopped(str(error)) from error
-        if isinstance(first, Stop):
-            raise GroupStopped(first.error or "the engine group has ended")
-        if not isinstance(first, Welcome):
-            raise GroupStopped(f"the coordinator did not answer within {_WELCOME:.0f} s")
-        self.welcome: Welcome = first
+        try:
+            self.welcome: Welcome = greet(self._connection, token=endpoint.token, role=role, name=name)
+        except (Refused, Closed, BadFrame) as error:
+            self.close()
+            raise GroupStopped(str(error)) from error
 
     def open_stage(self, stage: str, epoch: int, *, first_pack: int, num_packs: int, rank: int, world: int, step_packs: int = 0) -> None:
         """Begin a pass; what came for earlier ones is dropped."""
         self._ready.clear()
+        self._opening += 1
         self._send(OpenStage(stage=stage, epoch=epoch, first_pack=first_pack, num_packs=num_packs, rank=rank, world=world, step_packs=step_packs))
 
     def submit(self, stage: str, epoch: int, packs: Sequence[Pack]) -> None:
@@ -88,9 +88,9 @@ class TrainerClient:
         """Their records were copied out."""
         self._send(Acknowledge(stage=stage, epoch=epoch, packs=list(packs)))
 
-    def reissue(self, stage: str, epoch: int, pack: int, index: int, key: str, reason: str) -> None:
-        """A record could not be read or did not verify."""
-        self._send(Reissue(stage=stage, epoch=epoch, pack=pack, index=index, key=key, reason=reason))
+    def reissue(self, stage: str, epoch: int, pack: int, damaged: Sequence[Damaged]) -> None:
+        """Records of a pack that could not be read or did not verify, all of them at once."""
+        self._send(Reissue(stage=stage, epoch=epoch, pack=pack, damaged=list(damaged)))
 
     def close_stage(self, stage: str, epoch: int) -> None:
         """No more packs of the pass."""
@@ -127,7 +127,10 @@ class TrainerClient:
         if isinstance(message, Stop):
             raise GroupStopped(message.error or "the engine group has ended")
         if isinstance(message, PackReady):
-            self._ready.append(message)
+            if not self._opening:
+                self._ready.append(message)
+        elif isinstance(message, Opened):
+            self._opening -= 1
         elif isinstance(message, Answer):
             self._answers.append(message)
         return message is not None

@@ -1,6 +1,8 @@
 """Frames on a TCP connection: length, number, MessagePack. One blocking side (clients) and one asyncio side (the coordinator).
 
 Nothing that arrives is trusted: an oversized length, a number out of order or bytes that do not decode to an expected message end the connection.
+Nothing that fails to arrive is waited for without end: a client takes a coordinator that says nothing at all for :data:`SILENCE` seconds for lost, whether its
+host, its network or its process is what stopped.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ import msgspec
 from torchspec.engines.messages import MAX_FRAME, Message
 
 _HEAD = struct.Struct("<II")
-_SILENCE = 60
-"""Seconds that sent bytes may stay without an acknowledgement of the other host before the connection counts as dead."""
+SILENCE = 60.0
+"""Seconds without a word of the other side (or, for what was sent, without an acknowledgement of its host) before it counts as lost."""
+_PROBE = 10
+"""Seconds of quiet before TCP asks the other host whether it is there."""
 _ENCODER = msgspec.msgpack.Encoder()
 log = logging.getLogger(__name__)
 
@@ -99,6 +103,17 @@ class Closed(Exception):
     """The peer is gone."""
 
 
+def notice_a_dead_host(connected: socket.socket) -> None:
+    """Set a TCP socket up so that a peer whose host or network is gone ends it within about a minute, whether it is written to or not."""
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SILENCE), 0))
+    if sys.platform == "linux":
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * SILENCE))
+
+
 class Connection:
     """Blocking side. One thread receives; any thread may send.
 
@@ -106,22 +121,24 @@ class Connection:
         address: (host, port).
         expected: union of message types that may arrive.
         timeout: seconds to connect.
+        silence: seconds without a word of the peer after which :meth:`receive` counts it as lost; None for a peer that need not speak.
 
     Raises:
         Closed: nobody listens.
     """
 
-    def __init__(self, address: tuple[str, int], expected: Any, *, timeout: float = 10.0) -> None:
+    def __init__(self, address: tuple[str, int], expected: Any, *, timeout: float = 10.0, silence: float | None = None) -> None:
         try:
             self._socket = socket.create_connection(address, timeout=timeout)
         except OSError as error:
             raise Closed(f"no connection to the coordinator at {address[0]}:{address[1]} ({error})") from error
         self._socket.settimeout(None)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if sys.platform == "linux":
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _SILENCE)
+        notice_a_dead_host(self._socket)
         self._framer = Framer(expected)
+        self._readable = select.poll()  # select(2) ends at descriptor 1023
+        self._readable.register(self._socket, select.POLLIN)
+        self._silence = silence
+        self._heard = time.monotonic()
         self._pending: deque[Any] = deque()
         self._lock = threading.Lock()
 
@@ -148,9 +165,13 @@ class Connection:
         while not self._pending:
             left = deadline - time.monotonic()
             try:
-                if not select.select([self._socket], [], [], max(left, 0.0))[0]:
+                if not self._readable.poll(1000 * max(left, 0.0)):
+                    quiet = time.monotonic() - self._heard
+                    if self._silence is not None and quiet > self._silence:
+                        raise Closed(f"the coordinator has said nothing for {quiet:.0f} s")
                     return None
                 data = self._socket.recv(1 << 20)
+                self._heard = time.monotonic()
             except (OSError, ValueError) as error:
                 raise Closed(f"connection to the coordinator lost ({error})") from error
             if not data:
@@ -173,28 +194,39 @@ class Peer(asyncio.Protocol):
     Args:
         expected: what it may send first.
         on_message, on_lost: called in the loop.
+        on_made: called in the loop when the connection is there, before anything arrives.
         first_limit: longest frame before it is known.
     """
 
-    def __init__(self, expected: Any, *, on_message: Callable[[Peer, Any], None], on_lost: Callable[[Peer], None], first_limit: int = 65536) -> None:
+    def __init__(
+        self,
+        expected: Any,
+        *,
+        on_message: Callable[[Peer, Any], None],
+        on_lost: Callable[[Peer], None],
+        on_made: Callable[[Peer], None] | None = None,
+        first_limit: int = 65536,
+    ) -> None:
         self._framer = Framer(expected, limit=first_limit)
+        self._on_made = on_made
         self._on_message = on_message
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
         self.name = "?"
-        self.role = ""
-        self.rank = -1
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self.name = str(transport.get_extra_info("peername"))
+        notice_a_dead_host(transport.get_extra_info("socket"))
+        if self._on_made is not None:
+            self._on_made(self)
 
     def data_received(self, data: bytes) -> None:
         try:
             for message in self._framer.decode(data):
-                if self._transport is None:
-                    return
+                if self._transport is None or self._transport.is_closing():
+                    return  # nothing counts any more after what broke the rules
                 self._on_message(self, message)
         except BadFrame as error:
             log.warning("refused %s: %s", self.name, error)

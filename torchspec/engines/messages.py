@@ -1,11 +1,11 @@
 """Everything that crosses a coordinator socket: msgspec structs, never pickle.
 
 A frame is a 4-byte little-endian length, a 4-byte number and one MessagePack map that names its type. Each side numbers its frames from 0;
-a frame out of order is refused and the connection closed. The first frame of a client is :class:`Hello`.
+a frame out of order is refused and the connection closed. The coordinator speaks first (:class:`Challenge`), a client answers with :class:`Hello`.
 
-    trainer  -> Hello OpenStage Submit Acknowledge Reissue CloseStage NewDraft Ask   <- Welcome PackReady Answer Stop
-    worker   -> Hello Ready Pull Report Beat                                         <- Welcome Work Cancel NewDraft Stop
-    observer -> Hello Ask                                                            <- Welcome Answer Stop
+    trainer  -> Hello OpenStage Submit Acknowledge Reissue CloseStage NewDraft Ask   <- Challenge Welcome Opened PackReady Answer Pulse Stop
+    worker   -> Hello Ready Pull Report Beat                                         <- Challenge Welcome Work Cancel NewDraft Pulse Stop
+    observer -> Hello Ask                                                            <- Challenge Welcome Answer Pulse Stop
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-PROTOCOL = 1
+PROTOCOL = 2
 ANSWERER = "vllm_answers"
 """The engine of workers that only answer; their names begin with it."""
 MAX_FRAME = 64 * 2**20
@@ -107,11 +107,20 @@ class Failed(msgspec.Struct, frozen=True):
     """False: the same sample would fail anywhere (too long, say)."""
 
 
+class Damaged(msgspec.Struct, frozen=True):
+    """A finished record that could not be read or did not verify."""
+
+    index: int
+    key: str
+    reason: str
+
+
 # any client -> coordinator
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    token: str
+    proof: bytes
+    """``greeting.prove`` of the token, the challenge, and the two fields below."""
     role: str
     """trainer, worker or observer."""
     name: str
@@ -129,7 +138,7 @@ class Ask(Message, frozen=True, kw_only=True):
 class OpenStage(Message, frozen=True, kw_only=True):
     """This rank will submit packs ``first_pack + rank, + world, ...`` below ``num_packs`` of one pass over a plan.
 
-    A stage name (``train``, ``validate`` or ``validate/NAME``) is open once a rank; opening it again closes the earlier pass.
+    A stage name (``train``, ``validate`` or ``validate/NAME``) is open once a rank; opening it again closes the earlier pass. Answered by :class:`Opened`.
     """
 
     stage: str
@@ -159,14 +168,13 @@ class Acknowledge(Message, frozen=True, kw_only=True):
 
 
 class Reissue(Message, frozen=True, kw_only=True):
-    """A finished record that could not be read or did not verify; it counts as a failed attempt and is produced again."""
+    """Finished records of a pack that were of no use; each counts as a failed attempt and is produced again. All of a pack in one message:
+    the pack must not become ready again in between."""
 
     stage: str
     epoch: int
     pack: int
-    index: int
-    key: str
-    reason: str
+    damaged: list[Damaged]
 
 
 class CloseStage(Message, frozen=True, kw_only=True):
@@ -234,6 +242,24 @@ class Beat(Message, frozen=True, kw_only=True):
 # coordinator -> client
 
 
+class Challenge(Message, frozen=True, kw_only=True):
+    """The first frame of a connection."""
+
+    nonce: bytes
+    """Random, never used again."""
+
+
+class Pulse(Message, frozen=True, kw_only=True):
+    """Sent every few seconds: a client that hears nothing at all for ``connection.SILENCE`` seconds takes the coordinator for lost."""
+
+
+class Opened(Message, frozen=True, kw_only=True):
+    """The pass is open. What came before this belongs to an earlier pass, which may have had the same stage and epoch."""
+
+    stage: str
+    epoch: int
+
+
 class Welcome(Message, frozen=True, kw_only=True):
     run: str
     incarnation: int
@@ -280,5 +306,5 @@ class Stop(Message, frozen=True, kw_only=True):
 
 
 ToCoordinator = Hello | Ask | OpenStage | Submit | Acknowledge | Reissue | CloseStage | NewDraft | Ready | Pull | Report | Beat
-ToTrainer = Welcome | PackReady | Answer | Stop
-ToWorker = Welcome | Work | Cancel | NewDraft | Stop
+ToTrainer = Challenge | Welcome | Opened | PackReady | Answer | Pulse | Stop
+ToWorker = Challenge | Welcome | Work | Cancel | NewDraft | Pulse | Stop

@@ -1,10 +1,10 @@
-"""What the ledger remembers: passes over a plan, their packs and samples, the workers, and the byte credit that packs hold."""
+"""What the ledger remembers: passes over a plan, their packs and samples, the workers, the byte credit that packs hold, and what is to be done outside."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torchspec.engines.messages import Continue, Failure, RecordRef
+from torchspec.engines.messages import Continue, Failure, PackReady, RecordRef
 
 VALIDATE, TRAIN = "validate", "train"
 KINDS = (VALIDATE, TRAIN)
@@ -14,6 +14,25 @@ KINDS = (VALIDATE, TRAIN)
 def kind_of(stage: str) -> str:
     """``validate`` and ``validate/NAME`` are validation, every other stage is training."""
     return VALIDATE if stage == VALIDATE or stage.startswith(f"{VALIDATE}/") else TRAIN
+
+
+@dataclass(slots=True)
+class Out:
+    """What to do outside the ledger; :meth:`take` empties it."""
+
+    ready: list[tuple[int, PackReady]] = field(default_factory=list)
+    """(rank, message)."""
+    delete: list[str] = field(default_factory=list)
+    """Keys; each is confirmed by ``Ledger.deleted``."""
+    cancel: list[tuple[str, int]] = field(default_factory=list)
+    """(worker, lease)."""
+    stop: str | None = None
+
+    def take(self) -> Out:
+        """What there is; nothing is left."""
+        taken = Out(self.ready, self.delete, self.cancel, self.stop)
+        self.ready, self.delete, self.cancel, self.stop = [], [], [], None
+        return taken
 
 
 @dataclass(slots=True, eq=False)
@@ -133,6 +152,10 @@ class Credit:
     def alive(self) -> int:
         """Bytes granted and not yet returned."""
         return self._alive[VALIDATE] + self._alive[TRAIN]
+
+    def of(self, kind: str) -> int:
+        """The part of :attr:`alive` that belongs to a kind of stage."""
+        return self._alive[kind]
 
     def most(self, kind: str) -> int:
         """The largest pack that can ever fit."""

@@ -16,9 +16,10 @@ import time
 import traceback
 from dataclasses import asdict
 
-from torchspec.engines.connection import Closed, Connection
+from torchspec.engines.connection import SILENCE, Closed, Connection
 from torchspec.engines.engine import Engine, EngineConfig, Job, OnPolicy, TakesDrafts
-from torchspec.engines.messages import ANSWERER, Answered, Beat, Cancel, Failed, Finished, Hello, NewDraft, Pull, Ready, Report, Stop, ToWorker, Welcome, Work
+from torchspec.engines.greeting import Refused, greet
+from torchspec.engines.messages import ANSWERER, Answered, Beat, Cancel, Failed, Finished, NewDraft, Pull, Ready, Report, Stop, ToWorker, Work
 from torchspec.engines.parent import die_with
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
@@ -34,7 +35,6 @@ ENGINES = {
 }
 """Engine by its name in the configuration; imported in the worker alone."""
 
-_WELCOME = 180.0
 _POLL = 0.25
 
 
@@ -64,13 +64,11 @@ def work(host: str, port: int, *, token: str, name: str, device: str) -> None:
         UserError: refused, or the engine cannot be built.
         Closed: the coordinator is gone.
     """
-    connection = Connection((host, port), ToWorker)
-    connection.send(Hello(token=token, role="worker", name=name))
-    welcome = connection.receive(_WELCOME)
-    if isinstance(welcome, Stop):
-        raise UserError("coordinator", f"{host}:{port}", welcome.error or "has ended", "check address and token")
-    if not isinstance(welcome, Welcome):
-        raise UserError("coordinator", f"{host}:{port}", f"did not answer within {_WELCOME:.0f} s", "look at its log")
+    connection = Connection((host, port), ToWorker, silence=SILENCE)
+    try:
+        welcome = greet(connection, token=token, role="worker", name=name)
+    except Refused as error:
+        raise UserError("coordinator", f"{host}:{port}", str(error), "check address and token, and look at its log") from error
     plain = welcome.job
     job = Job(
         target=TargetConfig(**plain["target"]),
