@@ -15,7 +15,6 @@ from typing import Any
 from torchspec.errors import GroupStopped, UserError
 
 COMMANDS: dict[str, str] = {
-    "regenerate": "answer the prompts of a conversation file with the target itself",
     "export": "turn a training checkpoint into a draft directory for vLLM, speculators or SGLang",
     "import_draft": "read a published draft, check it, and write it in another format",
     "acceptance": "serve a draft in vLLM and measure its acceptance length and speed",
@@ -24,6 +23,12 @@ COMMANDS: dict[str, str] = {
     "doctor": "check this machine: versions, libraries, GPU, ports, memory, the store",
 }
 """Functions of ``torchspec.commands``."""
+
+DATA_COMMANDS: dict[str, str] = {
+    "show_data": "show conversations as they would be trained: tokens, and which of them are supervised",
+    "regenerate": "answer the prompts of a conversation file with the target itself",
+}
+"""Functions of ``torchspec.data_commands``."""
 
 TRAINING: dict[str, str] = {
     "fit": "train a draft: start engines, stream hidden states, train, validate, save, export",
@@ -44,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if words[0] in TRAINING:
             _train(words)
-        elif words[0] in COMMANDS:
+        elif words[0] in COMMANDS | DATA_COMMANDS:
             _command(words[0], words[1:])
         else:
-            raise UserError("command", words[0], "does not exist", f"use one of {', '.join([*TRAINING, *COMMANDS])}")
+            raise UserError("command", words[0], "does not exist", f"use one of {', '.join([*TRAINING, *DATA_COMMANDS, *COMMANDS])}")
     except UserError as error:
         _fail(error)
     except GroupStopped as error:
@@ -57,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _overview() -> str:
-    rows = "\n".join(f"  {name:<14}{what}" for name, what in {**TRAINING, **COMMANDS}.items())
+    rows = "\n".join(f"  {name:<14}{what}" for name, what in {**TRAINING, **DATA_COMMANDS, **COMMANDS}.items())
     head = "usage: main.py COMMAND ...\n\nTorchSpec trains the draft models of speculative decoding."
     return f"{head}\n\n{rows}\n\nmain.py COMMAND --help shows the options of a command."
 
@@ -70,9 +75,9 @@ def _fail(error: BaseException, code: int = 2) -> None:
 def _command(name: str, words: list[str]) -> None:
     from jsonargparse import auto_cli
 
-    from torchspec import commands
+    from torchspec import commands, data_commands
 
-    function: Callable[..., Any] = getattr(commands, name)
+    function: Callable[..., Any] = getattr(data_commands if name in DATA_COMMANDS else commands, name)
     code = auto_cli(function, args=words, as_positional=False, prog=f"main.py {name}", allow_abbrev=False)
     if isinstance(code, int) and code:
         raise SystemExit(code)

@@ -29,7 +29,9 @@ from torchspec.data.sources import Source, read_rows
 from torchspec.errors import UserError
 
 SHARD = 1 << 15
-"""Rows tokenised between two records of progress."""
+"""Rows tokenised between two records of progress, at most."""
+SHARD_BYTES = 1 << 26
+"""Bytes of rows after which a shard ends earlier."""
 APPENDED = ("tokens.i32", "mask.u8", "lengths.i64", "places.i32", "hashes.u64", "bad_rows.jsonl")
 _SHOWN = 2000
 """Rows from which on a progress bar is worth its line."""
@@ -159,11 +161,12 @@ def _load(every: Iterator[tuple[bytes, int, int]], scratch: Path) -> Any:
 
     scratch.mkdir()
     schema = pa.schema({"row": pa.large_binary(), "source": pa.int32(), "line": pa.int32()})
-    count = 0
+    count = nbytes = 0
     with pa.OSFile(str(scratch / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
-        while count < SHARD and (batch := list(itertools.islice(every, min(1024, SHARD - count)))):
+        while count < SHARD and nbytes < SHARD_BYTES and (batch := list(itertools.islice(every, min(256, SHARD - count)))):
             stream.write_batch(pa.record_batch(list(map(list, zip(*batch, strict=True))), schema=schema))
             count += len(batch)
+            nbytes += sum(len(row) for row, _, _ in batch)
     return datasets.Dataset.from_file(str(scratch / "rows.arrow")) if count else None
 
 

@@ -28,6 +28,7 @@ VERSION = 1
 _FULL = 0.97
 _PACKS_IN_WINDOW = 192
 _ATTEMPTS = 4
+_PACKS_AT_ONCE = 4096
 _BITS = 24  # of a pack's number inside a window, below its room
 
 
@@ -121,22 +122,23 @@ class Plan:
         return digest.hexdigest()[:32]
 
     def _form(self, num_packs: int | None) -> tuple[np.ndarray, np.ndarray]:
-        packs = self._packs(self.epoch, 0)
+        """(conversations in the order of their packs, where each pack begins)."""
+        order, sizes = self._packs(self.epoch, 0)
         if self.epoch and self.shuffle:
             if num_packs is None:
-                num_packs = _whole(len(self._packs(0, 0)), self.packs_per_step)
+                num_packs = _whole(self._packs(0, 0)[1].shape[0], self.packs_per_step)
             attempt = 1
-            while len(packs) > num_packs:
-                packs = self._packs(self.epoch, attempt) if attempt < _ATTEMPTS else self._packs(0, 0)
+            while sizes.shape[0] > num_packs:
+                order, sizes = self._packs(self.epoch, attempt) if attempt < _ATTEMPTS else self._packs(0, 0)
                 attempt += 1
         if self.shuffle:
-            packs = [packs[i] for i in self._generator(self.epoch, _ATTEMPTS).permutation(len(packs))]
-        total = _whole(len(packs), self.packs_per_step) if num_packs is None else num_packs
-        sizes = np.array([len(pack) for pack in packs] + [0] * (total - len(packs)), dtype=np.int64)
-        starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
-        return np.fromiter((i for pack in packs for i in pack), dtype=np.int64, count=int(starts[-1])), starts
+            order, sizes = _rearranged(order, sizes, self._generator(self.epoch, _ATTEMPTS).permutation(sizes.shape[0]))
+        total = _whole(sizes.shape[0], self.packs_per_step) if num_packs is None else num_packs
+        starts = np.full(total + 1, order.shape[0], dtype=np.int64)
+        starts[: sizes.shape[0]] = np.cumsum(sizes) - sizes
+        return order, starts
 
-    def _packs(self, epoch: int, attempt: int) -> list[list[int]]:
+    def _packs(self, epoch: int, attempt: int) -> tuple[np.ndarray, np.ndarray]:
         n = self.lengths.shape[0]
         order = self._generator(epoch, attempt).permutation(n) if self.shuffle else np.arange(n)
         return _form_packs(order, self.lengths, self.max_tokens)
@@ -149,13 +151,14 @@ def _whole(packs: int, packs_per_step: int) -> int:
     return packs + -packs % packs_per_step
 
 
-def _form_packs(order: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[list[int]]:
-    """Cut an order of conversations into packs of at most ``max_tokens``."""
+def _form_packs(order: np.ndarray, lengths: np.ndarray, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut an order of conversations into packs of at most ``max_tokens``: (conversations pack by pack [n], conversations of each pack)."""
     if not order.size:
-        return []
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     mean = float(lengths.mean())
     window = max(64, min(int(_PACKS_IN_WINDOW * max_tokens / mean), 1 << 16))
-    packs: list[list[int]] = []
+    members: list[np.ndarray] = []
+    sizes: list[np.ndarray] = []
     carried: list[int] = []
     for low in range(0, order.shape[0], window):
         chosen = np.concatenate([np.array(carried, dtype=np.int64), order[low : low + window]])
@@ -170,8 +173,18 @@ def _form_packs(order: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list
                 carried += formed[i]
                 taken.add(i)
             formed = [pack for i, pack in enumerate(formed) if i not in taken]
-        packs += formed
-    return packs
+        members.append(np.array([i for pack in formed for i in pack], dtype=np.int64))
+        sizes.append(np.array([len(pack) for pack in formed], dtype=np.int64))
+    return np.concatenate(members), np.concatenate(sizes)
+
+
+def _rearranged(order: np.ndarray, sizes: np.ndarray, packs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same packs, pack ``packs[j]`` in place j."""
+    begins = np.cumsum(sizes) - sizes
+    chosen = sizes[packs]
+    source = np.repeat(begins[packs] - (np.cumsum(chosen) - chosen), chosen)
+    source += np.arange(order.shape[0])
+    return order[source], chosen
 
 
 def _best_fit(chosen: np.ndarray, lengths: np.ndarray, max_tokens: int) -> tuple[list[list[int]], list[int]]:
@@ -196,7 +209,12 @@ def _best_fit(chosen: np.ndarray, lengths: np.ndarray, max_tokens: int) -> tuple
 
 
 def _sum_by_pack(values: Any, order: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Sums over packs, some packs at a time: ``values`` in plan order would be as large as all of them."""
     values = np.asarray(values)
-    running = np.concatenate([np.zeros((1, *values.shape[1:]), dtype=np.int64), np.cumsum(values[order], axis=0)])
-    summed: np.ndarray = running[starts[1:]] - running[starts[:-1]]
+    summed = np.zeros((len(starts) - 1, *values.shape[1:]), dtype=np.int64)
+    for low in range(0, len(starts) - 1, _PACKS_AT_ONCE):
+        bounds = starts[low : low + _PACKS_AT_ONCE + 1]
+        part = values[order[bounds[0] : bounds[-1]]]
+        running = np.concatenate([np.zeros((1, *values.shape[1:]), dtype=np.int64), np.cumsum(part, axis=0, dtype=np.int64)])
+        summed[low : low + len(bounds) - 1] = running[bounds[1:] - bounds[0]] - running[bounds[:-1] - bounds[0]]
     return summed

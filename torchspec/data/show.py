@@ -1,0 +1,156 @@
+"""What a run would train on, for the eye: conversations as tokens, the supervised ones in colour, in the terminal or as an HTML page."""
+
+from __future__ import annotations
+
+import html
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from torchspec.data.conversations import RowError, parse
+from torchspec.data.prepare import DataOptions
+from torchspec.data.render import Renderer, special_ids
+from torchspec.data.sources import Given, find_sources, read_rows
+from torchspec.errors import UserError
+from torchspec.target import Target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_GREEN, _DIM, _END = "\x1b[30;42m", "\x1b[2m", "\x1b[0m"
+_STYLE = """body{font:14px/1.7 ui-monospace,monospace;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+h2{font-size:1rem;margin:2rem 0 .3rem}p{margin:.2rem 0;color:#666}pre{white-space:pre-wrap;border:1px solid #ddd;padding:1rem;margin:.5rem 0}
+.on{background:#b8e6b8}.control{color:#96c}.on.control{background:#7fc97f;color:#408}.bad{color:#b00}i{font-style:normal;border-right:1px solid #0002}
+@media(prefers-color-scheme:dark){body{background:#111;color:#ddd}pre{border-color:#444}.on{background:#1d4d1d}.on.control{background:#2a6b2a;color:#dbf}}"""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token, or several that only together are whole characters."""
+
+    ids: tuple[int, ...]
+    text: str
+    supervised: bool
+    control: bool
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One row."""
+
+    place: str
+    problem: str
+    """Why it cannot be used; "" when it can."""
+    pieces: tuple[Piece, ...] = ()
+    tokens: int = 0
+    cut: int = 0
+    """Tokens beyond max_length."""
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that are trained."""
+        return sum(len(piece.ids) for piece in self.pieces if piece.supervised)
+
+    @property
+    def title(self) -> str:
+        """Place and counts."""
+        if self.problem:
+            return f"{self.place} {self.problem}"
+        cut = f", {self.cut} more cut off by max_length" if self.cut else ""
+        return f"{self.place}: {self.tokens} tokens{cut}, {self.supervised} supervised"
+
+
+def shown_rows(target: Target, given: Given, *, options: DataOptions, skip: int, limit: int) -> list[Shown]:
+    """Rows of the sources as they would be trained.
+
+    Args:
+        target: its tokenizer and template.
+        given: sources.
+        options: as of the run.
+        skip: rows left out at the beginning.
+        limit: rows shown.
+
+    Raises:
+        UserError: unreadable sources, a target that cannot render, or no row at that place.
+    """
+    tokenizer = target.tokenizer()
+    every = ((source.name, line, row) for source in find_sources(given, config_key="input") for row, line in read_rows(source, config_key="input"))
+    rows = [
+        _shown(f"{name}:{line}", row, target=target, tokenizer=tokenizer, options=options) for name, line, row in itertools.islice(every, skip, skip + limit)
+    ]
+    if not rows:
+        raise UserError("skip" if skip else "input", skip or given, "leaves no row to show", "check the files, or lower it")
+    return rows
+
+
+def _shown(place: str, row: bytes, *, target: Target, tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Shown:
+    try:
+        conversation = parse(row, messages_key=options.messages_key, media=options.media)
+        if conversation.input_ids is not None:
+            ids, mask = np.array(conversation.input_ids), np.array(conversation.loss_mask)
+        else:
+            renderer = Renderer(tokenizer, name=target.config.path, end_ids=target.end_ids(), supervise=options.supervise, variables=options.template_args)
+            rendered = renderer.render(conversation)
+            ids, mask = rendered.ids, rendered.mask
+    except RowError as error:
+        return Shown(place, str(error))
+    kept = ids[: options.max_length].tolist()
+    pieces = tuple(_pieces(kept, mask.tolist(), tokenizer))
+    return Shown(place, "", pieces, tokens=len(kept), cut=len(ids) - len(kept))
+
+
+def _pieces(ids: list[int], mask: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
+    special = special_ids(tokenizer)
+    at = 0
+    while at < len(ids):
+        end = at + 1
+        text = str(tokenizer.decode(ids[at:end], clean_up_tokenization_spaces=False))
+        while "\ufffd" in text and end < min(len(ids), at + 4) and mask[end] == mask[at]:  # bytes of one character
+            end += 1
+            text = str(tokenizer.decode(ids[at:end], clean_up_tokenization_spaces=False))
+        yield Piece(tuple(ids[at:end]), text, bool(mask[at]), ids[at] in special)
+        at = end
+
+
+def terminal(rows: list[Shown], *, color: bool) -> str:
+    """For a terminal: supervised tokens on green, or between ⟦ and ⟧ without colour."""
+    parts = []
+    for row in rows:
+        body = []
+        for supervised, group in itertools.groupby(row.pieces, key=lambda piece: piece.supervised):
+            text = "".join(piece.text.replace("\n", "↵\n") if supervised else piece.text for piece in group)
+            if not color:
+                body.append(f"⟦{text}⟧" if supervised else text)
+            else:  # a colour that crosses a line break would fill the rest of the line
+                body.append("\n".join(f"{_GREEN if supervised else _DIM}{line}{_END}" if line else "" for line in text.split("\n")))
+        parts.append(f"── {row.title}\n{''.join(body)}\n")
+    return "\n".join(parts)
+
+
+def page(rows: list[Shown], *, target: str) -> str:
+    """For a browser; the pointer on a token shows its id."""
+    parts = []
+    for row in rows:
+        parts.append(f"<h2{' class=bad' if row.problem else ''}>{html.escape(row.title)}</h2>")
+        if row.pieces:
+            parts.append(f"<pre>{''.join(_span(piece) for piece in row.pieces)}</pre>")
+    head = f"<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>Training data</title><style>{_STYLE}</style>"
+    legend = "Supervised tokens are <i class=on>green</i>, control tokens <i class=control>violet</i>; the pointer on a token shows its id."
+    return f"{head}\n<p>{html.escape(target)}</p><p>{legend}</p>\n" + "\n".join(parts) + "\n"
+
+
+def _span(piece: Piece) -> str:
+    names = " ".join(name for name, on in (("on", piece.supervised), ("control", piece.control)) if on)
+    text = html.escape(piece.text).replace("\n", "↵\n")
+    ids = " ".join(map(str, piece.ids))
+    return f"<i class='{names}' title='{ids}'>{text}</i>"
+
+
+def write_page(file: Path, rows: list[Shown], *, target: str) -> None:
+    """:func:`page` into a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(page(rows, target=target), encoding="utf-8")

@@ -1,0 +1,121 @@
+"""The commands that look at data and make it. Each is a function whose arguments are the command's options; heavy imports happen inside."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from torchspec.errors import UserError
+
+
+def show_data(
+    target: str,
+    input: str | list[str],
+    limit: int = 1,
+    skip: int = 0,
+    html: str | None = None,
+    color: Literal["auto", "always", "never"] = "auto",
+    max_length: int = 2048,
+    messages_key: str | None = None,
+    supervise: Literal["auto", "all", "last"] = "auto",
+    media: Literal["refuse", "placeholder"] = "refuse",
+    template_args: dict[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Show conversations as they would be trained: their tokens, the supervised ones in colour.
+
+    Args:
+        target: hub id or directory of the target.
+        input: conversation files, folders or hub ids.
+        limit: rows to show.
+        skip: rows to leave out before them.
+        html: file for the same as a page.
+        color: auto colours a terminal and puts brackets elsewhere.
+        max_length: as data.max_length.
+        messages_key: as data.messages_key.
+        supervise: as data.supervise.
+        media: as data.media.
+        template_args: as data.template_args.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run modelling code that ships with the target.
+    """
+    from torchspec.data.prepare import DataOptions
+    from torchspec.data.show import shown_rows, terminal, write_page
+    from torchspec.target import Target, TargetConfig
+
+    if limit < 1 or skip < 0:
+        raise UserError("limit" if limit < 1 else "skip", min(limit, skip), "is too small", "show 1 row or more, and skip 0 or more")
+    options = DataOptions(max_length, messages_key=messages_key, supervise=supervise, media=media, template_args=template_args or {})
+    found = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
+    rows = shown_rows(found, input, options=options, skip=skip, limit=limit)
+    print(terminal(rows, color=color == "always" or (color == "auto" and sys.stdout.isatty())))
+    if html is not None:
+        write_page(Path(html), rows, target=target)
+        print(f"page: {html}")
+
+
+def regenerate(
+    target: str,
+    input: str,
+    output: str,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    limit: int | None = None,
+    messages_key: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    engine: Literal["transformers", "vllm"] = "transformers",
+    engine_args: dict[str, Any] | None = None,
+) -> None:
+    """Answer the prompts of a conversation file with the target itself.
+
+    Args:
+        target: hub id or directory of the target.
+        input: conversation file, folder or hub id; the assistant turns in it are replaced.
+        output: jsonl file to write, or to go on with.
+        max_new_tokens: length limit of an answer.
+        temperature: 0 takes the most likely token each time.
+        top_p: nucleus sampling.
+        seed: of the sampling.
+        batch_size: conversations answered at once.
+        limit: rows of the input to take; all of them when empty.
+        messages_key: column of the messages; empty takes conversations or messages.
+        revision: branch, tag or commit of a hub id.
+        dtype: auto, bfloat16, float16 or float32.
+        device: auto, cpu, or a CUDA device such as cuda:0.
+        trust_remote_code: run modelling code that ships with the target.
+        engine: transformers, or vllm (much faster where it runs).
+        engine_args: engine arguments of vLLM, as they are.
+    """
+    from torchspec.data.regenerate import regenerate as run
+
+    report = run(
+        target,
+        input=input,
+        output=output,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        batch_size=batch_size,
+        limit=limit,
+        messages_key=messages_key,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        engine=engine,
+        engine_args=engine_args,
+    )
+    rate = report.tokens / report.seconds if report.seconds else 0.0
+    print(
+        f"{report.answered} answered, {report.skipped} were there, {report.failed} failed, {report.cut} cut by the length limit; "
+        f"{report.tokens} tokens at {rate:.0f} tokens/s -> {output}"
+    )
