@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
 
 DATA_COMMANDS: dict[str, str] = {
     "show_data": "show conversations as they would be trained: tokens, and which of them are supervised",
+    "extract": "write the hidden states of a run's data to disk, to train from them without engines",
     "regenerate": "answer the prompts of a conversation file with the target itself",
 }
 """Functions of ``torchspec.data_commands``."""
@@ -73,6 +74,11 @@ def _fail(error: BaseException, code: int = 2) -> None:
 
 
 def _command(name: str, words: list[str]) -> None:
+    if name == "extract":
+        from torchspec.extract_command import run
+
+        run(words)
+        return
     from jsonargparse import auto_cli
 
     from torchspec import commands, data_commands

@@ -39,8 +39,15 @@ class Toy(pl.LightningModule):
         loss = self.layer(batch.last.float()).sum() / batch.counts[0] + 0.0 * self.layer.weight.sum()
         return loss * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.note(kind="validate", sanity=self.trainer.sanity_checking, pack=batch.pack_index, samples=batch.sample_ids, step=self.trainer.global_step)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.note(
+            kind="validate",
+            stage=batch.stage,
+            sanity=self.trainer.sanity_checking,
+            pack=batch.pack_index,
+            samples=batch.sample_ids,
+            step=self.trainer.global_step,
+        )
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self.note(kind="step", step=self.trainer.global_step, weight=float(self.layer.weight[0, 0]))

@@ -23,7 +23,7 @@ STARTED: list[subprocess.Popen[str]] = []
 """Every run of the test that is going on; ``conftest.py`` ends those that it left behind."""
 
 
-def config(folder: Path, target: Path, train: Path, validate: Path | None, **changes: Any) -> Path:
+def config(folder: Path, target: Path | str, train: Path | str, validate: Path | str | dict[str, str] | None, **changes: Any) -> Path:
     """A small run's YAML under ``folder``; ``changes`` are dotted keys with ``__`` for dots."""
     described: dict[str, Any] = {
         "seed_everything": 1,
@@ -53,7 +53,7 @@ def config(folder: Path, target: Path, train: Path, validate: Path | None, **cha
         "data": {
             "target": {"path": str(target)},
             "train": str(train),
-            "validate": None if validate is None else str(validate),
+            "validate": validate if isinstance(validate, dict) or validate is None else str(validate),
             "max_length": 128,
             "max_tokens": 256,
             "packs_per_step": 2,

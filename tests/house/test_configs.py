@@ -48,7 +48,7 @@ def test_unknown_and_abbreviated_keys_are_refused(flag: str, capsys: pytest.Capt
     assert flag.split("=")[0].rsplit(".", 1)[1].lstrip("-") in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["regenerate", "export", "acceptance", "worker", "doctor"])
+@pytest.mark.parametrize("command", ["show_data", "extract", "regenerate", "export", "acceptance", "worker", "doctor"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])

@@ -22,7 +22,8 @@ from torchspec.models.metrics import serving_walk
 
 
 class AcceptanceLength(pl.Callback):
-    """Log ``val/acceptance_length`` and the rate of each draft position, and append them to ``acceptance.jsonl`` in the run's folder.
+    """Log ``val/acceptance_length`` (and ``val/NAME/acceptance_length`` of named sets) and the rate of each draft
+    position, and append them to ``acceptance.jsonl`` in the run's folder.
 
     With ``trainer.num_sanity_val_steps: -1`` the untrained draft is measured first (step 0).
 
@@ -47,7 +48,7 @@ class AcceptanceLength(pl.Callback):
         self.serve_limit = serve_limit
         self.serve_max_new_tokens = serve_max_new_tokens
         self.serve_engine_args = serve_engine_args
-        self._table: torch.Tensor | None = None
+        self._tables: dict[int, torch.Tensor] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if not 1 <= self.k <= pl_module.unroll_steps:
@@ -61,24 +62,39 @@ class AcceptanceLength(pl.Callback):
             raise UserError("callbacks.AcceptanceLength.serve_prompts", self.serve_prompts, "needs the draft exported first", fix)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._table = torch.zeros(2 + self.k, dtype=torch.float64)
+        self._tables = {}
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        assert self._table is not None
         turns = batch.turn[batch.rows.base + 1]
         stops, accepted, positions = serving_walk(outputs["accepted"].tolist(), turns.tolist(), self.k)
-        self._table += torch.tensor([stops, accepted, *positions], dtype=torch.float64)
+        row = torch.tensor([stops, accepted, *positions], dtype=torch.float64)
+        self._tables[dataloader_idx] = row + self._tables.get(dataloader_idx, torch.zeros_like(row))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        assert self._table is not None
-        stops, accepted, *positions = trainer.strategy.reduce(self._table.to(pl_module.device), reduce_op="sum").tolist()  # type: ignore[union-attr]
-        length = 1.0 + accepted / max(stops, 1.0)
-        rates = [count / max(stops, 1.0) for count in positions]
-        pl_module.log("val/acceptance_length", length, prog_bar=True)
-        pl_module.log_dict({f"val/acceptance_rate_{i}": rate for i, rate in enumerate(rates)})
+        names = getattr(getattr(trainer, "datamodule", None), "validation_names", [])
+        whole = torch.zeros(2 + self.k, dtype=torch.float64, device=pl_module.device)
+        lengths: dict[str, float] = {}
+        for number in range(max(len(names), 1)):
+            table = self._tables.get(number, torch.zeros(2 + self.k, dtype=torch.float64)).to(pl_module.device)
+            table = trainer.strategy.reduce(table, reduce_op="sum")  # type: ignore[assignment]
+            whole += table
+            if names:
+                lengths[names[number]] = self._log(pl_module, f"val/{names[number]}", table)
+        length = self._log(pl_module, "val", whole, prog_bar=True)
         if trainer.is_global_zero:
+            stops, _, *positions = whole.tolist()
+            rates = [count / max(stops, 1.0) for count in positions]
             row = {"step": trainer.global_step, "acceptance_length": length, "rates": rates, "drafts": int(stops), "loss": None}
-            self._append(trainer, row)
+            self._append(trainer, row | ({"sets": lengths} if lengths else {}))
+
+    @staticmethod
+    def _log(pl_module: Any, prefix: str, table: torch.Tensor, prog_bar: bool = False) -> float:
+        """Log length and rates of one set, or of all; returns the length."""
+        stops, accepted, *positions = table.tolist()
+        length = 1.0 + float(accepted) / max(stops, 1.0)
+        pl_module.log(f"{prefix}/acceptance_length", length, prog_bar=prog_bar)
+        pl_module.log_dict({f"{prefix}/acceptance_rate_{i}": count / max(stops, 1.0) for i, count in enumerate(positions)})
+        return length
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Fill in the loss, which the module logs after this callback's own hook."""

@@ -37,7 +37,7 @@ class Corpus:
 
     Args:
         target: its tokenizer, template and vocabulary decide the tokens.
-        sources: what the user gave for ``train`` and ``validate`` (None: there is none).
+        sources: what the user gave for ``train``, and for ``validate`` or ``validate/NAME`` (None: there is none).
         options: what changes the tokens.
         unroll_steps: K.
         max_tokens: tokens of a pack at most.
@@ -73,18 +73,18 @@ class Corpus:
         self._data: dict[str, TokenizedDataset] = {}
         self._prompts: Prompts | None = None
         self._plan: Plan | None = None
-        self._validation_plans: dict[int, Plan] = {}
+        self._validation_plans: dict[tuple[str, int], Plan] = {}
 
     def dataset(self, stage: str) -> TokenizedDataset:
-        """The tokenised data of ``train`` or ``validate``; built on first use.
+        """The tokenised data of ``train``, ``validate`` or ``validate/NAME``; built on first use.
 
         Raises:
             UserError: see :func:`torchspec.data.prepare.prepare`.
         """
         if stage not in self._data:
-            source = self.sources[stage]
+            source, key = self.sources.get(stage), f"data.{stage.replace('/', '.')}"
             if source is None:
-                raise UserError(f"data.{stage}", None, "is needed here", "give a conversation file")
+                raise UserError(key, None, "is needed here", "give a conversation file")
             self._data[stage] = prepare(
                 source,
                 options=self.options,
@@ -93,7 +93,7 @@ class Corpus:
                 cache_dir=self._cache_dir,
                 target_name=self.target.config.path,
                 end_ids=self.target.end_ids(),
-                config_key=f"data.{stage}",
+                config_key=key,
                 max_bad_fraction=self._max_bad_fraction,
                 num_proc=self._num_proc,
             )
@@ -114,6 +114,18 @@ class Corpus:
             if lost := len(data) - len(self._prompts):
                 self._say(f"{stage}: {lost} conversations leave no room for an answer within data.max_length")
         return self._prompts
+
+    def warn_of_overlap(self, stage: str) -> int:
+        """Say so when conversations of a validation set are in the training set; returns how many."""
+        data = self.dataset(stage)
+        shared = np.flatnonzero(np.isin(data.hashes, self.dataset("train").hashes))
+        if shared.size:
+            first = data.place(int(shared[0]))
+            self._say(
+                f"warning: {shared.size} of the {len(data)} conversations of {stage} are in the training data as well, {first} the first: "
+                "its metrics will look better than the draft is"
+            )
+        return int(shared.size)
 
     @property
     def loaded(self) -> dict[str, TokenizedDataset]:
@@ -143,11 +155,11 @@ class Corpus:
         """The plan of some epoch: all have the same length and fingerprint."""
         return self.plan(0) if self._plan is None else self._plan
 
-    def validation_plan(self, world: int) -> Plan:
-        """Validation data in its own order, padded so that every one of ``world`` ranks has as many packs."""
-        if world not in self._validation_plans:
-            data = self.dataset("validate")
-            self._validation_plans[world] = Plan(
+    def validation_plan(self, stage: str, world: int) -> Plan:
+        """A validation set in its own order, padded so that every one of ``world`` ranks has as many packs."""
+        if (stage, world) not in self._validation_plans:
+            data = self.dataset(stage)
+            self._validation_plans[stage, world] = Plan(
                 data.lengths,
                 seed=0,
                 epoch=0,
@@ -157,7 +169,7 @@ class Corpus:
                 shuffle=False,
                 content=data.content,
             )
-        return self._validation_plans[world]
+        return self._validation_plans[stage, world]
 
     @cached_property
     def _counts(self) -> np.ndarray | None:

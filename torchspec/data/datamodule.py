@@ -11,13 +11,14 @@ makes the plan and takes the group's address from rank 0; the loaders stream; ``
 from __future__ import annotations
 
 import os
-import secrets
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -30,15 +31,15 @@ from torchspec.data.prepare import DataOptions
 from torchspec.data.progress import batches_in_epoch, check_limit, check_trainer, set_progress
 from torchspec.engines.engine import ANSWERING, EngineConfig, OnPolicy
 from torchspec.errors import UserError
-from torchspec.network import split_host_port
 from torchspec.target import Target, TargetConfig
-from torchspec.transfer.record import RecordSpec
-from torchspec.transfer.sizes import parse_bytes, show_bytes
+from torchspec.transfer.record import Record, RecordSpec
+from torchspec.transfer.sizes import parse_bytes
 from torchspec.transfer.store import StoreConfig
 
 if TYPE_CHECKING:
     from torchspec.engines.client import Endpoint, TrainerClient
     from torchspec.engines.group import EngineGroup
+    from torchspec.transfer.shards import ShardWriter
 
 _ENGINES = EngineConfig()
 _STORE = StoreConfig()
@@ -53,7 +54,7 @@ class DraftDataModule(pl.LightningDataModule):
         target: the frozen model.
         train: conversation file (.jsonl, .json, .parquet, .arrow), a folder of them, or a hub dataset id (``org/name:split``); or several; or a table of
             them with how many times an epoch each is trained (0.5: a fixed half of it).
-        validate: the same for validation; none skips it.
+        validate: the same for validation; or a table of names with a set each, whose metrics are logged as ``val/NAME/...``; none skips it.
         unroll_steps: K, linked from the model.
         aux_layers: hidden-state indices fed to the draft, linked from the model.
         max_length: tokens of a conversation at most; longer ones are cut on the right.
@@ -61,7 +62,9 @@ class DraftDataModule(pl.LightningDataModule):
         packs_per_step: packs of an optimizer step over all ranks; accumulation is this divided by the number of ranks.
         seed: of the order of the data.
         on_policy: the target answers the training prompts anew in the run, instead of the answers in the data (engines vllm and vllm_remote).
-        engine: which engine runs the target.
+        engine: which engine runs the target; ``replay`` runs none and trains from records on disk.
+        records: folder of records that ``main.py extract`` or ``tee`` wrote, for engine replay.
+        tee: folder to which the records of this run are also written, for replays.
         engines: how its workers run.
         store: where hidden states wait.
         cache_dir: folder of tokenised data; none means ``~/.cache/torchspec`` (``XDG_CACHE_HOME`` is honoured).
@@ -81,7 +84,7 @@ class DraftDataModule(pl.LightningDataModule):
         self,
         target: TargetConfig,
         train: str | list[str] | dict[str, float],
-        validate: str | list[str] | None = None,
+        validate: str | list[str] | dict[str, str | list[str]] | None = None,
         unroll_steps: int = 7,
         aux_layers: list[int] | None = None,
         max_length: int = 2048,
@@ -90,6 +93,8 @@ class DraftDataModule(pl.LightningDataModule):
         seed: int = 0,
         on_policy: OnPolicy | None = None,
         engine: str = "transformers",
+        records: str | None = None,
+        tee: str | None = None,
         engines: EngineConfig = _ENGINES,
         store: StoreConfig = _STORE,
         cache_dir: str | None = None,
@@ -113,15 +118,26 @@ class DraftDataModule(pl.LightningDataModule):
             raise UserError("data.engine", engine, "cannot answer prompts (data.on_policy)", f"use {' or '.join(ANSWERING)}, or data.on_policy.answer_workers")
         if not 0.0 <= max_bad_fraction < 1.0:
             raise UserError("data.max_bad_fraction", max_bad_fraction, "is no share", "use a number from 0 up to, but not including, 1")
+        if (engine == "replay") != (records is not None):
+            problem = "is missing: engine replay reads records" if records is None else f"has no meaning for engine {engine}"
+            raise UserError("data.records", records, problem, "give the folder that main.py extract wrote" if records is None else "set data.engine: replay")
+        if tee is not None and (engine == "replay" or on_policy is not None):
+            why = "engine replay: they are on disk already" if engine == "replay" else "data.on_policy: the target answers anew each time"
+            raise UserError("data.tee", tee, f"keeps records of no use with {why}", "leave it out")
+        named = {f"validate/{name}": given for name, given in validate.items()} if isinstance(validate, dict) else {"validate": validate}
+        for name in named:
+            if not re.fullmatch(r"validate(/[A-Za-z0-9_.-]+)?", name):
+                raise UserError("data.validate", name.removeprefix("validate/"), "is no name for metrics", "use letters, digits, dots, dashes and underscores")
         self.target = Target(target)
         self.aux_layers = self.target.aux_layers(aux_layers)
         self.max_length, self.packs_per_step, self.seed, self.prefetch_packs = max_length, packs_per_step, seed, prefetch_packs
         self.engine, self.engines, self.store = engine, engines, store
         self.budget = parse_bytes(store.budget, field="data.store.budget")
-        self.validates = validate is not None
+        self.records, self.tee = (None if folder is None else Path(folder).expanduser() for folder in (records, tee))
+        self.validation_stages = [name for name, given in named.items() if given is not None]
         self.corpus = Corpus(
             self.target,
-            sources={"train": train, "validate": validate},
+            sources={"train": train, **named},
             options=DataOptions(
                 max_length=max_length,
                 min_supervised_tokens=min_supervised_tokens,
@@ -143,6 +159,7 @@ class DraftDataModule(pl.LightningDataModule):
         self.group: EngineGroup | None = None
         self.endpoint: Endpoint | None = None
         self._loaders: dict[str, PackLoader] = {}
+        self._writer: ShardWriter | None = None
         self._validations = 0
         self._restored: dict[str, Any] | None = None
         self._refusal: Exception | None = None
@@ -165,6 +182,11 @@ class DraftDataModule(pl.LightningDataModule):
         return self.corpus.special_end_ids()
 
     @property
+    def validation_names(self) -> list[str]:
+        """Names of the validation sets, in the order of their loaders; empty for a single one without a name."""
+        return [stage.partition("/")[2] for stage in self.validation_stages if "/" in stage]
+
+    @property
     def spec(self) -> RecordSpec:
         """What every record of this run must say of itself."""
         return self.corpus.spec(self.aux_layers)
@@ -183,6 +205,10 @@ class DraftDataModule(pl.LightningDataModule):
         """A connection of this process to the coordinator, as ``trainer`` or ``observer``; the caller closes it."""
         from torchspec.engines.client import TrainerClient
 
+        if self.records is not None:
+            from torchspec.engines.replay import ReplayClient
+
+            return cast("TrainerClient", ReplayClient(self.records, self.spec))  # it has the same methods
         assert self.endpoint is not None, "the engine group is not running"
         return TrainerClient(self.endpoint, name, role=role)
 
@@ -207,44 +233,35 @@ class DraftDataModule(pl.LightningDataModule):
             if policy is not None and policy.answer_workers and not served:
                 fix = "add torchspec.callbacks.on_policy.ServeDraft to trainer.callbacks"
                 raise UserError("data.on_policy.answer_workers", policy.answer_workers, "wait for a draft that nobody hands them", fix)
-        if self.validates:
-            self.corpus.dataset("validate")
-        if trainer.is_global_zero:
-            self._start_group(training)
+        for stage in self.validation_stages:
+            self.corpus.dataset(stage)
+            if training:
+                self.corpus.warn_of_overlap(stage)
+        stages = ["train"] * training + self.validation_stages
+        if self.records is not None:
+            self._check_records(self.records, stages)
+        elif trainer.is_global_zero:
+            self._start_group(stages)
 
-    def _start_group(self, training: bool) -> None:
-        """Start coordinator, store and workers; they load while the trainer builds the model.
+    def _check_records(self, folder: Path, stages: list[str]) -> None:
+        from torchspec.engines.replay import check_records
 
-        Raises:
-            UserError: when the budget cannot hold one pack of each rank.
-        """
-        from torchspec.engines.group import EngineGroup, GroupConfig
+        keys = np.concatenate([self.corpus.dataset(stage).hashes for stage in stages])
+        rank_zero_info(f"replay of {check_records(folder, self.spec, keys):,} records in {folder}")
 
-        world, spec, on_policy = self._trainer.world_size, self.spec, self.corpus.on_policy
-        # on-policy, a step's packs wait for each other: only then is known what they supervise
-        train = (self.packs_per_step if on_policy else world) * self.corpus.largest_pack("train", spec) if training else 0
-        reserve = world * self.corpus.largest_pack("validate", spec) if self.validates else 0
-        if self.budget < train + reserve:
-            what = "the packs of one step (data.packs_per_step) need" if on_policy else f"one pack for each of {world} ranks needs"
-            problem = f"is less than the {show_bytes(train + reserve)} that {what}, training and validation"
-            raise UserError("data.store.budget", self.store.budget, problem, "raise it or lower data.max_tokens")
-        host, port = split_host_port(self.engines.listen, field="data.engines.listen", lowest=0, example="127.0.0.1:0 or 10.0.0.1:29600")
-        token = os.environ.get("TORCHSPEC_TOKEN")
-        if self.engines.workers == 0 and not token:
-            raise UserError("TORCHSPEC_TOKEN", None, "is not set, and without it no worker started by hand can connect", "export a secret here and there")
-        config = GroupConfig(
-            listen_host=host,
-            listen_port=port,
-            token=token or secrets.token_urlsafe(24),
-            target=self.target.config,
-            spec=spec,
-            store=self.store,
+    def _start_group(self, stages: list[str]) -> None:
+        """Start coordinator, store and workers; they load while the trainer builds the model."""
+        from torchspec.data.group_start import group_config
+        from torchspec.engines.group import EngineGroup
+
+        config = group_config(
+            self.corpus,
+            spec=self.spec,
             engine=self.engine,
             engines=self.engines,
-            budget=self.budget,
-            reserve=reserve,
-            max_length=self.max_length,
-            on_policy=on_policy,
+            store=self.store,
+            stages=stages,
+            world=self._trainer.world_size,
             log_dir=Path(self._trainer.default_root_dir) / "logs",
             local_ranks=_cpu_ranks(self._trainer),
         )
@@ -266,13 +283,13 @@ class DraftDataModule(pl.LightningDataModule):
         if stage == "fit":
             trainer.accumulate_grad_batches = self.packs_per_step // trainer.world_size
             check_limit(trainer, batches_per_epoch=self._batches)
-        if self.validates:
-            self.corpus.validation_plan(trainer.world_size)
+        for validation in self.validation_stages:
+            self.corpus.validation_plan(validation, trainer.world_size)
         self.endpoint = trainer.strategy.broadcast(self.endpoint)
         if trainer.strategy.root_device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             from torchspec.engines.group import cpu_share
 
-            torch.set_num_threads(cpu_share(self.engines.workers + _cpu_ranks(trainer)))
+            torch.set_num_threads(cpu_share((0 if self.records else self.engines.workers) + _cpu_ranks(trainer)))
 
     # -- loaders
 
@@ -286,11 +303,12 @@ class DraftDataModule(pl.LightningDataModule):
             cut_failures(self._failed_path, epoch=epoch, pack=step * self.packs_per_step)
         return self._loader("train", self._begin_train, lambda: self._batches)
 
-    def val_dataloader(self) -> PackLoader | list[Any]:
-        if not self.validates:
-            return []
+    def val_dataloader(self) -> list[PackLoader]:
+        return [self._validation_loader(number, stage) for number, stage in enumerate(self.validation_stages)]
+
+    def _validation_loader(self, number: int, stage: str) -> PackLoader:
         world = self._trainer.world_size
-        return self._loader("validate", self._begin_validation, lambda: len(self.corpus.validation_plan(world)) // world)
+        return self._loader(stage, lambda: self._begin_validation(number, stage), lambda: len(self.corpus.validation_plan(stage, world)) // world)
 
     def _loader(self, stage: str, begin: Callable[[], Pass], length: Callable[[], int]) -> PackLoader:
         trainer = self._trainer
@@ -308,10 +326,21 @@ class DraftDataModule(pl.LightningDataModule):
                 health=self._check_group,
                 interrupted=lambda: bool(trainer.received_sigterm),
                 chained=stage == "train",
+                tee=self._tee(),
                 answered=self.corpus.unroll_steps if stage == "train" and self.corpus.on_policy is not None else 0,
             )
             self._loaders[stage] = PackLoader(config, connect=self.connect, begin=begin, length=length)
         return self._loaders[stage]
+
+    def _tee(self) -> Callable[[Record], None] | None:
+        """Where records of this rank are also written."""
+        if self.tee is None:
+            return None
+        if self._writer is None:
+            from torchspec.transfer.shards import ShardWriter
+
+            self._writer = ShardWriter(self.tee, self.spec, part=f"rank{self._trainer.global_rank}")
+        return self._writer.add
 
     def _begin_train(self) -> Pass:
         """From where the optimizer stands to the end of the plan's epoch, the trainer's epoch or the run, whichever is first."""
@@ -324,20 +353,20 @@ class DraftDataModule(pl.LightningDataModule):
             left.append((trainer.max_steps - trainer.global_step) * self.packs_per_step)
         return Pass(plan, epoch, first, first + max(min(left), 0))
 
-    def _begin_validation(self) -> Pass:
+    def _begin_validation(self, number: int, stage: str) -> Pass:
         """The batches that Lightning will take, from the first on."""
         trainer = self._trainer
         loop = trainer.validate_loop if trainer.state.fn == TrainerFn.VALIDATING else trainer.fit_loop.epoch_loop.val_loop
-        plan = self.corpus.validation_plan(trainer.world_size)
+        plan = self.corpus.validation_plan(stage, trainer.world_size)
         self._validations += 1
-        return Pass(plan, self._validations, 0, int(min(loop.max_batches[0] * trainer.world_size, len(plan))))
+        return Pass(plan, self._validations, 0, int(min(loop.max_batches[number] * trainer.world_size, len(plan))))
 
     def _check_group(self) -> None:
         """Raise when the group is gone; says once what a long start is waiting for."""
         if self.group is None:
             return
         self.group.check()
-        nothing_yet = self.loader_stats("train").packs + self.loader_stats("validate").packs == 0
+        nothing_yet = not any(loader.stats.packs for loader in self._loaders.values())
         if nothing_yet and not self._said_waiting and time.monotonic() - self._started > _LONG_START:
             self._said_waiting = True
             rank_zero_info(f"waiting for the first states: engine workers are loading the target (logs in {self.group.config.log_dir})")
@@ -357,6 +386,8 @@ class DraftDataModule(pl.LightningDataModule):
         """End loaders and engines. Idempotent."""
         for loader in self._loaders.values():
             loader.close()
+        if self._writer is not None:
+            self._writer.close()
         if self.group is not None:
             self.group.close()
             self.group = None

@@ -99,6 +99,10 @@ class TokenizedDataset:
             times[generator.permutation(mine)[: round((weight - int(weight)) * mine.size)]] += 1
         return TokenizedDataset(self.folder, np.repeat(np.arange(source.shape[0], dtype=np.int64), times))
 
+    def only(self, indices: np.ndarray) -> TokenizedDataset:
+        """Some of its conversations, in the order given."""
+        return TokenizedDataset(self.folder, indices if self._rows is None else self._rows[indices])
+
     def __len__(self) -> int:
         return self.summary.kept if self._rows is None else self._rows.shape[0]
 

@@ -87,6 +87,8 @@ class LoaderConfig:
     """True once the run was told to end (SIGTERM)."""
     chained: bool = False
     """Another pass follows when one is exhausted, until one is empty: the trainer's epochs need not be those of the plan."""
+    tee: Callable[[Record], None] | None = None
+    """Takes every verified record; what it is given is only valid inside the call."""
     answered: int = 0
     """Unroll steps K where answers are given in the run and their lengths come with the packs (on-policy); 0 where the plan knows what is supervised."""
 
@@ -272,6 +274,9 @@ class Fetcher:
             self.link.client.reissue(self.config.stage, self.epoch, ready.pack, again)
             return None
         self.stats.bytes += sum(ref.nbytes for ref in ready.records)
+        if self.config.tee is not None:
+            for record in records.values():
+                self.config.tee(record)
         return records
 
     def _copy(self, refs: list[RecordRef], slots: dict[int, Tensor]) -> dict[int, str]:

@@ -40,6 +40,12 @@ class StepSums:
         """These sums and one batch more."""
         return StepSums(self.names, self.table + StepSums.of(output, batch).table)
 
+    def plus(self, other: StepSums) -> StepSums:
+        """These sums and others; one of the two may have seen nothing."""
+        if self.names != other.names:
+            return max(self, other, key=lambda sums: len(sums.names))
+        return StepSums(self.names, self.table + other.table)
+
     def reduce(self, strategy: Any) -> StepSums:
         """Summed over ranks; every rank must call it."""
         return StepSums(self.names, strategy.reduce(self.table, reduce_op="sum"))

@@ -86,7 +86,7 @@ class DraftModule(pl.LightningModule):
         self.vocabulary: VocabularyMapping | None = None
         self.task: DraftTask | None = None
         self._sums: StepSums | None = None
-        self._val_sums: StepSums | None = None
+        self._val_sums: dict[int, StepSums] = {}
         self._alpha: Tensor | None = None
         self._saved_alpha: list[float] | None = None
         self.strict_loading = True
@@ -195,14 +195,24 @@ class DraftModule(pl.LightningModule):
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         with torch.no_grad():
             output = self.forward(batch, measure=True)
-        self._val_sums = StepSums.of(output, batch) if self._val_sums is None else self._val_sums.add(output, batch)
+        sums = self._val_sums.get(dataloader_idx)
+        self._val_sums[dataloader_idx] = StepSums.of(output, batch) if sums is None else sums.add(output, batch)
         return {"accepted": output.accepted}
 
     def on_validation_epoch_end(self) -> None:
-        sums = self._val_sums if self._val_sums is not None else StepSums.zeros(self.unroll_steps, self.device)
-        self._val_sums = None
-        values = sums.reduce(self.trainer.strategy).metrics(self.step_weights)
-        self.log_dict({f"val/{name}": value for name, value in values.items()}, rank_zero_only=False)
+        """``val/...`` over all validation data, and ``val/NAME/...`` of each set that has a name."""
+        found, self._val_sums = self._val_sums, {}
+        names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", [])
+        whole = StepSums.zeros(self.unroll_steps, self.device)
+        for number in range(max(len(names), 1)):  # every rank the same, whatever it saw
+            sums = found.get(number, StepSums.zeros(self.unroll_steps, self.device)).reduce(self.trainer.strategy)
+            whole = whole.plus(sums)
+            if names:
+                self._log_validation(f"val/{names[number]}", sums)
+        self._log_validation("val", whole)
+
+    def _log_validation(self, prefix: str, sums: StepSums) -> None:
+        self.log_dict({f"{prefix}/{name}": value for name, value in sums.metrics(self.step_weights).items()}, rank_zero_only=False)
 
     # -- checkpoints
 

@@ -10,6 +10,7 @@ Example::
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchspec.errors import UserError
@@ -49,6 +50,10 @@ def open_store(address: Address) -> Store:
         from torchspec.transfer.mooncake import MooncakeStore
 
         return MooncakeStore(address)
+    if address["kind"] == "shards":
+        from torchspec.transfer.shard_reader import ShardStore
+
+        return ShardStore(Path(address["folder"]))
     raise UserError("store.kind", address["kind"], "is unknown", "use mooncake or shm")
 
 

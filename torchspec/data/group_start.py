@@ -1,0 +1,74 @@
+"""What the engine group of a run is built from: a check that the budget holds what must be alive at once, address and token, and the configuration."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchspec.data.corpus import Corpus
+from torchspec.engines.engine import EngineConfig
+from torchspec.engines.group import GroupConfig
+from torchspec.errors import UserError
+from torchspec.network import split_host_port
+from torchspec.transfer.sizes import parse_bytes, show_bytes
+from torchspec.transfer.store import StoreConfig
+
+if TYPE_CHECKING:
+    from torchspec.transfer.record import RecordSpec
+
+
+def group_config(
+    corpus: Corpus,
+    *,
+    spec: RecordSpec,
+    engine: str,
+    engines: EngineConfig,
+    store: StoreConfig,
+    stages: list[str],
+    world: int,
+    log_dir: Path,
+    local_ranks: int,
+) -> GroupConfig:
+    """The configuration of a run's engine group.
+
+    Args:
+        corpus: of the run; ``stages`` of it are gone through.
+        spec: of the records.
+        engine, engines, store: as configured.
+        world: ranks.
+        log_dir: folder of the logs.
+        local_ranks: ranks that compute on this host's CPU.
+
+    Raises:
+        UserError: when the budget cannot hold one pack of each rank, or workers by hand have no token to show.
+    """
+    on_policy, budget = corpus.on_policy, parse_bytes(store.budget, field="data.store.budget")
+    # on-policy, a step's packs wait for each other: only then is known what they supervise
+    train = (corpus.packs_per_step if on_policy else world) * corpus.largest_pack("train", spec) if "train" in stages else 0
+    reserve = world * max((corpus.largest_pack(stage, spec) for stage in stages if stage != "train"), default=0)
+    if budget < train + reserve:
+        what = "the packs of one step (data.packs_per_step) need" if on_policy else f"one pack for each of {world} ranks needs"
+        problem = f"is less than the {show_bytes(train + reserve)} that {what}, training and validation"
+        raise UserError("data.store.budget", store.budget, problem, "raise it or lower data.max_tokens")
+    host, port = split_host_port(engines.listen, field="data.engines.listen", lowest=0, example="127.0.0.1:0 or 10.0.0.1:29600")
+    token = os.environ.get("TORCHSPEC_TOKEN")
+    if engines.workers == 0 and not token:
+        raise UserError("TORCHSPEC_TOKEN", None, "is not set, and without it no worker started by hand can connect", "export a secret here and there")
+    return GroupConfig(
+        listen_host=host,
+        listen_port=port,
+        token=token or secrets.token_urlsafe(24),
+        target=corpus.target.config,
+        spec=spec,
+        store=store,
+        engine=engine,
+        engines=engines,
+        budget=budget,
+        reserve=reserve,
+        max_length=corpus.options.max_length,
+        on_policy=on_policy,
+        log_dir=log_dir,
+        local_ranks=local_ranks,
+    )

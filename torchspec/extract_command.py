@@ -1,0 +1,83 @@
+"""``main.py extract``: takes the configuration file of a run, of which it uses the data, and writes that data's records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torchspec.errors import UserError
+
+
+def run(words: list[str]) -> None:
+    """Parse and extract.
+
+    Args:
+        words: of the command line.
+
+    Raises:
+        UserError: a file that is no configuration, or what extraction refuses.
+    """
+    from jsonargparse import ArgumentParser
+
+    from torchspec.data.datamodule import DraftDataModule
+    from torchspec.data.extract import extract
+    from torchspec.transfer.sizes import show_bytes
+
+    parser = ArgumentParser(prog="main.py extract", description=__doc__.split(":", 1)[1].strip(), allow_abbrev=False)
+    parser.add_argument("--config", type=str, help="YAML of a run; its data and model.aux_layers are used")
+    parser.add_argument("--output", type=str, required=True, help="folder of the records; one that exists is gone on with")
+    parser.add_argument("--part", type=str, default="1/1", help="part of the conversations, such as 2/4, for several calls at once")
+    parser.add_argument("--shard_size", type=str, default="256MiB", help="bytes of a shard; twice as much memory is used")
+    parser.add_argument("--fp8", type=bool, default=False, help="store states in 8 bits: half the disk, with a small error that is stated")
+    parser.add_class_arguments(DraftDataModule, "data")
+    file, rest = _config_of(words)
+    if file is not None and not {"-h", "--help"} & set(rest):
+        parser.set_defaults(_flat(_data_of(file)))
+    given = parser.parse_args(rest)
+    made = parser.instantiate_classes(given)
+    report = extract(made.data, Path(given.output).expanduser(), part=given.part, shard_size=given.shard_size, fp8=given.fp8)
+    rate = report.tokens / report.seconds if report.seconds else 0.0
+    error = "" if report.fp8_error is None else f"; fp8 changed the states by {report.fp8_error:.2%} (relative root mean square)"
+    print(
+        f"{report.records} records written, {report.there} were there, {report.failed} failed; {report.tokens} tokens at {rate:.0f} tokens/s, "
+        f"{show_bytes(report.nbytes)}{error} -> {given.output}"
+    )
+
+
+def _config_of(words: list[str]) -> tuple[str | None, list[str]]:
+    """(the value of ``--config``, the other words)."""
+    rest = list(words)
+    for at, word in enumerate(rest):
+        if word == "--config" and at + 1 < len(rest):
+            return rest[at + 1], rest[:at] + rest[at + 2 :]
+        if word.startswith("--config="):
+            return word.partition("=")[2], rest[:at] + rest[at + 1 :]
+    return None, rest
+
+
+def _data_of(file: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        plain = yaml.safe_load(Path(file).expanduser().read_text())
+        data = dict(plain["data"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            "config", file, f"is no configuration of a run ({type(error).__name__}: {error})".replace("\n", " "), "give a YAML with a data section"
+        ) from error
+    model = plain.get("model") or {}
+    if model.get("aux_layers") is not None:
+        data["aux_layers"] = model["aux_layers"]
+    return {"data": data}
+
+
+def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections by dotted names; dictionaries that are values stay."""
+    flat: dict[str, Any] = {}
+    for name, value in plain.items():
+        whole = f"{prefix}{name}"
+        if isinstance(value, dict) and whole in ("data", "data.target", "data.engines", "data.store"):
+            flat |= _flat(value, f"{whole}.")
+        else:
+            flat[whole] = value
+    return flat
