@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
 
 DATA_COMMANDS: dict[str, str] = {
     "show_data": "show conversations as they would be trained: tokens, and which of them are supervised",
+    "vocabulary": "count the tokens of the answers, report what smaller draft vocabularies cover",
     "extract": "write the hidden states of a run's data to disk, to train from them without engines",
     "regenerate": "answer the prompts of a conversation file with the target itself",
 }

@@ -56,6 +56,49 @@ def show_data(
         print(f"page: {html}")
 
 
+def vocabulary(
+    target: str,
+    input: str | list[str] | dict[str, float],
+    output: str | None = None,
+    size: int | None = None,
+    plot: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Count the tokens of the answers in conversations, and report what smaller draft vocabularies cover.
+
+    Args:
+        target: hub id or directory of the target.
+        input: conversation files, folders or hub ids, with or without weights; or a file of counts that this command wrote.
+        output: safetensors file for the counts (export reads it as token_counts); with size also draft_ids, d2t and t2d.
+        size: tokens of a draft vocabulary to choose.
+        plot: SVG file for coverage over size.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run modelling code that ships with the target.
+    """
+    from torchspec.data.corpus import count_tokens
+    from torchspec.data.vocabulary_report import TokenCounts, table
+    from torchspec.data.vocabulary_report import plot as drawn
+    from torchspec.models.vocabulary import VocabularyMapping
+    from torchspec.target import Target, TargetConfig
+
+    if size is not None and output is None:
+        raise UserError("size", size, "chooses a vocabulary that goes nowhere", "give output as well")
+    facts = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
+    counts, ends = count_tokens(facts, input)
+    found = TokenCounts(counts, tuple(ends), facts.fingerprint)
+    print(f"{int(counts.sum()):,} supervised tokens, {int((counts > 0).sum()):,} different ones of {counts.numel():,}")
+    print(table(found))
+    if output is not None:
+        mapping = None if size is None else VocabularyMapping.from_counts(counts, size, always=ends)
+        found.save(Path(output), **({} if mapping is None else {"draft_ids": mapping.draft_ids, "d2t": mapping.d2t, "t2d": mapping.t2d}))
+        print(f"counts: {output}")
+    if plot is not None:
+        Path(plot).parent.mkdir(parents=True, exist_ok=True)
+        Path(plot).write_text(drawn(found, title=f"Coverage of the answers of {Path(target).name}"))
+        print(f"plot: {plot}")
+
+
 def regenerate(
     target: str,
     input: str,

@@ -18,6 +18,7 @@ from torchspec.data.prompts import Prompts
 from torchspec.data.render import tokenizer_fingerprint
 from torchspec.data.samples import Samples
 from torchspec.data.sources import Given
+from torchspec.data.vocabulary_report import TokenCounts
 from torchspec.engines.engine import OnPolicy
 from torchspec.errors import UserError
 from torchspec.target import Target
@@ -219,14 +220,19 @@ def count_tokens(target: Target, given: Given) -> tuple[torch.Tensor, list[int]]
 
     Args:
         target: its tokenizer and template decide the tokens.
-        given: conversations.
+        given: conversations, or the file that ``main.py vocabulary`` wrote of them.
 
     Returns:
         [V] int64 supervised occurrences, and the ids that end a turn.
 
     Raises:
-        UserError: see :func:`torchspec.data.prepare.prepare`.
+        UserError: see :func:`torchspec.data.prepare.prepare`; a file of another target's counts.
     """
+    if isinstance(given, str) and given.endswith(".safetensors"):
+        found = TokenCounts.load(Path(given).expanduser(), field="token_counts")
+        if found.target != target.fingerprint:
+            raise UserError("token_counts", given, f"counts tokens of the target {found.target}, not of {target.fingerprint}", "count them with this target")
+        return found.counts, list(found.end_ids)
     longest = int(getattr(target.hf_config, "max_position_embeddings", None) or 2**17)
     corpus = Corpus(
         target, sources={"train": given}, options=DataOptions(max_length=longest), unroll_steps=1, max_tokens=longest, packs_per_step=1, seed=0,
