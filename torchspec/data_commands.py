@@ -114,28 +114,30 @@ def regenerate(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
-    engine: Literal["transformers", "vllm"] = "transformers",
+    engine: Literal["transformers", "vllm", "server"] = "transformers",
     engine_args: dict[str, Any] | None = None,
+    server: str | None = None,
 ) -> None:
     """Answer the prompts of a conversation file with the target itself.
 
     Args:
-        target: hub id or directory of the target.
+        target: hub id or directory of the target; with a server, its name there.
         input: conversation file, folder or hub id; the assistant turns in it are replaced.
         output: jsonl file to write, or to go on with.
         max_new_tokens: length limit of an answer.
         temperature: 0 takes the most likely token each time.
         top_p: nucleus sampling.
         seed: of the sampling.
-        batch_size: conversations answered at once.
+        batch_size: conversations answered at once (requests at once, with a server).
         limit: rows of the input to take; all of them when empty.
         messages_key: column of the messages; empty takes conversations or messages.
         revision: branch, tag or commit of a hub id.
         dtype: auto, bfloat16, float16 or float32.
         device: auto, cpu, or a CUDA device such as cuda:0.
         trust_remote_code: run modelling code that ships with the target.
-        engine: transformers, or vllm (much faster where it runs).
-        engine_args: engine arguments of vLLM, as they are.
+        engine: transformers, vllm (much faster where it runs), or server (any OpenAI-compatible one; its key comes from OPENAI_API_KEY).
+        engine_args: engine arguments of vLLM, as they are; with a server, added to every request.
+        server: address of the server's interface, such as http://127.0.0.1:8000/v1.
     """
     from torchspec.data.regenerate import regenerate as run
 
@@ -156,6 +158,7 @@ def regenerate(
         trust_remote_code=trust_remote_code,
         engine=engine,
         engine_args=engine_args,
+        server=server,
     )
     rate = report.tokens / report.seconds if report.seconds else 0.0
     print(

@@ -11,8 +11,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.tiny import save_target
+from torchspec.data.answerers import EngineAnswerer
 from torchspec.data.conversations import parse
-from torchspec.data.regenerate import answer_file
+from torchspec.data.regenerate import answer_file, made_with
 from torchspec.data.render import Renderer
 from torchspec.engines.engine import Answer, Sampling
 from torchspec.errors import UserError
@@ -63,7 +64,15 @@ def run(
         (folder / "in.jsonl").write_text("\n".join(rows) + "\n")
     echo = generator or Echo(AutoTokenizer.from_pretrained(target.path))
     sampling = Sampling(**{"max_new_tokens": 50, **changes.pop("sampling", {})})
-    report = answer_file(echo, target, input=str(folder / "in.jsonl"), output=folder / "out.jsonl", sampling=sampling, **changes)
+    renderer = Renderer(AutoTokenizer.from_pretrained(target.path), name="tiny")
+    report = answer_file(
+        EngineAnswerer(echo, renderer),
+        made_with(target.path, sampling),
+        input=str(folder / "in.jsonl"),
+        output=folder / "out.jsonl",
+        sampling=sampling,
+        **changes,
+    )
     written = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     return report, written, echo
 

@@ -2,12 +2,14 @@
 
 Turns are answered in order, each on top of the target's own earlier answers. The output grows by whole lines and is its own record of progress: rows whose id
 is in it are skipped, so an interrupted run goes on where it stopped. An answer that the length limit cut ends its conversation, marked ``finish: length``.
-Rows that cannot be answered go to ``<output>.failed.jsonl`` and are tried again next time.
+Rows that cannot be answered go to ``<output>.failed.jsonl`` and are tried again next time. A tool call whose result is given stays as it is given: the
+result belongs to it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torchspec.data.answerers import Answerer, EngineAnswerer, ServerAnswerer
 from torchspec.data.conversations import Conversation, RowError, parse
 from torchspec.data.render import Renderer
 from torchspec.data.sources import find_sources, read_rows
@@ -58,10 +61,14 @@ class _Row:
         """Take over the messages up to the next answer to generate; False when none is left."""
         while len(self.messages) < len(self.given.messages):
             message = self.given.messages[len(self.messages)]
-            if message["role"] == "assistant":
+            if message["role"] == "assistant" and not self._has_result(len(self.messages)):
                 return True
             self.messages.append(message)
         return self.messages[-1]["role"] != "assistant" and self.finish == "stop"
+
+    def _has_result(self, at: int) -> bool:
+        """Whether message ``at`` calls a tool and the row goes on with what it gave."""
+        return at + 1 < len(self.given.messages) and self.given.messages[at + 1]["role"] == "tool"
 
 
 def regenerate(
@@ -82,11 +89,12 @@ def regenerate(
     trust_remote_code: bool = False,
     engine: str = "transformers",
     engine_args: dict[str, Any] | None = None,
+    server: str | None = None,
 ) -> RegenerateReport:
     """Answer the prompts of a conversation file with the target itself.
 
     Args:
-        target: hub id or directory of the target.
+        target: hub id or directory of the target; with a server, its name there.
         input: conversation file, folder or hub id; rows may also be a ``prompt`` alone.
         output: jsonl file to write or to go on with.
         max_new_tokens: length limit of an answer.
@@ -100,8 +108,9 @@ def regenerate(
         dtype: auto, bfloat16, float16 or float32.
         device: auto, cpu, or a CUDA device.
         trust_remote_code: run modelling code that ships with the target.
-        engine: transformers or vllm.
-        engine_args: of vLLM, passed on.
+        engine: transformers, vllm or server.
+        engine_args: of vLLM, passed on; of a server, added to every request.
+        server: address of an OpenAI-compatible interface.
 
     Returns:
         Counts, tokens and seconds.
@@ -109,23 +118,30 @@ def regenerate(
     Raises:
         UserError: for bad input, or an output made with other settings.
     """
-    if engine not in ("transformers", "vllm"):
-        raise UserError("engine", engine, "is unknown", "use transformers or vllm")
-    if engine_args and engine != "vllm":
+    if engine not in ("transformers", "vllm", "server"):
+        raise UserError("engine", engine, "is unknown", "use transformers, vllm or server")
+    if engine_args and engine == "transformers":
         raise UserError("engine_args", engine_args, f"has no meaning for engine {engine}", "leave it out")
-    config = TargetConfig(target, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    if (server is not None) != (engine == "server"):
+        raise UserError("server", server, f"does not go with engine {engine}", "give both --engine server and --server URL, or none")
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     # what is wrong is found before a model is loaded
     find_sources(input, config_key="input")
-    Renderer(Target(config).tokenizer(), name=target)
-    _open_output(Path(output), _made_with(config, sampling))
-    generator = _generator(engine, config, batch_size=batch_size, device=device, engine_args=engine_args or {})
+    made = made_with(target, sampling)
+    _open_output(Path(output), made)
+    if server is not None:
+        answerer: Answerer = ServerAnswerer(server, model=target, concurrency=batch_size, extra=engine_args)
+    else:
+        config = TargetConfig(target, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+        renderer = Renderer(Target(config).tokenizer(), name=target, end_ids=Target(config).end_ids())
+        generator = _generator(engine, config, batch_size=batch_size, device=device, engine_args=engine_args or {})
+        answerer = EngineAnswerer(generator, renderer)
     try:
         return answer_file(
-            generator, config, input=input, output=Path(output), sampling=sampling, group=_GROUP * batch_size, limit=limit, messages_key=messages_key
+            answerer, made, input=input, output=Path(output), sampling=sampling, group=_GROUP * batch_size, limit=limit, messages_key=messages_key
         )
     finally:
-        generator.close()
+        answerer.close()
 
 
 def _generator(engine: str, config: TargetConfig, *, batch_size: int, device: str, engine_args: dict[str, Any]) -> Generator:
@@ -139,8 +155,8 @@ def _generator(engine: str, config: TargetConfig, *, batch_size: int, device: st
 
 
 def answer_file(
-    generator: Generator,
-    config: TargetConfig,
+    answerer: Answerer,
+    made: dict[str, Any],
     *,
     input: str,
     output: Path,
@@ -149,26 +165,24 @@ def answer_file(
     limit: int | None = None,
     messages_key: str | None = None,
 ) -> RegenerateReport:
-    """:func:`regenerate` with a generator that is already there; shows progress with tokens/s.
+    """:func:`regenerate` with an answerer that is already there; shows progress with tokens/s and the time left.
 
     Args:
-        generator: answers prompts.
-        config: the target, whose chat template renders them.
+        answerer: gives the answers.
+        made: how, for the rows to say (:func:`made_with`).
         input, output, limit, messages_key: as in :func:`regenerate`.
         sampling: how to answer.
-        group: rows handed to the generator at once.
+        group: rows handed to the answerer at once.
 
     Raises:
         UserError: for bad input, or an output made with other settings.
     """
     from tqdm import tqdm
 
-    renderer = Renderer(Target(config).tokenizer(), name=config.path)
-    made = _made_with(config, sampling)
     done = _open_output(output, made)
     failed_file = output.with_name(output.name + ".failed.jsonl")
     failed_file.unlink(missing_ok=True)
-    rows, total = _rows(input, messages_key, limit)
+    source, total = _rows(input, messages_key, limit)
     skipped = tokens = cut = answered = failed = retokenised = 0
     started = time.monotonic()
     with output.open("a") as sink, tqdm(total=total, desc="answering", unit="row", smoothing=0.05) as bar:
@@ -190,7 +204,6 @@ def answer_file(
             bar.update()
 
         pending: list[_Row] = []
-        source = iter(rows)
         exhausted = False
         while not exhausted or pending:
             while len(pending) < group and not exhausted:
@@ -206,68 +219,62 @@ def answer_file(
                 else:
                     fail(*item)
             asked: list[_Row] = []
-            prompts: list[list[int]] = []
             for row in pending:
-                try:
-                    if not row.advance():
-                        write(row)
-                        continue
-                    prompts.append(renderer.prompt(Conversation(messages=tuple(row.messages), tools=row.given.tools), len(row.messages)))
+                if row.advance():
                     asked.append(row)
-                except RowError as error:
-                    fail(row.id, row.place, str(error))
+                else:
+                    write(row)
             pending = []
-            for answer in generator.generate(prompts, sampling) if prompts else ():
-                row = asked[answer.index]
-                tokens += len(answer.ids)
+            questions = [Conversation(messages=tuple(row.messages), tools=row.given.tools) for row in asked]
+            for reply in answerer.answer(questions, sampling) if questions else ():
+                row = asked[reply.index]
+                tokens += reply.tokens
                 bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
-                text = renderer.text_of(answer.ids)
-                if not text.strip():
-                    fail(row.id, row.place, f"got an empty answer to message {len(row.messages) - 1}")
+                if reply.message is None:
+                    fail(row.id, row.place, reply.problem)
                     continue
-                retokenised += not renderer.shows_as_generated(prompts[answer.index], answer.ids, row.messages, text, row.given.tools)
-                row.messages.append({"role": "assistant", "content": text})
-                row.finish = answer.finish
-                if answer.finish == "length" or not row.advance():
+                retokenised += reply.retokenised
+                row.messages.append(reply.message)
+                row.finish = reply.finish
+                if reply.finish == "length" or reply.message.get("tool_calls") or not row.advance():
                     write(row)
                 else:
                     pending.append(row)
     return RegenerateReport(answered, skipped, failed, tokens, time.monotonic() - started, cut, retokenised)
 
 
-def _rows(input: str, messages_key: str | None, limit: int | None) -> tuple[Iterator[_Row | tuple[str, str, str]], int]:
-    """Rows to answer, or (id, place, problem) of those that cannot be, and how many rows there are."""
+def _rows(input: str, messages_key: str | None, limit: int | None) -> tuple[Iterator[_Row | tuple[str, str, str]], int | None]:
+    """Rows to answer, or (id, place, problem) of those that cannot be, and about how many rows there are, where that is known."""
     sources = find_sources(input, config_key="input")
-    places = [(source, line, text) for source in sources for text, line in read_rows(source, config_key="input")][:limit]
-    if not places:
+    every = itertools.islice(((source, line, text) for source in sources for text, line in read_rows(source, config_key="input")), limit)
+    first = next(every, None)
+    if first is None:
         raise UserError("input", input, "holds no rows", "check the file")
+    known = [source.lines for source in sources]
+    total = limit if None in known else min(sum(n for n in known if n is not None), limit or 2**63)
 
     def generate() -> Iterator[_Row | tuple[str, str, str]]:
         seen: dict[str, int] = {}
-        for source, line, text in places:
+        for source, line, text in itertools.chain([first], every):
             place = f"{source.name}:{line}"
             try:
                 conversation = parse(text, messages_key=messages_key, need_answer=False)
-                if conversation.input_ids is not None:
-                    raise RowError("has tokens instead of messages")
+                if not conversation.messages:
+                    raise RowError("has tokens or text instead of messages")
                 fields = {k: v for k, v in json.loads(text).items() if k not in ("conversations", "messages", "prompt", "finish", "sampling", messages_key)}
             except RowError as error:
                 yield "", place, str(error)
                 continue
             id = str(fields.get("id", hashlib.sha256(text).hexdigest()[:16]))
             seen[id] = seen.get(id, 0) + 1
-            id = id if seen[id] == 1 else f"{id}#{seen[id]}"
-            if conversation.messages[0]["role"] == "assistant":
-                yield id, place, "begins with an answer"
-                continue
-            yield _Row(id, place, fields, conversation, [])
+            yield _Row(id if seen[id] == 1 else f"{id}#{seen[id]}", place, fields, conversation, [])
 
-    return generate(), len(places)
+    return generate(), total
 
 
-def _made_with(config: TargetConfig, sampling: Sampling) -> dict[str, Any]:
+def made_with(target: str, sampling: Sampling) -> dict[str, Any]:
     """What a row says of how it was made."""
-    return {"target": config.path, **asdict(sampling)}
+    return {"target": target, **asdict(sampling)}
 
 
 def _open_output(output: Path, made: dict[str, Any]) -> set[str]:

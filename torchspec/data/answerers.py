@@ -1,0 +1,195 @@
+"""Who answers in ``regenerate``: an engine in this process, which is given token ids, or a server with OpenAI's chat interface, which is given messages."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torchspec.data.conversations import Conversation, Message, RowError
+from torchspec.data.render import Renderer
+from torchspec.engines.engine import Generator, Sampling
+from torchspec.errors import UserError
+
+_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
+"""HTTP codes after which the same request may succeed."""
+_LONGEST_WAIT = 30.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of one question."""
+
+    index: int
+    message: Message | None
+    """The assistant's; None where there is none."""
+    finish: str = "stop"
+    """stop or length."""
+    tokens: int = 0
+    retokenised: bool = False
+    """The text renders to other ids than were generated."""
+    problem: str = ""
+
+
+class Answerer(Protocol):
+    """Gives the next assistant message of conversations."""
+
+    def answer(self, asked: Sequence[Conversation], sampling: Sampling) -> Iterator[Reply]:
+        """One reply for each, in the order they come."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class EngineAnswerer:
+    """Asks a generator, with prompts rendered by the target's chat template.
+
+    Args:
+        generator: owned by this.
+        renderer: of the target.
+    """
+
+    def __init__(self, generator: Generator, renderer: Renderer) -> None:
+        self._generator, self._renderer = generator, renderer
+
+    def answer(self, asked: Sequence[Conversation], sampling: Sampling) -> Iterator[Reply]:
+        prompts: list[list[int]] = []
+        owners: list[int] = []
+        for index, conversation in enumerate(asked):
+            try:
+                prompts.append(self._renderer.prompt(conversation, len(conversation.messages)))
+                owners.append(index)
+            except RowError as error:
+                yield Reply(index, None, problem=str(error))
+        for given in self._generator.generate(prompts, sampling) if prompts else ():
+            index = owners[given.index]
+            conversation, text = asked[index], self._renderer.text_of(given.ids)
+            if not text.strip():
+                yield Reply(index, None, tokens=len(given.ids), problem=f"got an empty answer to message {len(conversation.messages) - 1}")
+                continue
+            same = self._renderer.shows_as_generated(prompts[given.index], given.ids, list(conversation.messages), text, conversation.tools)
+            yield Reply(index, {"role": "assistant", "content": text}, given.finish, len(given.ids), retokenised=not same)
+
+    def close(self) -> None:
+        self._generator.close()
+
+
+class ServerAnswerer:
+    """Asks a server's ``/chat/completions``; the key, if it wants one, is in the environment variable OPENAI_API_KEY.
+
+    Args:
+        url: of the interface, such as ``http://127.0.0.1:8000/v1``.
+        model: name under which the server has the target.
+        concurrency: requests at once.
+        retries: further attempts at a request that failed for a passing reason, with growing pauses.
+        timeout: seconds for one answer.
+        extra: added to every request (``chat_template_kwargs``, ``top_k``, ...).
+
+    Raises:
+        UserError: no server there, or it has no such model.
+    """
+
+    def __init__(self, url: str, *, model: str, concurrency: int, retries: int = 5, timeout: float = 600.0, extra: Mapping[str, Any] | None = None) -> None:
+        self._url, self._model, self._concurrency = url.rstrip("/"), model, concurrency
+        self._retries, self._timeout, self._extra = retries, timeout, dict(extra or {})
+        self._stopped = threading.Event()
+        try:
+            served = [str(entry.get("id")) for entry in self._send("/models", None, timeout=20.0).get("data", [])]
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise UserError("server", url, f"does not answer ({_said(error)})", "start it, or mend the address (it ends with /v1)") from error
+        if model not in served:
+            raise UserError("target", model, f"is not served by {url} (it has {', '.join(served) or 'nothing'})", "give the name that the server uses")
+
+    def answer(self, asked: Sequence[Conversation], sampling: Sampling) -> Iterator[Reply]:
+        pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="asking")
+        try:
+            waiting = [pool.submit(self._ask, index, conversation, sampling) for index, conversation in enumerate(asked)]
+            for done in as_completed(waiting):
+                yield done.result()
+        finally:
+            self._stopped.set()  # threads that pause between attempts end now
+            pool.shutdown(wait=True, cancel_futures=True)
+            self._stopped.clear()
+
+    def close(self) -> None:
+        """Nothing is open between calls."""
+
+    def _ask(self, index: int, conversation: Conversation, sampling: Sampling) -> Reply:
+        body = {
+            "model": self._model,
+            "messages": [_outgoing(message) for message in conversation.messages],
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+            **({"tools": conversation.tools} if conversation.tools else {}),
+            **self._extra,
+        }
+        attempt = 0
+        while True:
+            try:
+                return _incoming(index, len(conversation.messages), self._send("/chat/completions", body, timeout=self._timeout))
+            except urllib.error.HTTPError as error:
+                passing, problem = error.code in _AGAIN, _said(error)
+                wait = float(error.headers.get("Retry-After", "0")) if str(error.headers.get("Retry-After", "")).isdigit() else 0.0
+            except (OSError, ValueError, http.client.HTTPException, KeyError, IndexError, TypeError) as error:
+                passing, problem, wait = isinstance(error, OSError | http.client.HTTPException), _said(error), 0.0
+            attempt += 1
+            if not passing or attempt > self._retries or self._stopped.is_set():
+                return Reply(index, None, problem=f"the server gave no answer after {attempt} attempts ({problem})")
+            self._stopped.wait(min(max(wait, 0.5 * 2**attempt * random.uniform(0.5, 1.0)), _LONGEST_WAIT))
+
+    def _send(self, path: str, body: dict[str, Any] | None, *, timeout: float) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(self._url + path, None if body is None else json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            answered = json.loads(response.read())
+        if not isinstance(answered, dict):
+            raise ValueError("the answer is no JSON object")
+        return answered
+
+
+def _outgoing(message: Message) -> Message:
+    """A message as the interface has it: arguments of calls as text."""
+    sent = dict(message)
+    if "tool_calls" in message:
+        calls = message["tool_calls"]
+        sent["tool_calls"] = [
+            {"id": call.get("id", f"call_{i}"), "type": "function", "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+            for i, call in enumerate(calls)
+        ]
+    return sent
+
+
+def _incoming(index: int, position: int, answered: dict[str, Any]) -> Reply:
+    choice = answered["choices"][0]
+    given = choice["message"]
+    content, calls = given.get("content") or "", given.get("tool_calls") or []
+    thought = given.get("reasoning_content") or given.get("reasoning")
+    tokens = int((answered.get("usage") or {}).get("completion_tokens") or 0)
+    if not content.strip() and not calls:
+        return Reply(index, None, tokens=tokens, problem=f"got an empty answer to message {position - 1}")
+    message: Message = {"role": "assistant", "content": content}
+    if thought:
+        message["reasoning_content"] = thought
+    if calls:
+        message["tool_calls"] = [{"id": call.get("id"), "type": "function", "function": call["function"]} for call in calls]
+    return Reply(index, message, "length" if choice.get("finish_reason") == "length" else "stop", tokens)
+
+
+def _said(error: BaseException) -> str:
+    """An error in a few words; of HTTP also what the server wrote."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, urllib.error.HTTPError):
+        text = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
+    return " ".join(text.split())[:300]
