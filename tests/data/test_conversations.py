@@ -167,3 +167,44 @@ def test_a_key_of_the_users_own() -> None:
 def test_what_is_wrong_with_a_row(text: str, said: str) -> None:
     with pytest.raises(RowError, match=said):
         parse(text.encode("latin-1"))
+
+
+@pytest.mark.parametrize("chunk", [3, 16, 1 << 20])
+def test_an_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr("torchspec.data.sources._CHUNK", chunk)
+    rows = [{"id": i, "messages": [{"role": "user", "content": 'émigré 🦜 ] , [ \\ " ' * i}]} for i in range(20)]
+    path = tmp_path / "a.json"
+    path.write_text("\ufeff \n" + json.dumps(rows, indent=1, ensure_ascii=chunk == 3), encoding="utf-8")
+    assert rows_of(path) == list(zip(rows, range(1, 21), strict=True))
+    for text, said in (
+        ("[1, 23, 456]", None),
+        ("[]", None),
+        ('[{"a": 1}, {"b"', "after row 1"),
+        ('[{"a": 1}', "has no end|after row 1"),
+        ("[1 2", "no valid JSON"),
+    ):
+        path.write_text(text)
+        if said is None:
+            assert [row for row, _ in rows_of(path)] == json.loads(text)
+        else:
+            with pytest.raises(UserError, match=said):
+                rows_of(path)
+
+
+def test_tool_calls_have_their_arguments_as_objects() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    given = [{"role": "user", "content": "u"}, {"role": "assistant", "content": None, "tool_calls": [call, {"name": "g", "arguments": {"y": 2}}]}]
+    calls = parse(json.dumps({"messages": given}).encode()).messages[1]["tool_calls"]
+    assert calls == [
+        {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}},
+        {"type": "function", "function": {"name": "g", "arguments": {"y": 2}}},
+    ]
+
+
+def test_messages_as_text_and_media_as_placeholders() -> None:
+    given = [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "input_text", "text": "u"}]},
+        {"role": "assistant", "content": "a"},
+    ]
+    conversation = parse(json.dumps({"messages": json.dumps(given)}).encode(), media="placeholder")
+    assert conversation.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "u"}]

@@ -121,7 +121,7 @@ def _check_order(messages: tuple[Message, ...]) -> None:
     for i, message in enumerate(messages):
         role = message["role"]
         if role in ("system", "developer") and before not in (None, "system", "developer"):
-            raise RowError(f"has its roles out of order: message {i} is a {role} message after a {before} message; it belongs at the beginning")
+            raise RowError(f"has its roles out of order: message {i} ({role}) comes after one of the {before}; it belongs at the beginning")
         if role == "assistant" and before in (None, "system", "developer"):
             raise RowError(f"has its roles out of order: message {i} is an answer to nothing (a user message must come before it)")
         if role == "assistant" and before == "assistant":
