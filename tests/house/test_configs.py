@@ -56,6 +56,17 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert f"usage: main.py {command}" in capsys.readouterr().out
 
 
+def test_mixtures_and_named_validation_sets_parse(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = ["--data.train", "{a.jsonl: 2, folder: 0.5}", "--data.validate", "{chat: c.jsonl, code: [d.jsonl, e.jsonl]}"]
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), *words, "--print_config"])
+    printed = capsys.readouterr()
+    assert done.value.code in (0, None), printed.err[-2000:]
+    data = yaml.safe_load(printed.out)["data"]
+    assert data["train"] == {"a.jsonl": 2.0, "folder": 0.5} and data["validate"] == {"chat": "c.jsonl", "code": ["d.jsonl", "e.jsonl"]}
+
+
 def test_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["trian"])

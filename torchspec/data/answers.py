@@ -15,10 +15,12 @@ them in that context. ``supervise: all`` takes their words nevertheless, found b
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torchspec.data.conversations import Conversation, Message, RowError, reasoning_of, words_of
+from torchspec.data.template import THINKING
 
 if TYPE_CHECKING:
     from torchspec.data.template import ChatTemplate
@@ -64,7 +66,7 @@ class AnswerFinder:
         """
         template, messages, tools = self.template, conversation.messages, conversation.tools
         variables = template.variables(conversation)
-        text = template.text(messages, tools, generate=False, variables=variables)
+        text = plain = template.text(messages, tools, generate=False, variables=variables)
         indices = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         found: dict[int, Span] = {}
         for i in reversed(indices if supervise != "last" else indices[-1:]):
@@ -72,7 +74,7 @@ class AnswerFinder:
             last = i == len(messages) - 1
             upto = text if last else template.text(messages[: i + 1], tools, generate=False, variables=variables)
             stop = self._as_generated(text, before, upto, messages[i])
-            if stop is None and last and (whole := self._continued(text, before, conversation, variables)) is not None:
+            if stop is None and last and (whole := self._continued(before, conversation, variables)) is not None:
                 text, stop = whole, len(whole)  # what the last answer really follows; earlier ones are looked for in it
             if stop is not None:
                 found[i] = Span(len(before), stop, i)
@@ -80,8 +82,9 @@ class AnswerFinder:
             self._add_marked(found, conversation, text, variables, indices)
         if supervise == "all":
             for i in indices:
-                if i not in found and (span := self._rewritten(text, conversation, i, variables)) is not None:
-                    found[i] = span
+                if i not in found and (span := self._rewritten(plain, conversation, i, variables)) is not None:
+                    if text.startswith(plain[: span.stop]):
+                        found[i] = span
         elif supervise == "last":
             found = {i: span for i, span in found.items() if i == indices[-1]}
         if indices and indices[-1] in found and indices[-1] == len(messages) - 1 and indices[-1] not in conversation.cut:
@@ -105,29 +108,56 @@ class AnswerFinder:
                 return match.start()
         return stop
 
-    def _continued(self, text: str, before: str, conversation: Conversation, variables: dict[str, Any]) -> str | None:
+    def _continued(self, before: str, conversation: Conversation, variables: dict[str, Any]) -> str | None:
         """The last generation prompt and what the target generated after it, for templates whose text of the whole conversation does not go on from there.
 
-        Harmony drops the thinking before a call once the final answer is there: the answer is then taken from the conversation without the calls. DeepSeek R1
-        opens the thinking in the prompt and drops it from every message: thinking, words and the end that the template gives are put together. None for others.
+        What it generated is looked for in the conversation up to the last question with the answer right behind it, in ways that need more and more of a guess:
+        as it stands there (Harmony drops the thinking before a call once the final answer is there); with its thinking as the template shows it beside a call
+        (Kimi K2 Thinking and Gemma 4 show none beside an answer); without thinking, behind a prompt that closes an empty one (Gemma 4); put together from
+        thinking and words, where the prompt opens the thinking (DeepSeek R1). None where nothing applies.
         """
-        message = conversation.messages[-1]
-        asked = max((i for i, m in enumerate(conversation.messages) if m["role"] == "user"), default=-1) + 1
-        if 0 < asked < len(conversation.messages) - 1:
-            prompt = self.template.text(conversation.messages[:asked], conversation.tools, generate=True, variables=variables)
-            shown = self.template.text([*conversation.messages[:asked], message], conversation.tools, generate=False, variables=variables)
-            if shown.startswith(prompt) and shows(shown[len(prompt) :], message):
-                return before + shown[len(prompt) :]
-        opened = before.rstrip()
-        thought, words = reasoning_of(message), words_of(message).split("</think>")[-1]
-        if not opened.endswith("<think>") or not thought or not words.strip() or words.strip() not in text:
+        message, tools = conversation.messages[-1], conversation.tools
+        asked = conversation.messages[: 1 + max((i for i, m in enumerate(conversation.messages) if m["role"] == "user"), default=-1)]
+        if not asked:
             return None
-        end = text[text.rindex(words.strip()) + len(words.strip()) :]
+
+        def render(*more: Message, generate: bool = False) -> str:
+            return self.template.text([*asked, *more], tools, generate=generate, variables=variables)
+
+        prompt, shown = render(generate=True), render(message)
+        if shown.startswith(prompt) and shows(shown[len(prompt) :], message):
+            return before + shown[len(prompt) :]
+        thought, words = reasoning_of(message), words_of(message).split("</think>")[-1].strip()
+        if not thought:
+            switches = [variables[name] for name in THINKING if name in variables]
+            base, header = render(), self._common(prompt, shown)
+            if switches and not any(switches) and prompt.startswith(base) and header > len(base) and shows(shown[header:], message):
+                return before + shown[header:]
+            return None
+        if (whole := self._with_thought(render, message, thought, words)) is not None and whole.startswith(prompt) and shows(whole[len(prompt) :], message):
+            return before + whole[len(prompt) :]
+        opened = before.rstrip()
+        if not opened.endswith("<think>") or not words or words not in shown:
+            return None
+        end = shown[shown.rindex(words) + len(words) :]
         if message.get("reasoning_content") is None:
             generated = words_of(message).removeprefix("<think>" + before[len(opened) :]).removeprefix("<think>")
         else:
             generated = f"{thought}\n</think>\n\n{words}" if before.endswith("\n") else f"{thought}</think>{words}"
         return before + generated.rstrip() + end
+
+    def _with_thought(self, render: Callable[..., str], message: Message, thought: str, words: str) -> str | None:
+        """The answer's text with its thinking where the template shows it beside a call; None where it shows none even there."""
+        call = {"id": "functions.x:0", "type": "function", "function": {"name": "x", "arguments": {"x": "x"}}}
+        bare: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        try:
+            without, beside = render(bare), render({**bare, "reasoning_content": thought})
+        except RowError:
+            return None
+        plain = render({key: value for key, value in message.items() if key != "reasoning_content"} | {"content": words})
+        kept = min(_alike(without[::-1], beside[::-1]), len(without) - self._common(without, beside))  # of the call, behind the thinking
+        head = without[: len(without) - kept]
+        return beside[: len(beside) - kept] + plain[len(head) :] if thought in beside and plain.startswith(head) else None
 
     def _add_marked(self, found: dict[int, Span], conversation: Conversation, text: str, variables: dict[str, Any], indices: list[int]) -> None:
         """Answers that only the template's own markers show. Where prefix rendering found one too, it stands: markers often miss the end token."""

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from torchspec.engines.messages import Sample
 
-FORMAT = 2
+FORMAT = 3
 """Goes up when rendering, masks or files change: older entries are then built anew."""
 _CHUNK = 1 << 20
 """Tokens looked at in one go when a whole data set is counted."""

@@ -64,6 +64,7 @@ class ChatTemplate:
             if re.search(rf"""\.{key}\b|\[\s*['"]{key}['"]\s*\]|['"]{key}['"]\s+in\b""", self.source)
         ]
         self._takes_parts = self._probe_parts()
+        self._calls_as_text = not self._takes_calls({"x": "x"}) and self._takes_calls('{"x": "x"}')
 
     def variables(self, conversation: Conversation) -> dict[str, Any]:
         """What the template is told for this conversation: whether the answers to the last question think, and what the user gave."""
@@ -120,6 +121,9 @@ class ChatTemplate:
             if media_of(message):
                 raise RowError(f"has a part of type {media_of(message)[0]!r}, and the target's chat template takes text alone")
             shown["content"] = words_of(message)
+        if self._calls_as_text and "tool_calls" in shown:
+            calls = [(call, call["function"]) for call in shown["tool_calls"]]
+            shown["tool_calls"] = [{**call, "function": {**f, "arguments": json.dumps(f["arguments"], ensure_ascii=False)}} for call, f in calls]
         reasoning = shown.pop("reasoning_content", None)
         if reasoning:
             if self._reasoning_keys:
@@ -127,6 +131,16 @@ class ChatTemplate:
             else:
                 shown["content"] = f"<think>\n{reasoning}\n</think>\n\n{words_of(message)}"
         return shown
+
+    def _takes_calls(self, arguments: Any) -> bool:
+        """Whether it renders a call whose arguments are given like this (some of the older ones want text)."""
+        call = {"id": "functions.x:0", "type": "function", "function": {"name": "x", "arguments": arguments}}
+        probe: Any = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        try:
+            self.tokenizer.apply_chat_template(probe, tokenize=False, **self._fixed)
+        except Exception:  # it adds text and an object
+            return False
+        return True
 
     def _probe_parts(self) -> bool:
         """Whether it renders content given as a list of parts."""

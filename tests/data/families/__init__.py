@@ -263,8 +263,10 @@ FAMILIES: dict[str, Family] = {
         ("<turn|>", "<|tool_response>"),
         swapped(
             ended(chatml(""), "<turn|>"),
+            # without thinking the prompt closes an empty one, which no message shows: only the last answer is as generated
+            turns=["because it is<turn|>"],
             thinking=["<|channel>thought\nwhere is it<channel|>because it is<turn|>"],
-            tools=['<|tool_call>call:find{name:<|"|>dog<|"|>}<tool_call|><|tool_response>', "under the cat<turn|>"],
+            tools=["under the cat<turn|>"],
             thinking_tools=[
                 '<|channel>thought\nwe call<channel|><|tool_call>call:find{name:<|"|>dog<|"|>}<tool_call|><|tool_response>',
                 "<|channel>thought\nnow we know<channel|>under the cat<turn|>",
