@@ -117,6 +117,7 @@ def regenerate(
     engine: Literal["transformers", "vllm", "server"] = "transformers",
     engine_args: dict[str, Any] | None = None,
     server: str | None = None,
+    template_args: dict[str, Any] | None = None,
 ) -> None:
     """Answer the prompts of a conversation file with the target itself.
 
@@ -138,6 +139,7 @@ def regenerate(
         engine: transformers, vllm (much faster where it runs), or server (any OpenAI-compatible one; its key comes from OPENAI_API_KEY).
         engine_args: engine arguments of vLLM, as they are; with a server, added to every request.
         server: address of the server's interface, such as http://127.0.0.1:8000/v1.
+        template_args: variables for the chat template, such as {"enable_thinking": false}.
     """
     from torchspec.data.regenerate import regenerate as run
 
@@ -159,6 +161,7 @@ def regenerate(
         engine=engine,
         engine_args=engine_args,
         server=server,
+        template_args=template_args,
     )
     rate = report.tokens / report.seconds if report.seconds else 0.0
     print(

@@ -94,15 +94,23 @@ def test_turns_tools_thinking_and_sampling(server: Any, tmp_path: Path, monkeypa
         "tools": tools,
     }
     rows = [asks("a", "one", "two"), asks("t", "think"), asks("c", "call", "and", tools=tools), asks("l", "long", "more"), used]
-    report, done = run(server, tmp_path, rows, temperature=0.5, seed=3, max_new_tokens=9, engine_args={"top_k": 7})
+    report, done = run(server, tmp_path, rows, temperature=0.5, seed=3, max_new_tokens=9, engine_args={"top_k": 7}, template_args={"enable_thinking": False})
     assert report.answered == 5 and report.failed == 0 and report.cut == 1 and report.tokens == 3 * 6
     assert [m["content"] for m in done["a"]["conversations"]] == ["one", "ONE", "two", "TWO"]
     assert done["t"]["conversations"][1]["reasoning_content"] == "hm"
     assert done["c"]["conversations"][1]["tool_calls"] == [CALL] and len(done["c"]["conversations"]) == 2 and done["c"]["tools"] == tools
     assert done["l"]["finish"] == "length" and len(done["l"]["conversations"]) == 2
     assert [m["role"] for m in done["used"]["conversations"]] == ["user", "assistant", "tool", "assistant"]  # the call stays, its result is answered
-    assert done["a"]["sampling"] == {"target": "model", "max_new_tokens": 9, "temperature": 0.5, "top_p": 1.0, "seed": 3}
+    assert done["a"]["sampling"] == {
+        "target": "model",
+        "max_new_tokens": 9,
+        "temperature": 0.5,
+        "top_p": 1.0,
+        "seed": 3,
+        "template_args": {"enable_thinking": False},
+    }
     for body in server.asked:
+        assert body["chat_template_kwargs"] == {"enable_thinking": False}
         assert (body["temperature"], body["seed"], body["max_tokens"], body["top_k"], body["key"]) == (0.5, 3, 9, 7, "Bearer secret")
     asked = next(body for body in server.asked if body["messages"][-1]["role"] == "tool")
     assert asked["tools"] == tools and json.loads(asked["messages"][1]["tool_calls"][0]["function"]["arguments"]) == {"name": "dog"}

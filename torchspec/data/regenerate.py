@@ -90,6 +90,7 @@ def regenerate(
     engine: str = "transformers",
     engine_args: dict[str, Any] | None = None,
     server: str | None = None,
+    template_args: dict[str, Any] | None = None,
 ) -> RegenerateReport:
     """Answer the prompts of a conversation file with the target itself.
 
@@ -111,6 +112,7 @@ def regenerate(
         engine: transformers, vllm or server.
         engine_args: of vLLM, passed on; of a server, added to every request.
         server: address of an OpenAI-compatible interface.
+        template_args: variables for the chat template, such as ``{"enable_thinking": false}``.
 
     Returns:
         Counts, tokens and seconds.
@@ -127,13 +129,14 @@ def regenerate(
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     # what is wrong is found before a model is loaded
     find_sources(input, config_key="input")
-    made = made_with(target, sampling)
+    made = made_with(target, sampling) | ({"template_args": template_args} if template_args else {})
     _open_output(Path(output), made)
     if server is not None:
-        answerer: Answerer = ServerAnswerer(server, model=target, concurrency=batch_size, extra=engine_args)
+        extra = {**({"chat_template_kwargs": template_args} if template_args else {}), **(engine_args or {})}
+        answerer: Answerer = ServerAnswerer(server, model=target, concurrency=batch_size, extra=extra)
     else:
         config = TargetConfig(target, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-        renderer = Renderer(Target(config).tokenizer(), name=target, end_ids=Target(config).end_ids())
+        renderer = Renderer(Target(config).tokenizer(), name=target, end_ids=Target(config).end_ids(), variables=template_args)
         generator = _generator(engine, config, batch_size=batch_size, device=device, engine_args=engine_args or {})
         answerer = EngineAnswerer(generator, renderer)
     try:
