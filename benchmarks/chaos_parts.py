@@ -37,6 +37,10 @@ WORKER_SAMPLES, WORKER_TOKENS = 8, 256
 """Room of a worker."""
 
 
+WORKER_BYTES = WORKER_SAMPLES * SPEC.nbytes(MAX_LENGTH)
+"""What it may be writing at most."""
+
+
 class Conversations:
     """So many conversations of random tokens (see ``torchspec.data.samples.Samples``)."""
 
@@ -172,7 +176,15 @@ def run_rank(
     """Train each step from ``job.step`` on, validate after each epoch: say each micro-batch, then wait for ``go`` (what a collective does in a real run)."""
     plan = train.plan(0)
     at = [job.step]
-    config = {"rank": job.rank, "world": job.world, "spec": SPEC, "window_bytes": job.window, "prefetch_packs": 2, "failed_path": job.failed_path, "pin": False}
+    config: dict[str, Any] = {
+        "rank": job.rank,
+        "world": job.world,
+        "spec": SPEC,
+        "window_bytes": job.window,
+        "prefetch_packs": 2,
+        "failed_path": job.failed_path,
+        "pin": False,
+    }
     config |= {"health": lambda: None, "interrupted": lambda: False}
 
     def begin_training() -> Pass:
