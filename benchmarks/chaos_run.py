@@ -29,7 +29,7 @@ from torchspec.engines.group import EngineGroup, GroupConfig
 from torchspec.engines.parent import die_with
 from torchspec.errors import GroupStopped
 from torchspec.target import TargetConfig
-from torchspec.transfer import StoreConfig, open_store
+from torchspec.transfer import Store, StoreConfig, open_store
 
 SAMPLES, EPOCHS, WORKERS, VALIDATION = 1000, 3, 2, 40
 LEASE_S, SILENCE_S, PATIENCE_S = 3.0, 1.5, 40.0
@@ -143,7 +143,7 @@ class Seed:
         self.endpoint = self.group.start()
         try:
             observer = TrainerClient(self.endpoint, "observer", role="observer")
-            self.store = open_store(observer.welcome.store)
+            self.store = observer.welcome.store
             self.proxy = Child(self._proxy, self.folder / "proxy.log")
             while not (ports := self.proxy.said()):
                 time.sleep(0.01)
@@ -275,22 +275,30 @@ class Seed:
             self.proxy.tell(f"stall {int(what.startswith('rank'))} {self.random.uniform(0.1, 0.8):.2f}\n".encode())
         elif what == "evict":
             keys = (self.folder / "keys").read_text().splitlines()[-40:] if (self.folder / "keys").exists() else []
-            self.store.delete(keys)
+            self._with_store(lambda store: store.delete(keys))
+
+    def _with_store(self, do: Callable[[Store], Any]) -> Any:
+        """Its result, from a process of its own: one that has opened a Mooncake store must not be forked any more."""
+        child = Child(lambda say, commands: say({"result": do(open_store(self.store))}), self.folder / "store.log")
+        select.select([child.reads], [], [], 10.0)
+        try:
+            return child.said()[0]["result"]
+        finally:
+            child.kill()
 
     def _settle(self, observer: TrainerClient) -> None:
         """All is trained: within a lease's time and a little, nothing may be left in store and books."""
         deadline = time.monotonic() + 2 * LEASE_S + 3
-        while time.monotonic() < deadline:
+        left, state = [""], observer.ask()
+        while left and time.monotonic() < deadline:
+            time.sleep(0.1)
             for child in self.workers.values():
                 if child.stopped_until:
                     os.kill(child.pid, signal.SIGCONT)
             state = observer.ask()
-            keys = (self.folder / "keys").read_text().splitlines()
-            left = [key for key, there in zip(keys, self.store.exists(keys), strict=True) if there]
-            if not left and not state["bytes_alive"] and not state["leased"] and not state["ready_for_work"]:
-                break
-            time.sleep(0.05)
-        else:
+            if not state["bytes_alive"] and not state["leased"] and not state["ready_for_work"]:
+                keys = (self.folder / "keys").read_text().splitlines()
+                left = self._with_store(lambda store, keys=keys: [key for key, there in zip(keys, store.exists(keys), strict=True) if there])  # type: ignore[misc]
+        if left:
             self.violations.append(f"left: {len(left)} keys such as {left[:2]}, { ({k: v for k, v in state.items() if k != 'workers'}) }")
         observer.close()
-        self.store.close()
