@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first")
     parser.add_argument("--plant", choices=["lose", "duplicate", "leak", "evict"], help="a breach that must be found")
     parser.add_argument("--seconds", type=float, help="begin no further seed after so many")
-    parser.add_argument("--store", choices=["mixed", "shm", "mooncake"], default="mixed", help="mixed: every fourth seed on Mooncake, where it is installed")
+    parser.add_argument("--store", choices=["mixed", "shm", "mooncake"], default="mixed", help="mixed: every eighth seed on Mooncake, where it is installed")
     options = parser.parse_args()
     torch.set_num_threads(1)
     started = time.monotonic()
@@ -47,7 +47,7 @@ def main() -> int:
     for seed in range(options.first, options.first + options.seeds):
         if options.seconds is not None and time.monotonic() - started > options.seconds:
             break
-        kind = options.store if options.store != "mixed" else ("auto" if seed % 4 == 3 else "shm")
+        kind = options.store if options.store != "mixed" else ("auto" if seed % 8 == 3 else "shm")
         folder = Path(tempfile.mkdtemp(prefix="chaos-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
         run = chaos_run.Seed(seed, kind=kind, plant=options.plant, folder=folder)
         run.run()

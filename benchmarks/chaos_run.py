@@ -287,8 +287,8 @@ class Seed:
             child.kill()
 
     def _settle(self, observer: TrainerClient) -> None:
-        """All is trained: within a lease's time and a little, nothing may be left in store and books."""
-        deadline = time.monotonic() + 2 * LEASE_S + 3
+        """All is trained: within a few leases' time nothing may be left in store and books."""
+        deadline = time.monotonic() + 4 * LEASE_S
         left, state = [""], observer.ask()
         while left and time.monotonic() < deadline:
             time.sleep(0.1)

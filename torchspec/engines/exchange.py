@@ -43,6 +43,8 @@ from torchspec.transfer.store import Address
 log = logging.getLogger("torchspec.coordinator")
 _HELLO = 10.0
 """Seconds for a client to say who it is."""
+_LATEST = 8
+"""Lease timeouts between the last two deletions of a lost worker's keys."""
 _PULSE = 5.0
 """Seconds between two signs of life for clients."""
 _FROM: dict[str, Any] = {
@@ -93,8 +95,8 @@ class Exchange:
         self._clients: dict[Peer, Client] = {}
         self._ranks: dict[tuple[int, str], Peer] = {}
         """Connection of each (rank, stage)."""
-        self._late: list[tuple[float, list[str]]] = []
-        """Keys that a lost worker of another host may still write, and when they are deleted once more."""
+        self._late: list[tuple[float, float, list[str]]] = []
+        """(when, seconds since the last time, keys): what a lost worker may still write, or has on its way to the store, is deleted again and again."""
         self._next_pulse = 0.0
         self._seen_call, self._stuck_s = 0, 0.0
         """The cleaner's call of the last tick, and how long it has been going on."""
@@ -178,8 +180,7 @@ class Exchange:
             if self._supervisor.owns(peer.name):
                 self._supervisor.disconnected(peer.name, now=self._now())  # its leases go back when it has ended and can write no more
             else:
-                keys = self.ledger.leave(peer.name, f"{peer.name} was lost")
-                self._late.append((self._now() + self._engines["lease_timeout"], keys))
+                self._leave(peer.name, "was lost")
         for (rank, stage), connected in list(self._ranks.items()):
             if connected is peer:
                 del self._ranks[rank, stage]
@@ -191,8 +192,16 @@ class Exchange:
         view = self.views.pop(name, None)
         if view is not None:
             view.peer.close()
-        self.ledger.leave(name, f"{name} died")
+        self._leave(name, "died")
         self.settle()
+
+    def _leave(self, name: str, how: str) -> None:
+        """What a worker held goes to others. Its keys are deleted at once, and again later: a worker of another host may live on without us, and what a dead one
+        sent to a store's server may be read there after our deletion."""
+        keys = self.ledger.leave(name, f"{name} {how}")
+        if keys:
+            delay = self._engines["lease_timeout"]
+            self._late.append((self._now() + delay, delay, keys))
 
     # -- messages
 
@@ -324,8 +333,13 @@ class Exchange:
         for name, view in list(self.views.items()):
             if view.ready and not self._supervisor.owns(name) and now - view.last_beat > self._engines["silence_timeout"]:
                 self._end_worker(name, f"silent for more than {self._engines['silence_timeout']:g} s (data.engines.silence_timeout)")
-        while self._cleaner is not None and self._late and self._late[0][0] <= now:
-            self._cleaner.delete(self._late.pop(0)[1])
+        if self._cleaner is not None and self._late:
+            due = [late for late in self._late if late[0] <= now]
+            self._late = [late for late in self._late if late[0] > now]
+            for _, delay, keys in due:
+                self._cleaner.delete(keys)
+                if delay < _LATEST * self._engines["lease_timeout"]:
+                    self._late.append((now + 2 * delay, 2 * delay, keys))
         if self._cleaner is not None:
             going_on = self._cleaner.call
             self._stuck_s = self._stuck_s + elapsed if going_on and going_on == self._seen_call else 0.0
