@@ -9,6 +9,35 @@ from collections.abc import Callable, Sequence
 from torchspec.transfer import open_store
 from torchspec.transfer.store import Address
 
+_LATEST = 8
+"""Lease timeouts between the last two deletions of a lost worker's keys."""
+
+
+class LateKeys:
+    """Keys of lost workers, which are deleted at once and then again one, three, seven and fifteen lease timeouts later.
+
+    A worker of another host may live on without us and write what it held, and what a dead one sent to a store's server may be read there after our deletion.
+
+    Args:
+        timeout: seconds of a lease.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._waiting: list[tuple[float, float, list[str]]] = []
+        """(when, seconds since the last time, keys)."""
+
+    def add(self, keys: Sequence[str], *, now: float) -> None:
+        if keys:
+            self._waiting.append((now + self._timeout, self._timeout, list(keys)))
+
+    def due(self, now: float) -> list[str]:
+        """What is to be deleted now."""
+        due = [entry for entry in self._waiting if entry[0] <= now]
+        self._waiting = [entry for entry in self._waiting if entry[0] > now]
+        self._waiting += [(now + 2 * delay, 2 * delay, keys) for _, delay, keys in due if delay < _LATEST * self._timeout]
+        return [key for _, _, keys in due for key in keys]
+
 
 class Cleaner:
     """See the module. Everything queued goes in one call.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from torchspec.engines import books, greeting
-from torchspec.engines.cleaner import Cleaner
+from torchspec.engines.cleaner import Cleaner, LateKeys
 from torchspec.engines.connection import Peer
 from torchspec.engines.ledger import Ledger, ProtocolError
 from torchspec.engines.messages import (
@@ -43,8 +43,6 @@ from torchspec.transfer.store import Address
 log = logging.getLogger("torchspec.coordinator")
 _HELLO = 10.0
 """Seconds for a client to say who it is."""
-_LATEST = 8
-"""Lease timeouts between the last two deletions of a lost worker's keys."""
 _PULSE = 5.0
 """Seconds between two signs of life for clients."""
 _FROM: dict[str, Any] = {
@@ -95,8 +93,7 @@ class Exchange:
         self._clients: dict[Peer, Client] = {}
         self._ranks: dict[tuple[int, str], Peer] = {}
         """Connection of each (rank, stage)."""
-        self._late: list[tuple[float, float, list[str]]] = []
-        """(when, seconds since the last time, keys): what a lost worker may still write, or has on its way to the store, is deleted again and again."""
+        self._late = LateKeys(self._engines["lease_timeout"])
         self._next_pulse = 0.0
         self._seen_call, self._stuck_s = 0, 0.0
         """The cleaner's call of the last tick, and how long it has been going on."""
@@ -196,12 +193,8 @@ class Exchange:
         self.settle()
 
     def _leave(self, name: str, how: str) -> None:
-        """What a worker held goes to others. Its keys are deleted at once, and again later: a worker of another host may live on without us, and what a dead one
-        sent to a store's server may be read there after our deletion."""
-        keys = self.ledger.leave(name, f"{name} {how}")
-        if keys:
-            delay = self._engines["lease_timeout"]
-            self._late.append((self._now() + delay, delay, keys))
+        """What a worker held goes to others."""
+        self._late.add(self.ledger.leave(name, f"{name} {how}"), now=self._now())
 
     # -- messages
 
@@ -333,14 +326,9 @@ class Exchange:
         for name, view in list(self.views.items()):
             if view.ready and not self._supervisor.owns(name) and now - view.last_beat > self._engines["silence_timeout"]:
                 self._end_worker(name, f"silent for more than {self._engines['silence_timeout']:g} s (data.engines.silence_timeout)")
-        if self._cleaner is not None and self._late:
-            due = [late for late in self._late if late[0] <= now]
-            self._late = [late for late in self._late if late[0] > now]
-            for _, delay, keys in due:
-                self._cleaner.delete(keys)
-                if delay < _LATEST * self._engines["lease_timeout"]:
-                    self._late.append((now + 2 * delay, 2 * delay, keys))
         if self._cleaner is not None:
+            if keys := self._late.due(now):
+                self._cleaner.delete(keys)
             going_on = self._cleaner.call
             self._stuck_s = self._stuck_s + elapsed if going_on and going_on == self._seen_call else 0.0
             self._seen_call = going_on
