@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from torchspec.errors import UserError
-from torchspec.models.checkpoint import read_entries
+from torchspec.models.checkpoint import publish, read_entries, recover, remove
 
 
 def _continue_wandb_run(trainer: pl.Trainer, checkpoint: str) -> None:
@@ -73,10 +73,25 @@ class Trainer(pl.Trainer):
             return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
-        """Lightning's own; a folder that cannot be written is said in one line."""
+        """Lightning's own, beside the final name and then renamed: a crash while saving leaves the checkpoint that was there. Errors are one line."""
+        final = Path(filepath)
+        local = "://" not in str(filepath)
+        partial = final.with_name(f".{final.name}.partial")
         try:
-            super().save_checkpoint(filepath, weights_only, storage_options)
+            if not local:
+                super().save_checkpoint(filepath, weights_only, storage_options)
+                return
+            if self.is_global_zero:
+                remove(partial)
+            self.strategy.barrier("checkpoint begins")
+            super().save_checkpoint(partial, weights_only, storage_options)
+            self.strategy.barrier("checkpoint is whole")
+            if self.is_global_zero:
+                publish(partial, final)
+            self.strategy.barrier("checkpoint is in place")
         except OSError as error:
+            if local:
+                remove(partial)
             fix = "free space or set trainer.default_root_dir elsewhere, then resume with --ckpt_path last; earlier checkpoints are whole"
             raise UserError("checkpoint", str(filepath), f"cannot be written ({error.strerror or error})", fix) from error
 
@@ -106,10 +121,13 @@ class Trainer(pl.Trainer):
             handler.close()
 
     def _place_checkpoints(self) -> None:
-        """A ModelCheckpoint without a folder saves under the run's."""
+        """A ModelCheckpoint without a folder saves under the run's; what a crash left half-way there is put right."""
         for callback in self.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(Path(self.default_root_dir) / "checkpoints")
+            if isinstance(callback, ModelCheckpoint):
+                if callback.dirpath is None:
+                    callback.dirpath = str(Path(self.default_root_dir) / "checkpoints")
+                if self.is_global_zero and "://" not in str(callback.dirpath):
+                    recover(Path(callback.dirpath))
 
     def _run(self, model: Any, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         self.resume_path = None if ckpt_path is None else str(ckpt_path)

@@ -1,7 +1,8 @@
-"""Reading a training checkpoint without a trainer: a single file (auto, ddp) or a sharded folder (fsdp2)."""
+"""Training checkpoints on disk, a single file (auto, ddp) or a sharded folder (fsdp2): put in place whole, and read without a trainer."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,39 @@ from torchspec.errors import UserError
 
 _FOLDER_FACTS = "meta.pt"
 """Lightning's name of the file beside the shards that holds everything but weights and optimizer."""
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, file or folder; one that is not there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a whole checkpoint its name. A file replaces the old one in one step; a folder cannot, so the old one steps aside first (:func:`recover`)."""
+    if not partial.is_dir():
+        partial.replace(final)
+        return
+    previous = final.with_name(f".{final.name}.previous")
+    remove(previous)
+    if final.is_dir() and not final.is_symlink():
+        final.rename(previous)
+    else:
+        final.unlink(missing_ok=True)
+    partial.rename(final)
+    remove(previous)
+
+
+def recover(folder: Path) -> None:
+    """Undo what a crash inside :func:`publish` left in a folder: a sharded checkpoint that had stepped aside for one that never took its place."""
+    for previous in folder.glob(".*.previous") if folder.is_dir() else ():
+        final = folder / previous.name.removeprefix(".").removesuffix(".previous")
+        if final.exists():
+            remove(previous)
+        else:
+            previous.rename(final)
 
 
 def read_entries(path: Path) -> dict[str, Any]:
