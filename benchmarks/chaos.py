@@ -43,7 +43,7 @@ def main() -> int:
     started = time.monotonic()
     faults: Counter[str] = Counter()
     violations: list[str] = []
-    count = 0
+    count = trained = 0
     for seed in range(options.first, options.first + options.seeds):
         if options.seconds is not None and time.monotonic() - started > options.seconds:
             break
@@ -52,6 +52,7 @@ def main() -> int:
         run = chaos_run.Seed(seed, kind=kind, plant=options.plant, folder=folder)
         run.run()
         count += 1
+        trained += chaos_run.SAMPLES * run.epochs
         faults += run.faults
         violations += [f"seed {seed}: {text}" for text in run.violations]
         if run.violations and options.plant is None:
@@ -61,7 +62,7 @@ def main() -> int:
     seconds = round(time.monotonic() - started, 1)
     numbers = {
         "seeds": count,
-        "samples": count * chaos_run.SAMPLES * chaos_run.EPOCHS,
+        "samples": trained,
         "faults": faults.total(),
         "violations": len(violations),
         "seconds": seconds,

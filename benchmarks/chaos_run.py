@@ -102,6 +102,7 @@ class Seed:
 
     def __init__(self, seed: int, *, kind: str, plant: str | None, folder: Path) -> None:
         self.random = random.Random(seed)
+        self.epochs = EPOCHS if plant is None else 1  # a breach shows in one
         self.seed, self.plant, self.folder = seed, plant, folder
         self.faults: Counter[str] = Counter()
         self.violations: list[str] = []
@@ -160,7 +161,9 @@ class Seed:
                 child.kill()
             self.group.close()
         self.violations += proof.left_behind(self.folder, self.group.config.token)
-        self.violations += proof.not_exactly_once(self.ledger, self.folder / "failed.jsonl", self.train, validation=VALIDATION, epochs=EPOCHS, poison=POISON)
+        self.violations += proof.not_exactly_once(
+            self.ledger, self.folder / "failed.jsonl", self.train, validation=VALIDATION, epochs=self.epochs, poison=POISON
+        )
 
     def _proxy(self, say: Callable[[dict[str, Any]], None], commands: int) -> None:
         asyncio.run(parts.proxy(self.endpoint, lambda ports: say({"ports": ports}), commands))
@@ -183,7 +186,7 @@ class Seed:
         self.waiting, self.done, self.said = set(), set(), {rank: [] for rank in range(world)}
         self.last_step = time.monotonic()
         for rank in range(world):
-            job = parts.RankJob(rank, world, EPOCHS, position, self.budget, self.folder / "failed.jsonl", self.plant if not self.ledger else None)
+            job = parts.RankJob(rank, world, self.epochs, position, self.budget, self.folder / "failed.jsonl", self.plant if not self.ledger else None)
             self.ranks[rank] = Child(lambda say, commands, job=job: self._rank(job, say, commands), self.folder / "ranks.log")  # type: ignore[misc]
 
     def _rank(self, job: parts.RankJob, say: Callable[[dict[str, Any]], None], commands: int) -> None:
