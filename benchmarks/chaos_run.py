@@ -100,6 +100,11 @@ def _all(descriptor: int, data: bytes) -> None:
 class Seed:
     """One run under faults."""
 
+    chances = {"fail": 0.01, "corrupt": 0.004, "hang": 0.0005, "hang_s": 1.5 * LEASE_S}
+    """Of an engine, at each sample."""
+    over = False
+    """Ends the run before its last epoch."""
+
     def __init__(self, seed: int, *, kind: str, plant: str | None, folder: Path) -> None:
         self.random = random.Random(seed)
         self.epochs = EPOCHS if plant is None else 1  # a breach shows in one
@@ -113,8 +118,7 @@ class Seed:
         self.ledger: list[dict[str, Any]] = []
         """Committed micro-batches, in the order of their steps."""
         (folder / "shm").mkdir()
-        chances = {"fail": 0.01, "corrupt": 0.004, "hang": 0.0005, "hang_s": 1.5 * LEASE_S, "poison": POISON}
-        args = {"seed": seed, "keys": str(folder / "keys"), "plant": plant, **chances}
+        args = {"seed": seed, "keys": str(folder / "keys"), "plant": plant, "poison": POISON, **self.chances}
         engines = EngineConfig(workers=0, lease_timeout=LEASE_S, silence_timeout=SILENCE_S, max_attempts=8, max_failed_fraction=0.1, engine_args=args)
         self.group = EngineGroup(
             GroupConfig(
@@ -199,7 +203,7 @@ class Seed:
 
     def _until_trained(self) -> None:
         next_fault = time.monotonic() + 0.3
-        while len(self.done) < len(self.ranks):
+        while len(self.done) < len(self.ranks) and not self.over:
             select.select([child.reads for child in self.ranks.values()], [], [], 0.02)
             now = time.monotonic()
             self.group.check()
