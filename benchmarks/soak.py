@@ -2,8 +2,8 @@
 
     python benchmarks/soak.py --minutes 30
 
-Prints one JSON line: samples trained, and for coordinator, workers and ranks the resident bytes (RSS) after the first tenth of the time and at the end, in MiB, with
-their growth an hour between the medians of the second and the last quarter. Everything else of the chaos benchmark holds too: ``violations`` must be 0.
+Prints one JSON line: samples trained, and for coordinator, workers and ranks the resident memory (RSS) after the first tenth of the time and at the end, in
+MiB, with their growth an hour between the medians of the second and the last quarter. Everything else of the chaos benchmark holds too: ``violations`` must be 0.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
@@ -34,6 +35,7 @@ MIB = 2**20
 class Soak(chaos_run.Seed):
     """A seed whose faults are looks at the memory."""
 
+    ledger: list[dict[str, Any]]
     chances = {"fail": 0.001, "corrupt": 0.001, "hang": 0.0, "hang_s": 0.0}
 
     def __init__(self, seconds: float, *, kind: str, folder: Path) -> None:
