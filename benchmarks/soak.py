@@ -5,6 +5,7 @@
 Prints one JSON line: samples trained, and for coordinator, workers and ranks the resident memory (RSS) after the first tenth of the time and at the
 end, in MiB, with their growth an hour between the medians of the second and the last quarter. Everything else of the chaos benchmark holds too:
 ``violations`` must be 0.
+"""
 
 from __future__ import annotations
 
