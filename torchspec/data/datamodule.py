@@ -11,7 +11,6 @@ makes the plan and takes the group's address from rank 0; the loaders stream; ``
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,8 +27,9 @@ from torchspec.data.corpus import Corpus, default_cache_dir
 from torchspec.data.failures import cut_failures
 from torchspec.data.loader import LoaderConfig, LoaderStats, PackLoader, Pass
 from torchspec.data.prepare import DataOptions
-from torchspec.data.progress import batches_in_epoch, check_limit, check_trainer, set_progress
-from torchspec.engines.engine import ANSWERING, EngineConfig, OnPolicy
+from torchspec.data.progress import batches_in_epoch, check_cursor, check_limit, check_trainer, cursor, set_progress
+from torchspec.data.settings import check_engine, check_sizes, validation_sets
+from torchspec.engines.engine import EngineConfig, OnPolicy
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
 from torchspec.transfer.record import Record, RecordSpec
@@ -108,26 +108,16 @@ class DraftDataModule(pl.LightningDataModule):
         prefetch_packs: int = 4,
     ) -> None:
         super().__init__()
-        for name, value in {"max_length": max_length, "packs_per_step": packs_per_step, "prefetch_packs": prefetch_packs, "unroll_steps": unroll_steps}.items():
-            if value < 1:
-                raise UserError(f"data.{name}", value, "is below 1", "use 1 or more")
-        if max_length > max_tokens:
-            problem = f"is longer than data.max_tokens={max_tokens}: a conversation must fit into a pack"
-            raise UserError("data.max_length", max_length, problem, "lower it or raise data.max_tokens")
-        if on_policy is not None and not on_policy.answer_workers and engine not in ANSWERING:
-            raise UserError("data.engine", engine, "cannot answer prompts (data.on_policy)", f"use {' or '.join(ANSWERING)}, or data.on_policy.answer_workers")
-        if not 0.0 <= max_bad_fraction < 1.0:
-            raise UserError("data.max_bad_fraction", max_bad_fraction, "is no share", "use a number from 0 up to, but not including, 1")
-        if (engine == "replay") != (records is not None):
-            problem = "is missing: engine replay reads records" if records is None else f"has no meaning for engine {engine}"
-            raise UserError("data.records", records, problem, "give the folder that main.py extract wrote" if records is None else "set data.engine: replay")
-        if tee is not None and (engine == "replay" or on_policy is not None):
-            why = "engine replay: they are on disk already" if engine == "replay" else "data.on_policy: the target answers anew each time"
-            raise UserError("data.tee", tee, f"keeps records of no use with {why}", "leave it out")
-        named = {f"validate/{name}": given for name, given in validate.items()} if isinstance(validate, dict) else {"validate": validate}
-        for name in named:
-            if not re.fullmatch(r"validate(/[A-Za-z0-9_.-]+)?", name):
-                raise UserError("data.validate", name.removeprefix("validate/"), "is no name for metrics", "use letters, digits, dots, dashes and underscores")
+        check_sizes(
+            max_length=max_length,
+            max_tokens=max_tokens,
+            packs_per_step=packs_per_step,
+            prefetch_packs=prefetch_packs,
+            unroll_steps=unroll_steps,
+            max_bad_fraction=max_bad_fraction,
+        )
+        check_engine(engine=engine, on_policy=on_policy, records=records, tee=tee)
+        named = validation_sets(validate)
         self.target = Target(target)
         self.aux_layers = self.target.aux_layers(aux_layers)
         self.max_length, self.packs_per_step, self.seed, self.prefetch_packs = max_length, packs_per_step, seed, prefetch_packs
@@ -399,27 +389,13 @@ class DraftDataModule(pl.LightningDataModule):
         """The cursor; the same on every rank."""
         if "train" not in self.corpus.loaded:
             return {}
-        plan = self.corpus.any_plan
-        epoch, step = divmod(self._trainer.global_step, plan.steps)
-        return {
-            "seed": self.seed,
-            "epoch": epoch,
-            "packs_trained": step * self.packs_per_step,
-            "packs_per_step": self.packs_per_step,
-            "plan_fingerprint": plan.fingerprint,
-            "world_size": self._trainer.world_size,
-        }
+        trainer = self._trainer
+        return cursor(self.corpus.any_plan, steps=trainer.global_step, seed=self.seed, world=trainer.world_size)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        if self._trainer.state.fn != TrainerFn.FITTING:
-            return
-        ours = self.state_dict()
-        for name in ("packs_per_step", "seed", "plan_fingerprint"):
-            if state_dict.get(name) != ours[name]:
-                what = "data (content, max_length, max_tokens, order)" if name == "plan_fingerprint" else f"data.{name}"
-                fix = f"resume with the {what} of the checkpoint, or start a new run"
-                raise UserError(f"ckpt_path ({name})", state_dict.get(name), f"differs from this run's {ours[name]}", fix)
-        self._restored = dict(state_dict)
+        if self._trainer.state.fn == TrainerFn.FITTING:
+            check_cursor(state_dict, self.state_dict())
+            self._restored = dict(state_dict)
 
     # -- arithmetic
 

@@ -7,10 +7,12 @@ micro-batches that they stand for now. Written against ``lightning.pytorch.loops
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 
+from torchspec.data.plan import Plan
 from torchspec.errors import UserError
 
 
@@ -53,6 +55,32 @@ def check_limit(trainer: Any, *, batches_per_epoch: int) -> None:
     if limited % trainer.accumulate_grad_batches and not trainer.fast_dev_run:
         problem = f"means {limited} micro-batches of a rank, which is no whole number of steps of {trainer.accumulate_grad_batches}"
         raise UserError("trainer.limit_train_batches", trainer.limit_train_batches, problem, f"use a multiple of {trainer.accumulate_grad_batches}")
+
+
+def cursor(plan: Plan, *, steps: int, seed: int, world: int) -> dict[str, Any]:
+    """The position of a run for its checkpoint, from the optimizer steps done; the same on every rank."""
+    epoch, step = divmod(steps, plan.steps)
+    return {
+        "seed": seed,
+        "epoch": epoch,
+        "packs_trained": step * plan.packs_per_step,
+        "packs_per_step": plan.packs_per_step,
+        "plan_fingerprint": plan.fingerprint,
+        "world_size": world,
+    }
+
+
+def check_cursor(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Refuse a position of another plan.
+
+    Raises:
+        UserError: by what differs.
+    """
+    for name in ("packs_per_step", "seed", "plan_fingerprint"):
+        if saved.get(name) != ours[name]:
+            what = "data (content, max_length, max_tokens, order)" if name == "plan_fingerprint" else f"data.{name}"
+            fix = f"resume with the {what} of the checkpoint, or start a new run"
+            raise UserError(f"ckpt_path ({name})", saved.get(name), f"differs from this run's {ours[name]}", fix)
 
 
 def set_progress(trainer: pl.Trainer, *, batches_per_epoch: int, packs_per_step: int, saved_world: int) -> None:

@@ -1,0 +1,59 @@
+"""What a user's data settings may not be, beyond their types: each said by key, value and fix before anything is read or started."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from torchspec.engines.engine import ANSWERING, OnPolicy
+from torchspec.errors import UserError
+
+Validate = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
+
+
+def check_sizes(*, max_length: int, max_tokens: int, packs_per_step: int, prefetch_packs: int, unroll_steps: int, max_bad_fraction: float) -> None:
+    """Numbers that contradict themselves or each other.
+
+    Raises:
+        UserError: the first one.
+    """
+    for name, value in {"max_length": max_length, "packs_per_step": packs_per_step, "prefetch_packs": prefetch_packs, "unroll_steps": unroll_steps}.items():
+        if value < 1:
+            raise UserError(f"data.{name}", value, "is below 1", "use 1 or more")
+    if max_length > max_tokens:
+        problem = f"is longer than data.max_tokens={max_tokens}: a conversation must fit into a pack"
+        raise UserError("data.max_length", max_length, problem, "lower it or raise data.max_tokens")
+    if not 0.0 <= max_bad_fraction < 1.0:
+        raise UserError("data.max_bad_fraction", max_bad_fraction, "is no share", "use a number from 0 up to, but not including, 1")
+
+
+def check_engine(*, engine: str, on_policy: OnPolicy | None, records: str | None, tee: str | None) -> None:
+    """Where records come from, and what becomes of them.
+
+    Raises:
+        UserError: settings that exclude each other.
+    """
+    if on_policy is not None and not on_policy.answer_workers and engine not in ANSWERING:
+        raise UserError("data.engine", engine, "cannot answer prompts (data.on_policy)", f"use {' or '.join(ANSWERING)}, or data.on_policy.answer_workers")
+    if on_policy is not None and engine == "replay":
+        raise UserError("data.engine", engine, "cannot answer prompts (data.on_policy)", "use an engine that runs the target")
+    if (engine == "replay") != (records is not None):
+        problem = "is missing: engine replay reads records" if records is None else f"has no meaning for engine {engine}"
+        raise UserError("data.records", records, problem, "give the folder that main.py extract wrote" if records is None else "set data.engine: replay")
+    if tee is not None and (engine == "replay" or on_policy is not None):
+        why = "engine replay: they are on disk already" if engine == "replay" else "data.on_policy: the target answers anew each time"
+        raise UserError("data.tee", tee, f"keeps records of no use with {why}", "leave it out")
+
+
+def validation_sets(given: Validate) -> dict[str, str | Sequence[str] | None]:
+    """Validation data by stage: ``validate``, or ``validate/NAME`` for each named set.
+
+    Raises:
+        UserError: a name that cannot be part of a metric's.
+    """
+    if not isinstance(given, Mapping):
+        return {"validate": given}
+    for name in given:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise UserError("data.validate", name, "is no name for metrics", "use letters, digits, dots, dashes and underscores")
+    return {f"validate/{name}": sources for name, sources in given.items()}
