@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import html
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,23 +79,29 @@ def shown_rows(target: Target, given: Given, *, options: DataOptions, skip: int,
         UserError: unreadable sources, a target that cannot render, or no row at that place.
     """
     tokenizer = target.tokenizer()
+    ends = target.end_ids()
+
+    @cache
+    def renderer() -> Renderer:  # rows of tokens need none
+        return Renderer(tokenizer, name=target.config.path, end_ids=ends, supervise=options.supervise, variables=options.template_args)
+
     every = ((source.name, line, row) for source in find_sources(given, config_key="input") for row, line in read_rows(source, config_key="input"))
     rows = [
-        _shown(f"{name}:{line}", row, target=target, tokenizer=tokenizer, options=options) for name, line, row in itertools.islice(every, skip, skip + limit)
+        _shown(f"{name}:{line}", row, renderer=renderer, tokenizer=tokenizer, options=options)
+        for name, line, row in itertools.islice(every, skip, skip + limit)
     ]
     if not rows:
         raise UserError("skip" if skip else "input", skip or given, "leaves no row to show", "check the files, or lower it")
     return rows
 
 
-def _shown(place: str, row: bytes, *, target: Target, tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Shown:
+def _shown(place: str, row: bytes, *, renderer: Callable[[], Renderer], tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Shown:
     try:
         conversation = parse(row, messages_key=options.messages_key, media=options.media)
         if conversation.input_ids is not None:
             ids, mask = np.array(conversation.input_ids), np.array(conversation.loss_mask)
         else:
-            renderer = Renderer(tokenizer, name=target.config.path, end_ids=target.end_ids(), supervise=options.supervise, variables=options.template_args)
-            rendered = renderer.render(conversation)
+            rendered = renderer().render(conversation)
             ids, mask = rendered.ids, rendered.mask
     except RowError as error:
         return Shown(place, str(error))
