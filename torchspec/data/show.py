@@ -86,10 +86,8 @@ def shown_rows(target: Target, given: Given, *, options: DataOptions, skip: int,
         return Renderer(tokenizer, name=target.config.path, end_ids=ends, supervise=options.supervise, variables=options.template_args)
 
     every = ((source.name, line, row) for source in find_sources(given, config_key="input") for row, line in read_rows(source, config_key="input"))
-    rows = [
-        _shown(f"{name}:{line}", row, renderer=renderer, tokenizer=tokenizer, options=options)
-        for name, line, row in itertools.islice(every, skip, skip + limit)
-    ]
+    chosen = itertools.islice(every, skip, skip + limit)
+    rows = [_shown(f"{name}:{line}", row, renderer=renderer, tokenizer=tokenizer, options=options) for name, line, row in chosen]
     if not rows:
         raise UserError("skip" if skip else "input", skip or given, "leaves no row to show", "check the files, or lower it")
     return rows
