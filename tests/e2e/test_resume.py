@@ -78,6 +78,22 @@ def test_from_two_ranks_to_one(world: dict[str, Path], whole: list[float], tmp_p
     assert 0 < len(losses) < len(whole) and losses == pytest.approx(whole[-len(losses) :], rel=2e-4)
 
 
+def test_a_killed_rank_ends_the_run_and_everything_of_it(world: dict[str, Path], tmp_path: Path) -> None:
+    """Rank 1 dies with SIGKILL: rank 0 waits in a collective that will never end, and must not."""
+    words = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "50")
+    process = start("fit", "--config", str(make(tmp_path, world)), *words)
+    log = tmp_path / "metrics" / "csv" / "metrics.csv"
+    wait_for(lambda: log.is_file() and len(log.read_text().splitlines()) > 3, timeout=120, what="three steps", process=process)
+    below = descendants(process.pid)
+    ranks = [p for p in below if "main.py" in " ".join(p.cmdline()) and p.environ().get("LOCAL_RANK") == "1"]
+    assert len(ranks) == 1
+    ranks[0].kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0, output
+    _, left = psutil.wait_procs(below, timeout=15)
+    assert not left and store_files(tmp_path) == []
+
+
 def test_two_nodes_one_coordinator_over_tcp_with_a_token(world: dict[str, Path], whole: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two torchrun agents on loopback: the coordinator is on the first, ranks of both stream from it."""
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 
 from torchspec.errors import UserError
-from torchspec.models.checkpoint import publish, recover
+from torchspec.models.checkpoint import publish, read_draft_weights, read_entries, read_facts, recover
 from torchspec.trainer import Trainer
 
 
@@ -83,3 +85,39 @@ def test_a_save_that_is_cut_leaves_the_checkpoint_that_was_there(tmp_path: Path,
     monkeypatch.setattr(pl.Trainer, "save_checkpoint", lambda self, filepath, *_: write(Path(filepath), "new", folder=folder) and None)
     trainer.save_checkpoint(final)  # over what was left half-way
     assert read(final) == "new" and [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+class _Runs:
+    """Unpickled, it would run a command."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("true",)
+
+
+def test_partial_and_foreign_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.ckpt"
+    torch.save({"torchspec": {"a": 1}, "state_dict": {"task.draft.x": torch.zeros(10_000)}}, whole)
+    assert read_facts(whole) == {"a": 1} and read_draft_weights(whole)["x"].shape == (10_000,)
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    garbage = tmp_path / "garbage.ckpt"
+    garbage.write_bytes(b"not a checkpoint at all" * 100)
+    empty = tmp_path / "empty.ckpt"
+    empty.touch()
+    evil = tmp_path / "evil.ckpt"
+    torch.save({"torchspec": _Runs()}, evil)
+    sharded = write(tmp_path / "sharded.ckpt", "", folder=True)
+    for path, words in {cut: "cannot be read", garbage: "cannot be read", empty: "cannot be read", evil: "cannot be read"}.items():
+        with pytest.raises(UserError, match=words) as refused:
+            read_entries(path)
+        assert path.name in str(refused.value)
+    with pytest.raises(UserError, match="incomplete sharded checkpoint: .metadata missing"):
+        read_entries(sharded)
+    with pytest.raises(UserError, match="does not exist"):
+        read_entries(tmp_path / "none.ckpt")
+    foreign = tmp_path / "foreign.ckpt"
+    torch.save({"state_dict": {"weight": torch.zeros(2)}}, foreign)
+    with pytest.raises(UserError, match="no checkpoint of a draft"):
+        read_facts(foreign)
+    with pytest.raises(UserError, match="holds no weights"):
+        read_draft_weights(foreign)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def read_entries(path: Path) -> dict[str, Any]:
     file = path / _FOLDER_FACTS if path.is_dir() else path
     try:
         entries: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=path.is_file())
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(
             "ckpt_path", str(file), f"cannot be read ({str(error).splitlines()[0][:120]})", "the file is damaged: use another checkpoint"
         ) from error
