@@ -21,7 +21,7 @@ def chaos(*words: str) -> dict[str, Any]:
     return facts
 
 
-@pytest.mark.parametrize("seed", [0, 3], ids=["shared memory", "mooncake"])
+@pytest.mark.parametrize("seed", [0])
 def test_an_honest_run_under_faults_loses_doubles_and_leaves_nothing(seed: int) -> None:
     facts = chaos("--first", str(seed))
     assert facts["violations"] == 0, facts
