@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import json
 import os
 import random
@@ -53,6 +54,7 @@ class Child:
                 output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(output, 1)
                 os.dup2(output, 2)
+                faulthandler.register(signal.SIGUSR1)  # a process that hangs is asked where
                 os.closerange(3, min(up[1], down[0]))
                 run(lambda facts: _all(up[1], parts.line(facts)), down[0])
                 code = 0
