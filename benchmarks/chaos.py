@@ -5,9 +5,9 @@
 
 A seed is 1,000 conversations, 3 epochs, 2 workers and 2 ranks (1 after some resumes), a validation after each epoch. The engine alone is synthetic
 (``chaos_parts.py``). Workers are killed or stopped, ranks are stopped or killed (all then resume from the last whole step, as after a crash), connections
-through a proxy stall and break, engines fail, corrupt and hang. Prints one JSON line; ``violations`` counts every breach of docs/delivery.md: a sample
-that was not trained exactly once an epoch in plan order (nor named in failed_samples.jsonl), wrong states, a key, credit, process or file that is left,
-more bytes than the budget, books that do not agree (the coordinator audits them after every event), no progress.
+through a proxy stall and break, engines fail, corrupt and hang, reads from the store hang. Prints one JSON line; ``violations`` counts every breach of
+docs/delivery.md: a sample that was not trained exactly once an epoch in plan order (nor named in failed_samples.jsonl), wrong states, a key, credit, process
+or file that is left, more bytes than the budget, books that do not agree (the coordinator audits them after every event), no progress.
 """
 
 from __future__ import annotations

@@ -29,12 +29,16 @@ from torchspec.engines.engine import EngineStats, Job
 from torchspec.engines.messages import Failed, Finished, Lease, Sample
 from torchspec.engines.record_writer import put_when_room
 from torchspec.transfer import open_store
+from torchspec.transfer.mooncake import MooncakeStore
 from torchspec.transfer.record import RecordSpec, seal, views
+from torchspec.transfer.shm import ShmStore
 
 MAX_LENGTH, MAX_TOKENS, PACKS_PER_STEP, STEPS = 48, 192, 4, 2
 SPEC = RecordSpec(target="synthetic", tokenizer="", aux_layers=(1, 3), hidden_size=8, dtype="float32")
 WORKER_SAMPLES, WORKER_TOKENS = 8, 256
 """Room of a worker."""
+READ_LIMIT, READ_HANGS = 2.0, 0.003
+"""Seconds that a rank waits for a read, and the chance that one hangs for twice as long."""
 
 
 WORKER_BYTES = WORKER_SAMPLES * SPEC.nbytes(MAX_LENGTH)
@@ -168,6 +172,8 @@ class RankJob:
     window: int
     failed_path: Path
     plant: str | None
+    read_hangs: float
+    """Chance that a read from the store hangs."""
 
 
 def run_rank(
@@ -185,7 +191,9 @@ def run_rank(
         "failed_path": job.failed_path,
         "pin": False,
     }
-    config |= {"health": lambda: None, "interrupted": lambda: False}
+    config |= {"health": lambda: None, "interrupted": lambda: False, "read_limit": READ_LIMIT}
+    if job.read_hangs:
+        _let_reads_hang(job.read_hangs, say)
 
     def begin_training() -> Pass:
         epoch, step = divmod(at[0], plan.steps)
@@ -221,6 +229,20 @@ def run_rank(
     training.close()
     validation.close()
     say({"kind": "end"})
+
+
+def _let_reads_hang(chance: float, say: Callable[[dict[str, Any]], None]) -> None:
+    """From now on some reads of this process hang, and end when nobody waits for them any more."""
+    luck = random.Random(os.getpid())
+    for kind in (ShmStore, MooncakeStore):
+
+        def get(self: Any, keys: Sequence[str], outs: Sequence[Tensor], inner: Any = kind.get) -> list[int]:
+            if luck.random() < chance:
+                say({"kind": "fault", "what": "read hung"})
+                time.sleep(2 * READ_LIMIT)
+            return inner(self, keys, outs)  # type: ignore[no-any-return]
+
+        kind.get = get  # type: ignore[method-assign,assignment]
 
 
 def _without_last(batch: PackedBatch) -> PackedBatch:

@@ -104,6 +104,8 @@ class Seed:
 
     chances = {"fail": 0.01, "corrupt": 0.004, "hang": 0.0005, "hang_s": 1.5 * LEASE_S}
     """Of an engine, at each sample."""
+    read_hangs = parts.READ_HANGS
+    """Of a rank, at each read."""
     over = False
     """Ends the run before its last epoch."""
 
@@ -192,7 +194,8 @@ class Seed:
         self.waiting, self.done, self.said = set(), set(), {rank: [] for rank in range(world)}
         self.last_step = time.monotonic()
         for rank in range(world):
-            job = parts.RankJob(rank, world, self.epochs, position, self.budget, self.folder / "failed.jsonl", self.plant if not self.ledger else None)
+            plant = self.plant if not self.ledger else None
+            job = parts.RankJob(rank, world, self.epochs, position, self.budget, self.folder / "failed.jsonl", plant, self.read_hangs)
             self.ranks[rank] = Child(lambda say, commands, job=job: self._rank(job, say, commands), self.folder / "ranks.log")  # type: ignore[misc]
 
     def _rank(self, job: parts.RankJob, say: Callable[[dict[str, Any]], None], commands: int) -> None:
@@ -226,6 +229,9 @@ class Seed:
                 self.violations.append(
                     f"no step for {PATIENCE_S:.0f} s: {[len(s) for s in self.said.values()]} micro-batches wait, ranks {self.waiting} are ready"
                 )
+                for child in [*self.workers.values(), *self.ranks.values()]:
+                    os.kill(child.pid, signal.SIGUSR1)  # their stacks, in their logs
+                time.sleep(1.0)
                 return
 
     def _hear(self) -> None:
@@ -235,6 +241,8 @@ class Seed:
             for facts in child.said():
                 if facts["kind"] == "whole":
                     self.waiting.add(rank)
+                elif facts["kind"] == "fault":
+                    self.faults[facts["what"]] += 1
                 elif facts["kind"] == "end":
                     self.done.add(rank)
                 else:

@@ -38,6 +38,7 @@ class Soak(chaos_run.Seed):
 
     ledger: list[dict[str, Any]]
     chances = {"fail": 0.001, "corrupt": 0.001, "hang": 0.0, "hang_s": 0.0}
+    read_hangs = 0.0
 
     def __init__(self, seconds: float, *, kind: str, folder: Path) -> None:
         super().__init__(0, kind=kind, plant=None, folder=folder)

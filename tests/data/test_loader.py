@@ -21,8 +21,9 @@ from torchspec.data.loader import LoaderConfig, PackLoader, Pass
 from torchspec.data.plan import Plan
 from torchspec.data.prepare import DataOptions, prepare
 from torchspec.engines.messages import Damaged, Failure, Pack, PackReady, RecordRef
-from torchspec.transfer import StoreConfig, make_server, open_store
+from torchspec.transfer import StoreConfig, StoreError, make_server, open_store
 from torchspec.transfer.record import RecordSpec, seal, views
+from torchspec.transfer.shm import ShmStore
 
 SPEC = RecordSpec(target="t", tokenizer="", aux_layers=(1, 3), hidden_size=8, dtype="float32")
 STEPS = 2
@@ -360,3 +361,58 @@ def test_an_unused_iterator_starts_nothing(world: World) -> None:
 
 def test_a_pass_without_packs_is_empty(world: World) -> None:
     assert list(world.loader(first=len(world.plan))) == []
+
+
+def hang_reads(monkeypatch: pytest.MonkeyPatch, which: Callable[[list[str]], bool]) -> threading.Event:
+    """Reads of these keys wait for the event."""
+    released, get = threading.Event(), ShmStore.get
+
+    def slow_get(this: ShmStore, keys: list[str], outs: list[torch.Tensor]) -> list[int]:
+        if which(list(keys)):
+            released.wait(60)
+        return get(this, keys, outs)
+
+    monkeypatch.setattr(ShmStore, "get", slow_get)
+    return released
+
+
+def test_a_record_whose_read_hangs_is_made_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = next(p for p in range(len(world.plan)) if len(world.plan.pack(p)) >= 2)
+    bad = int(world.plan.pack(pack)[1])
+    good: dict[int, PackReady] = {}
+
+    def fault(ready: PackReady) -> PackReady:
+        good[ready.pack] = ready
+        return ready
+
+    def on_reissue(stage: str, epoch: int, number: int, index: int, key: str) -> None:
+        again = world.coordinator.write(f"{stage}/{epoch}/{index}/again", index, np.asarray(world.dataset.ids(index)))
+        refs = [again if ref.index == index else ref for ref in good[number].records]
+        world.coordinator.ready.append(PackReady(stage=stage, epoch=epoch, pack=number, records=refs, failed=[]))
+
+    world.coordinator.fault, world.coordinator.on_reissue = fault, on_reissue
+    released = hang_reads(monkeypatch, lambda keys: any(f"/{bad}/" in key and not key.endswith("again") for key in keys))
+    loader = world.loader(read_limit=0.5)
+    assert [b.pack_index for b in loader] == list(range(len(world.plan)))
+    assert [index for index, _ in world.coordinator.reissued] == [bad] and "did not return" in world.coordinator.reissued[0][1]
+    assert loader.stats.late == 2 and loader.stats.reissued == 1
+    released.set()
+
+
+def test_a_store_that_answers_no_read_ends_the_run_with_a_clear_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = hang_reads(monkeypatch, lambda keys: True)
+    with pytest.raises(StoreError, match=r"store unreachable: a call did not return within 0\.3 s, 3 times in a row"):
+        list(world.loader(read_limit=0.3))
+    released.set()
+
+
+def test_sigterm_ends_a_read_that_hangs_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = hang_reads(monkeypatch, lambda keys: True)
+    loader = world.loader()
+    threading.Timer(0.3, lambda: setattr(world, "sigterm", True)).start()
+    started = time.monotonic()
+    with pytest.raises(SIGTERMException):
+        list(loader)
+    loader.close()
+    assert time.monotonic() - started < 3 and not threads()
+    released.set()

@@ -23,8 +23,8 @@ from torchspec.data.plan import Plan
 from torchspec.data.prompts import answer_counts
 from torchspec.data.samples import Samples
 from torchspec.engines.messages import Damaged, Pack, PackReady, RecordRef
+from torchspec.transfer.reader import READ_LIMIT, Stopped, StoreReader
 from torchspec.transfer.record import Record, RecordError, RecordSpec, open_record
-from torchspec.transfer.store import Store, StoreError
 
 if TYPE_CHECKING:
     from torchspec.engines.client import TrainerClient
@@ -66,6 +66,8 @@ class LoaderStats:
     """The thread waited for engines."""
     full_s: float = 0.0
     """The thread waited for the trainer to take a batch."""
+    late: int = 0
+    """Calls to the store that did not return in time."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class LoaderConfig:
     """Another pass follows when one is exhausted, until one is empty: the trainer's epochs need not be those of the plan."""
     tee: Callable[[Record], None] | None = None
     """Takes every verified record; what it is given is only valid inside the call."""
+    read_limit: float = READ_LIMIT
+    """Seconds for a read from the store (and more for a large one); one that takes longer is left behind and repeated with a new client."""
     answered: int = 0
     """Unroll steps K where answers are given in the run and their lengths come with the packs (on-policy); 0 where the plan knows what is supervised."""
 
@@ -127,14 +131,14 @@ class Channel:
 
 
 class Link:
-    """A rank's connection for one stage, kept over its passes: coordinator client, store client, receive buffer. Used by one thread at a time."""
+    """A rank's connection for one stage, kept over its passes: coordinator client and store reader. Used by one thread at a time."""
 
-    def __init__(self, connect: Callable[[str], TrainerClient], name: str) -> None:
+    def __init__(self, connect: Callable[[str], TrainerClient], name: str, *, read_limit: float = READ_LIMIT) -> None:
         self._connect = connect
         self._name = name
+        self._read_limit = read_limit
         self._client: TrainerClient | None = None
-        self._store: Store | None = None
-        self._buffer: Tensor | None = None
+        self._reader: StoreReader | None = None
         self.broken = False
 
     @property
@@ -143,28 +147,19 @@ class Link:
             self._client = self._connect(self._name)
         return self._client
 
-    def buffer(self, nbytes: int) -> Tensor:
-        """Receive buffer of the store, at least ``nbytes``."""
-        if self._buffer is None or self._buffer.numel() < nbytes:
-            self._buffer = self.store.buffer(nbytes)
-        return self._buffer
-
     @property
-    def store(self) -> Store:
-        if self._store is None:
-            from torchspec.transfer import open_store
-
-            self._store = open_store(self.client.welcome.store)
-        return self._store
+    def reader(self) -> StoreReader:
+        if self._reader is None:
+            self._reader = StoreReader(self.client.welcome.store, limit=self._read_limit)
+        return self._reader
 
     def close(self) -> None:
         """Idempotent."""
         self.broken = True
-        self._buffer = None
-        for part in (self._client, self._store):
+        for part in (self._client, self._reader):
             if part is not None:
                 part.close()
-        self._client = self._store = None
+        self._client = self._reader = None
 
 
 class Fetcher:
@@ -252,14 +247,17 @@ class Fetcher:
         if not ready.records:
             return {}
         started = time.monotonic()
-        slots: dict[int, Tensor] = {}
-        room = [(self.config.spec.nbytes(ref.tokens), ref) for ref in ready.records]
-        buffer = self.link.buffer(sum(nbytes for nbytes, _ in room))
-        at = 0
-        for nbytes, ref in room:
-            slots[ref.index] = buffer[at : at + nbytes]
-            at += nbytes
-        damaged = self._copy(ready.records, slots)
+        reader = self.link.reader
+        late = reader.late
+        sizes = [self.config.spec.nbytes(ref.tokens) for ref in ready.records]
+        try:
+            read, problems = reader.read([ref.key for ref in ready.records], sizes, stopped=self.channel.stopped.is_set)
+        except Stopped:
+            return None
+        finally:
+            self.stats.late += reader.late - late
+        slots = {ref.index: slot for ref, slot in zip(ready.records, read, strict=True)}
+        damaged = {ready.records[position].index: problem for position, problem in problems.items()}
         records: dict[int, Record] = {}
         for ref in ready.records:
             if ref.index not in damaged:
@@ -278,22 +276,6 @@ class Fetcher:
             for record in records.values():
                 self.config.tee(record)
         return records
-
-    def _copy(self, refs: list[RecordRef], slots: dict[int, Tensor]) -> dict[int, str]:
-        """Read all records at once, one by one where that fails; returns what could not be read, and why."""
-        if self._try_get(refs, slots) is None:
-            return {}
-        tried = {ref.index: self._try_get([ref], slots) for ref in refs}
-        return {index: problem for index, problem in tried.items() if problem is not None}
-
-    def _try_get(self, refs: list[RecordRef], slots: dict[int, Tensor]) -> str | None:
-        try:
-            self.link.store.get([ref.key for ref in refs], [slots[ref.index] for ref in refs])
-        except StoreError as error:
-            if error.reason == "unreachable":
-                raise
-            return str(error)
-        return None
 
     def _open(self, slot: Tensor, ref: RecordRef) -> Record:
         record = open_record(slot, self.config.spec)

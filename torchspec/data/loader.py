@@ -56,7 +56,7 @@ class PackLoader:
 
     def _open(self) -> tuple[Link, Pass]:
         if self._link is None or self._link.broken:
-            self._link = Link(self._connect, f"rank-{self.config.rank}/{self.config.stage}")
+            self._link = Link(self._connect, f"rank-{self.config.rank}/{self.config.stage}", read_limit=self.config.read_limit)
         return self._link, self._begin()
 
     def state_dict(self) -> dict[str, Any]:
