@@ -31,7 +31,11 @@ class VocabularyPruning(pl.Callback):
         self.size = size
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        if pl_module.vocabulary is not None or pl_module.task is not None:
+        if pl_module.task is not None:
+            return
+        if pl_module.vocabulary is not None:  # of model.start_from
+            if pl_module.vocabulary.size != self.size:
+                _refuse(self.size, pl_module.vocabulary.size, "the draft that training starts from")
             return
         total = pl_module.target.vocab_size
         if self.size > total:
@@ -43,15 +47,14 @@ class VocabularyPruning(pl.Callback):
             ids = read_facts(Path(path))["draft_ids"]
             saved = total if ids is None else len(ids)
             if saved != self.size:
-                raise UserError(
-                    "callbacks.VocabularyPruning.size",
-                    self.size,
-                    f"differs from the {saved} tokens of the checkpoint {path}",
-                    f"use {saved}, or start a new run",
-                )
+                _refuse(self.size, saved, path)
             pl_module.vocabulary = None if ids is None else VocabularyMapping(draft_ids=ids, target_size=total)
             return
         counts = trainer.datamodule.token_counts()  # type: ignore[attr-defined]
         mapping = VocabularyMapping.from_counts(counts, self.size, always=trainer.datamodule.special_end_ids())  # type: ignore[attr-defined]
         pl_module.vocabulary = mapping
         rank_zero_info(f"draft vocabulary: {self.size} of {total} tokens, covering {mapping.coverage(counts):.2%} of the supervised tokens")
+
+
+def _refuse(size: int, saved: int, source: str) -> None:
+    raise UserError("callbacks.VocabularyPruning.size", size, f"differs from the {saved} tokens of {source}", f"use {saved}, or start a new run without it")

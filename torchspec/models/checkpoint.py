@@ -49,6 +49,11 @@ def recover(folder: Path) -> None:
             previous.rename(final)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is named or laid out as a training checkpoint; says nothing of its being whole."""
+    return path.suffix == ".ckpt" or (path / _FOLDER_FACTS).is_file()
+
+
 def read_entries(path: Path) -> dict[str, Any]:
     """Everything in a checkpoint but sharded tensors (for a single file: the whole of it, memory-mapped).
 

@@ -8,6 +8,7 @@ checkpoint needs beyond weights is in its ``torchspec`` entry as plain values, s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from torchspec.models.metrics import StepSums
 from torchspec.models.muon import mark_hidden_matrices
 from torchspec.models.parallelize import parallelize
 from torchspec.models.schedules import Schedule
+from torchspec.models.start import Start, read_start
 from torchspec.models.task import DraftTask, StepOutput
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target, TargetConfig
@@ -48,6 +50,8 @@ class DraftModule(pl.LightningModule):
         loss: weight of each loss in the sum, for example ``{forward_kl: 1.0, tv: 0.5}``; None means forward KL alone. Known ones: forward_kl, cross_entropy,
             reverse_kl, jsd, tv, lk_alpha, lk_lambda (models/losses.py has the formulas).
         init: ``target`` starts from the target's head and final norm with fc passing the last aux state on; ``random`` starts from noise.
+        start_from: start from these weights instead: a checkpoint of ours, or a published draft (directory, file or hub id). Architecture and vocabulary are
+            its own; optimizer, schedule and data begin anew. ``--ckpt_path`` is what resumes a run.
         compute_dtype: type of matrix products; auto is bf16 where the device has instructions for it, else fp32. Masters, gradients' reduction and
             norms are fp32 in either case.
         optimizer: made from the trainable parameters.
@@ -63,6 +67,7 @@ class DraftModule(pl.LightningModule):
         step_weights: list[float] | None = None,
         loss: dict[str, float] | None = None,
         init: Literal["target", "random"] = "target",
+        start_from: str | None = None,
         compute_dtype: Literal["auto", "bf16", "fp32"] = "auto",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -80,10 +85,11 @@ class DraftModule(pl.LightningModule):
         self.step_weights = weights
         self.loss = LossWeights.of(loss)
         self.init = init
+        self.start = None if start_from is None else self._read_start(start_from)
         self.compute_dtype = compute_dtype
         self.optimizer_callable = optimizer
         self.lr_scheduler_callable = lr_scheduler
-        self.vocabulary: VocabularyMapping | None = None
+        self.vocabulary: VocabularyMapping | None = None if self.start is None else self.start.vocabulary
         self.task: DraftTask | None = None
         self._sums: StepSums | None = None
         self._val_sums: dict[int, StepSums] = {}
@@ -93,10 +99,21 @@ class DraftModule(pl.LightningModule):
 
     # -- construction
 
+    def _read_start(self, source: str) -> Start:
+        if self.draft_file is not None:
+            raise UserError("model.draft", self.draft_file, f"would change the architecture of model.start_from={source}", "give one of the two")
+        start = read_start(source, self.target)
+        if start.config.aux_layers != self.aux_layers:
+            wanted = list(start.config.aux_layers)
+            raise UserError("model.aux_layers", list(self.aux_layers), f"are not those of {source}", f"set model.aux_layers to {wanted}")
+        return start
+
     @property
     def draft_config(self) -> DraftConfig:
         """Architecture of the draft, with the vocabulary as it is now."""
-        if self.draft_file is None:
+        if self.start is not None:
+            config = self.start.config
+        elif self.draft_file is None:
             config = DraftConfig.from_target(self.target, aux_layers=self.aux_layers)
         else:
             config = DraftConfig.from_json(self.draft_file, target=self.target, aux_layers=self.aux_layers)
@@ -122,6 +139,9 @@ class DraftModule(pl.LightningModule):
             init=self.init,
             loss=self.loss,
         )
+        if self.start is not None:
+            self.start.load(self.task.draft, self.vocabulary)
+            self.start = replace(self.start, weights={})  # they are in the draft now
         if self._saved_alpha is not None:
             self.task.mean_alpha.copy_(torch.tensor(self._saved_alpha))
         mesh = self.device_mesh["data_parallel"] if self.device_mesh is not None else None
