@@ -1,4 +1,4 @@
-"""Training that goes on from weights alone (continual training): those of a checkpoint of ours, or of a published draft in any format that ``import_draft`` reads.
+"""Training that goes on from weights alone (continual training): of a checkpoint of ours, or of a published draft in any format that ``import_draft`` takes.
 
 Architecture, aux layers and vocabulary are the source's; optimizer, schedule, position in the data and random state begin anew. A run that was cut off
 goes on with ``--ckpt_path`` instead, which restores all of that.
