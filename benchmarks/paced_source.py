@@ -68,7 +68,8 @@ class PacedEngine:
         assert self._writer is not None
         if not self._queue or not self._wait(timeout):
             return self._results(0.0 if self._queue else timeout)
-        batch, tokens = [], 0
+        batch: list[Lease] = []
+        tokens = 0
         while self._queue and (not batch or tokens + len(self._queue[0].ids) // 4 <= _BATCH):
             batch.append(self._queue.popleft())
             tokens += len(batch[-1].ids) // 4

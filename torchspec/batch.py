@@ -19,8 +19,8 @@ in step-0 rows) at step k is the target row j+k: target logits are needed for th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class UnrollRows:
         """K."""
         return len(self.index)
 
-    def map(self, fn: Any) -> UnrollRows:
+    def map(self, fn: Callable[[Tensor], Tensor]) -> UnrollRows:
         """The same rows with ``fn`` applied to each tensor."""
         return UnrollRows(fn(self.base), tuple(fn(t) for t in self.index), tuple(fn(t) for t in self.keep))
 
@@ -86,19 +86,18 @@ class PackedBatch:
         """N."""
         return self.input_ids.shape[0]
 
+    def map(self, fn: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """A copy with ``fn`` applied to each tensor but ``cu_seqlens``, which stays on the host."""
+        changed = {f.name: fn(getattr(self, f.name)) for f in fields(self) if isinstance(getattr(self, f.name), Tensor) and f.name != "cu_seqlens"}
+        return replace(self, rows=self.rows.map(fn), **changed)  # type: ignore[arg-type]  # tensors under their own names
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """A copy on ``device`` (host-side fields stay)."""
-
-        def move(t: Tensor) -> Tensor:
-            return t.to(device, non_blocking=non_blocking)
-
-        moved = {f.name: move(getattr(self, f.name)) for f in fields(self) if isinstance(getattr(self, f.name), Tensor) and f.name != "cu_seqlens"}
-        return replace(self, rows=self.rows.map(move), **moved)  # type: ignore[arg-type]  # tensors under their own names
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
         """A copy in page-locked memory, so that ``to`` overlaps with compute."""
-        moved = {f.name: getattr(self, f.name).pin_memory() for f in fields(self) if isinstance(getattr(self, f.name), Tensor) and f.name != "cu_seqlens"}
-        return replace(self, rows=self.rows.map(lambda t: t.pin_memory()), **moved)  # type: ignore[arg-type]  # as above
+        return self.map(lambda t: t.pin_memory())
 
 
 def turns(mask: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:

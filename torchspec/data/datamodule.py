@@ -29,6 +29,7 @@ from torchspec.data.loader import LoaderConfig, LoaderStats, PackLoader, Pass
 from torchspec.data.prepare import DataOptions
 from torchspec.data.progress import batches_in_epoch, check_cursor, check_limit, check_trainer, cursor, set_progress
 from torchspec.data.settings import check_engine, check_sizes, validation_sets
+from torchspec.data.staging import CudaStage
 from torchspec.engines.engine import EngineConfig, OnPolicy
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
@@ -316,6 +317,7 @@ class DraftDataModule(pl.LightningDataModule):
                 health=self._check_group,
                 interrupted=lambda: bool(trainer.received_sigterm),
                 chained=stage == "train",
+                stage_on=CudaStage(trainer.strategy.root_device) if trainer.strategy.root_device.type == "cuda" else None,
                 tee=self._tee(),
                 answered=self.corpus.unroll_steps if stage == "train" and self.corpus.on_policy is not None else 0,
             )

@@ -22,6 +22,7 @@ from torchspec.data.failures import append_failures
 from torchspec.data.plan import Plan
 from torchspec.data.prompts import answer_counts
 from torchspec.data.samples import Samples
+from torchspec.data.staging import Stage
 from torchspec.engines.messages import Damaged, Pack, PackReady, RecordRef
 from torchspec.transfer.reader import READ_LIMIT, Stopped, StoreReader
 from torchspec.transfer.record import Record, RecordError, RecordSpec, open_record
@@ -89,6 +90,8 @@ class LoaderConfig:
     """True once the run was told to end (SIGTERM)."""
     chained: bool = False
     """Another pass follows when one is exhausted, until one is empty: the trainer's epochs need not be those of the plan."""
+    stage_on: Stage | None = None
+    """Brings batches to the trainer's device, one ahead; None hands them out where they are."""
     tee: Callable[[Record], None] | None = None
     """Takes every verified record; what it is given is only valid inside the call."""
     read_limit: float = READ_LIMIT

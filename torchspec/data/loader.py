@@ -1,7 +1,8 @@
 """One rank's way through the plan: a background thread fetches packs, the trainer takes finished batches.
 
     thread:   submit coming packs ─► wait until one is ready ─► read its records ─► verify ─► collate ─► acknowledge ─► queue
-    trainer:  next() takes from the queue, in slices of at most half a second: engine health and signals are looked at in between
+    trainer:  next() takes from the queue, in slices of at most half a second: engine health and signals are looked at in between; on a GPU the copy of the
+              batch after it begins here (``staging.py``)
 
 Packs come in plan order whatever order they finish in. What a rank holds is bounded twice: records in the store by the window of submitted bytes (and the
 group's budget), batches in memory by ``prefetch_packs``. A record that cannot be read or does not verify is produced again; a sample that was given up is
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchspec.batch import PackedBatch
 from torchspec.data.fetcher import SLICE, Channel, Fetcher, Link, LoaderConfig, LoaderStats, Pass
+from torchspec.data.staging import Staged
 
 if TYPE_CHECKING:
     from torchspec.engines.client import TrainerClient
@@ -93,6 +95,8 @@ class PackStream:
         self._link: Link | None = None
         self._thread: threading.Thread | None = None
         self._left = 0
+        self._ahead: Staged | None = None
+        self._failure: BaseException | None = None
 
     def _next_pass(self) -> bool:
         """Begin a pass; False when none is left to go through."""
@@ -118,17 +122,31 @@ class PackStream:
             self.close()
             raise StopIteration
         try:
-            batch = self._wait()
+            batch = self._take()
         finally:
             self._stats.wait_s += time.monotonic() - started
         self._left -= 1
         return batch
 
+    def _take(self) -> PackedBatch:
+        """The next batch, on the trainer's device; begins to copy the one after it where that is there already."""
+        stage = self._config.stage_on
+        if stage is None:
+            return self._wait()
+        staged, self._ahead = self._ahead or stage.start(self._wait()), None
+        if self._left > 1:
+            item = self._channel.take(0.0)
+            if isinstance(item, PackedBatch):
+                self._ahead = stage.start(item)
+            else:
+                self._failure = item  # raised once the batch before it was trained
+        return stage.finish(staged)
+
     def _wait(self) -> PackedBatch:
         from lightning.pytorch.utilities.exceptions import SIGTERMException
 
         while True:
-            item = self._channel.take(SLICE)
+            item, self._failure = self._failure or self._channel.take(SLICE), None
             if isinstance(item, PackedBatch):
                 return item
             if self._config.interrupted():
@@ -151,6 +169,7 @@ class PackStream:
         """End the thread and give back what it holds. Idempotent."""
         self._begin = None
         self._left = 0
+        self._ahead = None
         self._end_thread()
 
     def __del__(self) -> None:

@@ -1,0 +1,99 @@
+"""Batches on their way to the device: one ahead, in order, nothing lost; the copies themselves where there is a GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.data.test_loader import Lost, World
+from torchspec.batch import PackedBatch
+from torchspec.data.staging import CudaStage, Staged
+from torchspec.transfer import StoreConfig, make_server
+
+
+class Recorder:
+    """Notes what was begun and what was handed out."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+
+    def start(self, batch: PackedBatch) -> Staged:
+        self.events.append(("start", batch.pack_index))
+        return Staged(batch, None)
+
+    def finish(self, staged: Staged) -> PackedBatch:
+        self.events.append(("finish", staged.batch.pack_index))
+        return staged.batch
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    server = make_server(StoreConfig(kind="shm", budget="8MiB"), run=f"test-staging-{time.monotonic_ns()}", budget=8 << 20)
+    server.start()
+    made = World(tmp_path, server.address)
+    yield made
+    for loader in made.loaders:
+        loader.close()
+    made.coordinator.store.close()
+    server.close()
+
+
+def test_the_copy_of_the_next_pack_begins_before_a_pack_is_handed_out(world: World) -> None:
+    stage = Recorder()
+    loader = world.loader(stage_on=stage, prefetch_packs=3)
+    seen = []
+    for batch in loader:
+        seen.append(batch.pack_index)
+        deadline = time.monotonic() + 5
+        while loader.stats.packs < min(len(seen) + 3, len(world.plan)) and time.monotonic() < deadline:
+            time.sleep(0.005)  # the trainer computes; one pack more than the next is there, so the next is in the queue
+    packs = list(range(len(world.plan)))
+    assert seen == packs
+    at = {event: position for position, event in enumerate(stage.events)}
+    assert len(at) == len(stage.events) == 2 * len(packs)  # each begun once and handed out once
+    for pack in packs[2:-1]:  # nothing is there yet when the first one is handed out, and the last may still be in the thread's hand
+        assert at["start", pack] < at["finish", pack - 1]
+    for pack in packs[2:]:
+        assert at["start", pack] > at["finish", pack - 2]  # never two ahead
+
+
+def test_a_failure_comes_after_the_packs_before_it(world: World) -> None:
+    stage = Recorder()
+    stream = iter(world.loader(stage_on=stage, prefetch_packs=1, window_bytes=1))
+    next(stream)
+    world.coordinator.fault = lambda ready: None
+    world.coordinator.lost = True
+    handed = 1
+    with pytest.raises(Lost):
+        for _ in range(len(world.plan)):
+            next(stream)
+            handed += 1
+    assert [pack for what, pack in stage.events if what == "finish"] == list(range(handed))
+
+
+def test_a_pass_that_is_closed_lets_go_of_the_pack_ahead(world: World) -> None:
+    stage = Recorder()
+    loader = world.loader(stage_on=stage)
+    assert next(iter(loader)).pack_index == 0
+    assert [batch.pack_index for batch in loader] == list(range(len(world.plan)))  # a new pass begins at its beginning
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_staged_batches_hold_the_right_values_while_the_device_is_busy(world: World) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    busy = torch.randn(4096, 4096, device=device)
+    there = world.loader(stage_on=CudaStage(device), pin=True)
+    here = world.loader()
+    sums, expected = [], []
+    for moved, still in zip(there, here, strict=True):
+        busy = busy @ busy / 64.0  # keeps the trainer's stream behind
+        assert moved.aux.device == device and moved.cu_seqlens.device.type == "cpu"
+        sums.append(torch.stack([moved.aux.double().sum(), moved.last.double().sum(), moved.input_ids.double().sum(), moved.rows.base.double().sum()]))
+        expected.append(torch.stack([still.aux.double().sum(), still.last.double().sum(), still.input_ids.double().sum(), still.rows.base.double().sum()]))
+        del moved
+    assert torch.equal(torch.stack(sums).cpu(), torch.stack(expected))
