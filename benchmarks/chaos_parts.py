@@ -73,6 +73,12 @@ class Conversations:
     def supervision(self, index: int, tokens: int) -> np.ndarray:
         return np.ones(tokens, dtype=np.uint8)
 
+    def positions(self, index: int, tokens: int) -> None:
+        return None
+
+    def key(self, index: int) -> int:
+        return index
+
     def place(self, index: int) -> str:
         return f"synthetic:{index}"
 

@@ -75,6 +75,19 @@ class Target:
         return loaded
 
     @property
+    def takes_images(self) -> bool:
+        """Whether it is a vision-language model."""
+        return getattr(self.full_hf_config, "vision_config", None) is not None
+
+    def auto_class(self) -> Any:
+        """Transformers' auto class that loads it: of causal models, or of those for images and text where the first does not know it."""
+        import transformers as t
+
+        kind = type(self.full_hf_config)
+        vision_alone = kind in t.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in t.MODEL_FOR_CAUSAL_LM_MAPPING
+        return t.AutoModelForImageTextToText if vision_alone else t.AutoModelForCausalLM
+
+    @property
     def hidden_size(self) -> int:
         """D, width of the residual stream."""
         return int(self.hf_config.hidden_size)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.data.families import CASES, FAMILIES, FOLDER, renderer, supervised, tokenizer
-from torchspec.data.build import Tokenise
 from torchspec.data.conversations import Conversation, RowError
+from torchspec.data.tokenise import Tokenise
 from torchspec.errors import UserError
 
 GOLDEN = json.loads((FOLDER / "golden.json").read_text())
@@ -50,7 +50,9 @@ def test_a_cut_keeps_whole_tokens_and_their_mask(name: str) -> None:
     whole = renderer(name).render(CASES[case])
     answer = np.flatnonzero(whole.mask)
     for limit in (2, int(answer[0]), int(answer[0]) + 1, int(answer[-1]), len(whole.ids) + 5):  # in the header, before, in, at the end of an answer, nowhere
-        made = Tokenise(renderer(name), max_length=limit, messages_key=None, media="refuse")({"row": [json.dumps({"messages": CASES[case].messages}).encode()]})
+        made = Tokenise(renderer(name), max_length=limit, messages_key=None, media="refuse")(
+            {"row": [json.dumps({"messages": CASES[case].messages}).encode()], "source": [0]}
+        )
         assert made["problem"] == [""] and made["length"] == [len(whole.ids)]
         assert made["ids"][0].tolist() == whole.ids[:limit].tolist() and made["mask"][0].tolist() == whole.mask[:limit].tolist()
 

@@ -56,7 +56,7 @@ def corpus(target: Path, folder: Path, rows: list[Any], said: list[str] | None =
         ({"messages": [ASK, SAY, SAY]}, {}, "messages 1 and 2 are both the assistant's"),
         ({"messages": [ASK, {"role": "tool", "content": "x"}, SAY]}, {}, "message 1 is a tool result, and no assistant message before it called a tool"),
         ({"messages": [ASK, {**SAY, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, {}, "arguments of f is no valid JSON"),
-        ({"messages": [{**ASK, "content": [{"type": "image_url"}]}, SAY]}, {}, "data.media: placeholder"),
+        ({"messages": [{**ASK, "content": [{"type": "image_url"}]}, SAY]}, {}, "data.media: engine gives it images, placeholder"),
         ({"text": "<|im_start|>no answer in here"}, {}, "text has no answer"),
     ],
 )

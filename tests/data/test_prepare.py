@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 
 from tests.tiny import save_conversations, save_tokenizer
 from torchspec.batch import supervised_counts
-from torchspec.data.build import Tokenise
 from torchspec.data.dataset import TokenizedDataset
 from torchspec.data.prepare import DataOptions, prepare
+from torchspec.data.tokenise import Tokenise
 from torchspec.errors import UserError
 
 VOCAB = 384

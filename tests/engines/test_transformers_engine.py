@@ -150,10 +150,10 @@ def test_a_forward_that_fails_is_repeated_one_by_one(target: Path, server: Store
     engine = engine_for(target, server)
     run = HiddenStates.run
 
-    def too_much(self: HiddenStates, input_ids: Tensor) -> dict[int, Tensor]:
+    def too_much(self: HiddenStates, input_ids: Tensor, seen: Any = None) -> dict[int, Tensor]:
         if input_ids.shape[0] > 1 or input_ids[0, 0] == 7:
             raise torch.OutOfMemoryError("out of memory\nmany lines")
-        return run(self, input_ids)
+        return run(self, input_ids, seen)
 
     monkeypatch.setattr(HiddenStates, "run", too_much)
     finished, failed = work_off(engine, leases_of([[1, 2], [7, 8], [3]]))

@@ -197,7 +197,7 @@ def test_nobody_listening_is_said(server: StoreServer, inbox: Inbox) -> None:
 def test_orders_are_checked(monkeypatch: pytest.MonkeyPatch, server: StoreServer) -> None:
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     run = Destination(server.address, SPEC, ("127.0.0.1", 1)).to_dict()
-    order = Order(key="k", tail=[3], answer=False, run=run, proof=prove("secret", "k"))
+    order = Order(key="k", tail=[3], answer=False, ids="", run=run, proof=prove("secret", "k"))
     assert read_order(order.to_dict()) == order
     assert read_destination(order.run) == Destination(server.address, SPEC, ("127.0.0.1", 1))
     with pytest.raises(BadOrder, match="token"):

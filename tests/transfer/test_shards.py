@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from torchspec.errors import UserError
 from torchspec.transfer import open_store
+from torchspec.transfer.keys import key_of
 from torchspec.transfer.record import Record, RecordSpec, open_record, seal, views
 from torchspec.transfer.shard_reader import ShardReader
-from torchspec.transfer.shards import ShardWriter, key_of
+from torchspec.transfer.shards import ShardWriter
 from torchspec.transfer.store import StoreError
 
 SPEC = RecordSpec(target="t", tokenizer="k", aux_layers=(1, 2, 5), hidden_size=24, dtype="bfloat16")
@@ -35,7 +36,7 @@ def write(folder: Path, sizes: list[tuple[int, int]], **options: object) -> list
     writer = ShardWriter(folder, SPEC, **{"shard_bytes": 20_000, **options})  # type: ignore[arg-type]
     made = [record(i, *size)[1] for i, size in enumerate(sizes)]
     for one in made:
-        writer.add(one)
+        writer.add(one, key_of(one.input_ids.numpy()))
     writer.close()
     return made
 
@@ -85,7 +86,7 @@ def test_fp8_states_its_error(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "r", SPEC, fp8=True)
     made = [record(i, *size)[1] for i, size in enumerate(SIZES)]
     for one in made:
-        writer.add(one)
+        writer.add(one, key_of(one.input_ids.numpy()))
     writer.close()
     reader = ShardReader(tmp_path / "r")
     wrong = right = 0.0

@@ -1,6 +1,6 @@
 """Tokenise rows into the files of a cache entry, a shard at a time, so that memory is that of a shard and a build that was killed goes on.
 
-    rows of a shard ─► Arrow file ─► datasets.map (processes) ─► appended to tokens.i32, mask.u8, lengths.i64, places.i32, hashes.u64, bad_rows.jsonl
+    rows of a shard ─► Arrow file ─► datasets.map (processes) ─► appended to tokens.i32, mask.u8, lengths.i64, places.i32, hashes.u64, images.*, bad_rows.jsonl
                                                              ─► progress.json (sizes of these files, totals, next row), written last and renamed
 
 What was appended after the last ``progress.json`` is cut off when a build goes on.
@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,17 +22,17 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from torchspec.data.conversations import RowError, parse
 from torchspec.data.dataset import Summary
-from torchspec.data.render import Renderer
 from torchspec.data.sources import Source, read_rows
+from torchspec.data.tokenise import ImageRow, Tokenise
 from torchspec.errors import UserError
+from torchspec.transfer.keys import key_of
 
 SHARD = 1 << 15
 """Rows tokenised between two records of progress, at most."""
 SHARD_BYTES = 1 << 26
 """Bytes of rows after which a shard ends earlier."""
-APPENDED = ("tokens.i32", "mask.u8", "lengths.i64", "places.i32", "hashes.u64", "bad_rows.jsonl")
+APPENDED = ("tokens.i32", "mask.u8", "lengths.i64", "places.i32", "hashes.u64", "images.jsonl", "images.i64", "images.bin", "bad_rows.jsonl")
 _SHOWN = 2000
 """Rows from which on a progress bar is worth its line."""
 
@@ -62,41 +62,6 @@ class Progress:
         temporary = folder / "progress.json.tmp"
         temporary.write_text(json.dumps(vars(self)))
         temporary.replace(folder / "progress.json")
-
-
-class Tokenise:
-    """Rows → tokens, in a worker process of ``datasets.map``.
-
-    Args:
-        renderer: for rows of messages or text; None where rows bring their tokens.
-        max_length: tokens kept of a conversation.
-        messages_key, media: as of :func:`torchspec.data.conversations.parse`.
-    """
-
-    def __init__(self, renderer: Renderer | None, *, max_length: int, messages_key: str | None, media: str) -> None:
-        self.renderer, self.max_length, self.messages_key, self.media = renderer, max_length, messages_key, media
-
-    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        done = [self._row(row) for row in batch["row"]]
-        limit = self.max_length
-        return {
-            "ids": [ids[:limit] for ids, _, _ in done],
-            "mask": [mask[:limit] for _, mask, _ in done],
-            "length": [ids.shape[0] for ids, _, _ in done],
-            "problem": [problem for _, _, problem in done],
-        }
-
-    def _row(self, row: bytes) -> tuple[np.ndarray, np.ndarray, str]:
-        try:
-            conversation = parse(row, messages_key=self.messages_key, media=self.media)
-            if (self.renderer is None) != (conversation.input_ids is not None):
-                raise RowError("mixes tokens with messages: the first row decides, put the other kind into a run of its own")
-            if self.renderer is None:
-                return np.array(conversation.input_ids, dtype=np.int32), np.array(conversation.loss_mask, dtype=np.uint8), ""
-            rendered = self.renderer.render(conversation)
-            return rendered.ids, rendered.mask, ""
-        except RowError as error:
-            return np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.uint8), str(error)
 
 
 def first_row(sources: Sequence[Source], *, config_key: str) -> bytes | None:
@@ -130,7 +95,16 @@ def build(
         UserError: unreadable sources, or a token id beyond the target's vocabulary.
     """
     progress = Progress.read(folder)
-    writer = _Writer(folder, progress, sources, special=special, least=min_supervised_tokens, vocab_size=vocab_size, target_name=target_name)
+    writer = _Writer(
+        folder,
+        progress,
+        sources,
+        special=special,
+        least=min_supervised_tokens,
+        vocab_size=vocab_size,
+        target_name=target_name,
+        media=tokenise.tower is not None,
+    )
     every = ((row, number, line) for number, source in enumerate(sources) for row, line in read_rows(source, config_key=config_key))
     for _ in itertools.islice(every, progress.next_row):
         pass
@@ -183,6 +157,8 @@ def _map(rows: Any, tokenise: Tokenise, num_proc: int | None, scratch: Path) -> 
             "mask": datasets.List(datasets.Value("uint8")),
             "length": datasets.Value("int32"),
             "problem": datasets.Value("string"),
+            "images": datasets.Value("string"),
+            "blobs": datasets.List(datasets.Value("large_binary")),
         }
     )
     with _quiet():
@@ -202,8 +178,18 @@ class _Writer:
     """Appends tables of tokenised rows to the files of an entry."""
 
     def __init__(
-        self, folder: Path, progress: Progress, sources: Sequence[Source], *, special: np.ndarray, least: int, vocab_size: int, target_name: str
+        self,
+        folder: Path,
+        progress: Progress,
+        sources: Sequence[Source],
+        *,
+        special: np.ndarray,
+        least: int,
+        vocab_size: int,
+        target_name: str,
+        media: bool,
     ) -> None:
+        self.media = media
         self.folder, self.progress, self.sources = folder, progress, sources
         self.special, self.least, self.vocab_size, self.target_name = special, least, vocab_size, target_name
         self.files: dict[str, IO[bytes]] = {name: (folder / name).open("ab") for name in APPENDED}
@@ -236,7 +222,8 @@ class _Writer:
                 "use the tokenizer that belongs to the target",
             )
         chosen = np.repeat(keep, lengths)
-        hashes = [xxhash.xxh3_64_intdigest(ids[bounds[row] : bounds[row + 1]].tobytes()) for row in np.flatnonzero(keep)]
+        images = self._images(table, keep)
+        hashes = [key_of(ids[bounds[row] : bounds[row + 1]], seen) for row, seen in zip(np.flatnonzero(keep), images, strict=True)]
         ids, mask = ids[chosen], mask[chosen]
         parts = {
             "tokens.i32": ids.astype("<i4"),
@@ -249,6 +236,7 @@ class _Writer:
             self.files[name].write(values.tobytes())
         for name in ("tokens.i32", "mask.u8", "lengths.i64"):
             self.digest.update(parts[name].tobytes())
+        self.digest.update("".join(itertools.chain.from_iterable(images)).encode())
         self.counts += np.bincount(ids[mask == 1], minlength=self.vocab_size)
         turn_end = (mask == 1) & np.concatenate([mask[1:] == 0, np.ones(min(1, mask.size), dtype=bool)])
         self.progress.ends = sorted({*self.progress.ends, *(int(i) for i in np.unique(ids[turn_end]) if i in self.special)})
@@ -262,6 +250,25 @@ class _Writer:
             "supervised": mask.sum(),
         }.items():
             self.progress.totals[name] += int(count)
+
+    def _images(self, table: Any, keep: np.ndarray) -> list[list[str]]:
+        """Append the images of what is kept; returns the hashes of each conversation's."""
+        described, blobs = (table.column(name).to_pylist() for name in ("images", "blobs"))
+        digests: list[list[str]] = []
+        ends = []
+        for row in np.flatnonzero(keep):
+            images = [ImageRow(*values) for values in json.loads(described[row] or "[]")]
+            base = self.files["images.bin"].tell()
+            for blob in blobs[row]:
+                self.files["images.bin"].write(blob)
+            if images:
+                placed = [replace(image, offset=image.offset + (0 if image.path else base)) for image in images]
+                self.files["images.jsonl"].write(json.dumps([list(vars(image).values()) for image in placed]).encode() + b"\n")
+            ends.append(self.files["images.jsonl"].tell())
+            digests.append([image.digest for image in images])
+        if self.media:
+            self.files["images.i64"].write(np.array(ends, dtype="<i8").tobytes())
+        return digests
 
     def end_shard(self, rows: int) -> None:
         """Make what was appended so far part of the build."""

@@ -31,7 +31,7 @@ def collate(
 
     Args:
         records: record of each sample that arrived.
-        dataset: gives loss masks.
+        dataset: gives loss masks and positions.
         samples: the pack's samples in the plan's order; those without a record are left out.
         spec: widths and type of the states.
         counts: [K] supervised positions of the whole optimizer step.
@@ -65,6 +65,10 @@ def collate(
     rows_of_step = unroll_rows(turn, bounds, counts.shape[0])
     sequence = np.repeat(np.arange(len(arrived), dtype=np.int64), lengths)
     position = np.arange(total, dtype=np.int64) - np.repeat(bounds[:-1], lengths)
+    for i, low, high in zip(arrived, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        own = dataset.positions(i, high - low)
+        if own is not None:
+            position[low:high] = own
 
     def put(values: np.ndarray | torch.Tensor) -> torch.Tensor:
         tensor = torch.as_tensor(values)

@@ -26,6 +26,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 MEDIA = {"image": "image", "image_url": "image", "input_image": "image", "video": "video", "video_url": "video", "audio": "audio", "input_audio": "audio"}
 """Types of parts that are no text, by what templates call them."""
+SOURCE_KEYS = ("image_url", "image", "url", "path", "base64", "bytes")
+"""Keys under which a part says where its image is."""
 _KEPT_KEYS = ("tool_call_id", "name")
 
 Message = dict[str, Any]
@@ -48,6 +50,8 @@ class Conversation:
     loss_mask: list[int] | None = None
     cut: frozenset[int] = field(default_factory=frozenset)
     """Indices of messages that a length limit ended (``finish: length``): no end token was generated."""
+    images: tuple[Any, ...] = ()
+    """Where the image of each image part is, in their order, as the row has it (``data/pictures.py`` reads them); empty where engines are given none."""
 
 
 def words_of(message: Message) -> str:
@@ -77,7 +81,8 @@ def parse(text: bytes, *, messages_key: str | None = None, need_answer: bool = T
         text: the row as JSON.
         messages_key: column of the messages; None takes ``conversations`` or ``messages``.
         need_answer: False also takes prompts: rows without an assistant message, and rows with only a ``prompt``.
-        media: ``placeholder`` takes images, video and audio as the placeholders that the template writes; ``refuse`` does not.
+        media: ``placeholder`` takes images, video and audio as the placeholders that the template writes; ``refuse`` does not; ``engine`` takes images
+            alone, and says where they are.
 
     Raises:
         RowError: saying what is wrong with the row.
@@ -105,6 +110,7 @@ def parse(text: bytes, *, messages_key: str | None = None, need_answer: bool = T
     if not isinstance(given, list) or not given:
         raise RowError(f"{key} is not a list of messages")
     messages = tuple(_message(message, i, media) for i, message in enumerate(given))
+    images = _images(row, given, messages) if media == "engine" else ()
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers and need_answer:
         raise RowError("has no assistant message")
@@ -112,7 +118,26 @@ def parse(text: bytes, *, messages_key: str | None = None, need_answer: bool = T
     cut = {i for i, message in enumerate(given) if message.get("finish") == "length"}
     if row.get("finish") == "length" and answers:
         cut.add(answers[-1])
-    return Conversation(messages=messages, tools=_tools(row.get("tools")), cut=frozenset(cut))
+    return Conversation(messages=messages, tools=_tools(row.get("tools")), cut=frozenset(cut), images=images)
+
+
+def _images(row: dict[str, Any], given: list[Any], messages: tuple[Message, ...]) -> tuple[Any, ...]:
+    """Where the image of each part is: in the part, or the next of the row's own list."""
+    contents = [message.get("content" if message.get("role") is not None else "value") for message in given]
+    parts = [part for content in contents if isinstance(content, list) for part in content if part.get("type") in MEDIA]
+    if len(parts) != sum(len(media_of(message)) for message in messages):  # answers are taken as text
+        raise RowError("has an image in an assistant message, which no target generates")
+    listed = row.get("images") if row.get("images") is not None else row.get("image")
+    left = list(listed) if isinstance(listed, list) else [] if listed is None else [listed]
+    found = []
+    for part in parts:
+        source = next((part[key] for key in SOURCE_KEYS if part.get(key) is not None), None)
+        if source is None and not left:
+            raise RowError("has an image part that says nowhere where its image is")
+        found.append(left.pop(0) if source is None else source)
+    if left:
+        raise RowError(f"lists {len(left)} more images than its messages have parts of type image")
+    return tuple(found)
 
 
 def _check_order(messages: tuple[Message, ...]) -> None:
@@ -190,8 +215,13 @@ def _part(part: dict[str, Any], index: int, media: str) -> dict[str, str]:
         return {"type": "text", "text": part["text"]}
     if kind not in MEDIA:
         raise RowError(f"message {index}: its content has a part of type {kind!r} (known: text, {', '.join(MEDIA)})")
-    if media != "placeholder":
-        raise RowError(f"message {index}: its content has a part of type {kind!r}, which the engine is not given (data.media: placeholder trains on the rest)")
+    if media == "refuse":
+        raise RowError(
+            f"message {index}: its content has a part of type {kind!r}, which the engine is not given (data.media: engine gives it images, "
+            "placeholder trains on the rest)"
+        )
+    if media == "engine" and MEDIA[kind] != "image":
+        raise RowError(f"message {index}: its content has a part of type {kind!r}; engines are given images, but no video and no audio")
     return {"type": MEDIA[kind]}
 
 

@@ -21,6 +21,7 @@ from torchspec.data.sources import Given
 from torchspec.data.vocabulary_report import TokenCounts
 from torchspec.engines.engine import OnPolicy
 from torchspec.errors import UserError
+from torchspec.images import VisionTower
 from torchspec.target import Target
 from torchspec.transfer.record import RecordSpec
 
@@ -94,6 +95,7 @@ class Corpus:
                 cache_dir=self._cache_dir,
                 target_name=self.target.config.path,
                 end_ids=self.target.end_ids(),
+                tower=self.tower,
                 config_key=key,
                 max_bad_fraction=self._max_bad_fraction,
                 num_proc=self._num_proc,
@@ -179,6 +181,21 @@ class Corpus:
         return self.dataset("train").supervised_counts(self.unroll_steps)
 
     # -- what others need to know
+
+    @cached_property
+    def tower(self) -> VisionTower | None:
+        """What the target makes of images; None where engines are given none.
+
+        Raises:
+            UserError: the target takes none, or none in a way that is known here; positions that it does not have.
+        """
+        if self.options.media != "engine":
+            return None
+        tower = VisionTower(self.target)
+        if self.options.image_positions == "temporal" and not tower.has_axes:
+            problem = f"is an axis of RoPE that a target of type {tower.family} does not have"
+            raise UserError("data.image_positions", "temporal", problem, "leave it out")
+        return tower
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

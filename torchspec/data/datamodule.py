@@ -28,7 +28,7 @@ from torchspec.data.failures import cut_failures
 from torchspec.data.loader import LoaderConfig, LoaderStats, PackLoader, Pass
 from torchspec.data.prepare import DataOptions
 from torchspec.data.progress import batches_in_epoch, check_cursor, check_limit, check_trainer, cursor, set_progress
-from torchspec.data.settings import check_engine, check_sizes, validation_sets
+from torchspec.data.settings import check_engine, check_media, check_sizes, validation_sets
 from torchspec.data.staging import CudaStage
 from torchspec.engines.engine import EngineConfig, OnPolicy
 from torchspec.errors import UserError
@@ -73,7 +73,9 @@ class DraftDataModule(pl.LightningDataModule):
         supervise: auto trains every answer that the chat template shows as the target generated it (a reasoning model's template drops the thinking of
             earlier turns: those are left out); last trains the last one alone; all also trains the words of answers that the template rewrites.
         media: refuse counts a row with images, video or audio as bad; placeholder keeps the template's placeholder tokens (the engine is given none of
-            the media: the states are those of the text alone).
+            the media: the states are those of the text alone); engine gives images to the engine, and refuses video and audio.
+        image_positions: RoPE positions of a draft whose target has multi-axis RoPE, after an image: index counts every token, as vLLM's model runner 2
+            does; temporal is the target's first axis, as its model runner 1 does.
         template_args: variables for the chat template, as ``chat_template_kwargs`` of a server. Whether an answer thinks is told to it in any case.
         min_supervised_tokens: conversations with fewer answer tokens within max_length are dropped, and counted.
         max_bad_fraction: share of unusable rows that is tolerated; they are listed beside the cache either way.
@@ -101,7 +103,8 @@ class DraftDataModule(pl.LightningDataModule):
         cache_dir: str | None = None,
         messages_key: str | None = None,
         supervise: Literal["auto", "all", "last"] = "auto",
-        media: Literal["refuse", "placeholder"] = "refuse",
+        media: Literal["refuse", "placeholder", "engine"] = "refuse",
+        image_positions: Literal["index", "temporal"] = "index",
         template_args: dict[str, Any] | None = None,
         min_supervised_tokens: int = 2,
         max_bad_fraction: float = 0.0,
@@ -118,6 +121,7 @@ class DraftDataModule(pl.LightningDataModule):
             max_bad_fraction=max_bad_fraction,
         )
         check_engine(engine=engine, on_policy=on_policy, records=records, tee=tee)
+        check_media(media=media, image_positions=image_positions, engine=engine, on_policy=on_policy)
         named = validation_sets(validate)
         self.target = Target(target)
         self.aux_layers = self.target.aux_layers(aux_layers)
@@ -135,6 +139,7 @@ class DraftDataModule(pl.LightningDataModule):
                 messages_key=messages_key,
                 supervise=supervise,
                 media=media,
+                image_positions=image_positions,
                 template_args=template_args or {},
             ),
             unroll_steps=unroll_steps,
@@ -324,7 +329,7 @@ class DraftDataModule(pl.LightningDataModule):
             self._loaders[stage] = PackLoader(config, connect=self.connect, begin=begin, length=length)
         return self._loaders[stage]
 
-    def _tee(self) -> Callable[[Record], None] | None:
+    def _tee(self) -> Callable[[Record, int], None] | None:
         """Where records of this rank are also written."""
         if self.tee is None:
             return None

@@ -6,7 +6,9 @@ A cache entry is a folder ``<cache_dir>/<key>/``:
     mask.u8         1 on supervised tokens, same positions
     offsets.npy     int64 [n+1], where each conversation begins
     places.i32      int32 [n, 2], source number and line (or row number), to report a sample by where the user finds it
-    hashes.u64      XXH3-64 of each conversation's ids, to find it elsewhere (records of an extraction, a validation set inside the training set)
+    hashes.u64      key of each conversation (ids and images), to find it elsewhere (records of an extraction, a validation set inside the training set)
+    images.jsonl    a line for each conversation with images (``tokenise.ImageRow``); images.i64: where each conversation's ends; images.bin: images that came
+                    inside rows. All empty where engines are given no images
     counts.npy      int64, supervised occurrences of each token id
     bad_rows.jsonl  rows that could not be used, and why
     meta.json       sizes, sources, what was dropped
@@ -30,9 +32,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchspec.engines.messages import Sample
+from torchspec.data.tokenise import ImageRow
+from torchspec.engines.messages import Image, Sample
+from torchspec.images import temporal_positions
 
-FORMAT = 3
+FORMAT = 4
 """Goes up when rendering, masks or files change: older entries are then built anew."""
 _CHUNK = 1 << 20
 """Tokens looked at in one go when a whole data set is counted."""
@@ -83,6 +87,9 @@ class TokenizedDataset:
         self._tokens = np.memmap(folder / "tokens.i32", dtype="<i4", mode="r", shape=(tokens,))
         self._mask = np.memmap(folder / "mask.u8", dtype=np.uint8, mode="r", shape=(tokens,))
         self._places = np.memmap(folder / "places.i32", dtype="<i4", mode="r", shape=(kept, 2))
+        self._hashes = np.memmap(folder / "hashes.u64", dtype="<u8", mode="r", shape=(kept,))
+        with_images = bool(self._meta["files"]["images.jsonl"])
+        self._image_ends = np.memmap(folder / "images.i64", dtype="<i8", mode="r", shape=(kept,)) if with_images else None
 
     def weighted(self, weights: Sequence[float]) -> TokenizedDataset:
         """The same data with each source's conversations so many times an epoch; of a broken number, a fixed random part once more.
@@ -110,6 +117,8 @@ class TokenizedDataset:
     def content(self) -> str:
         """Hash of all ids and masks: two data sets with the same hash train the same."""
         content = str(self._meta["content"])
+        if self._image_ends is not None and self._meta["image_positions"] != "index":
+            content += f"/{self._meta['image_positions']}"
         return content if self._rows is None else f"{content}/{hashlib.sha256(self._rows.tobytes()).hexdigest()[:16]}"
 
     @property
@@ -130,7 +139,7 @@ class TokenizedDataset:
 
     @property
     def hashes(self) -> np.ndarray:
-        """[n] uint64, XXH3-64 of each conversation's ids (little-endian int32)."""
+        """[n] uint64, key of each conversation (``transfer.keys``)."""
         hashes = np.fromfile(self.folder / "hashes.u64", dtype="<u8")
         return hashes if self._rows is None else hashes[self._rows]
 
@@ -147,9 +156,32 @@ class TokenizedDataset:
         row = self._row(index)
         return self._mask[self._offsets[row] : self._offsets[row + 1]]
 
+    def key(self, index: int) -> int:
+        """Of one conversation."""
+        return int(self._hashes[self._row(index)])
+
+    def images(self, index: int) -> list[ImageRow]:
+        """Images of a conversation, in order."""
+        if self._image_ends is None:
+            return []
+        row = self._row(index)
+        begin, end = int(self._image_ends[row - 1]) if row else 0, int(self._image_ends[row])
+        if begin == end:
+            return []
+        with (self.folder / "images.jsonl").open("rb") as handle:
+            handle.seek(begin)
+            return [ImageRow(*values) for values in json.loads(handle.read(end - begin))]
+
     def request(self, index: int, *, epoch: int) -> Sample:
         """What is asked of the engines: its states."""
-        return Sample(index, self.ids(index).astype("<i4").tobytes())
+        kept = str(self.folder / "images.bin")
+        images = [Image(image.path or kept, image.offset, image.nbytes, image.digest, image.at, image.tokens) for image in self.images(index)]
+        return Sample(index, self.ids(index).astype("<i4").tobytes(), images=images)
+
+    def positions(self, index: int, tokens: int) -> np.ndarray | None:
+        """[T] int64 RoPE positions of the draft; None for 0 to T-1."""
+        images = self.images(index) if self._meta["image_positions"] == "temporal" else []
+        return temporal_positions(tokens, [(image.at, image.tokens, image.span) for image in images]) if images else None
 
     def mismatch(self, index: int, ids: Tensor) -> str:
         """Why a record's ids are not this conversation's."""

@@ -92,7 +92,7 @@ class LoaderConfig:
     """Another pass follows when one is exhausted, until one is empty: the trainer's epochs need not be those of the plan."""
     stage_on: Stage | None = None
     """Brings batches to the trainer's device, one ahead; None hands them out where they are."""
-    tee: Callable[[Record], None] | None = None
+    tee: Callable[[Record, int], None] | None = None
     """Takes every verified record; what it is given is only valid inside the call."""
     read_limit: float = READ_LIMIT
     """Seconds for a read from the store (and more for a large one); one that takes longer is left behind and repeated with a new client."""
@@ -276,8 +276,8 @@ class Fetcher:
             return None
         self.stats.bytes += sum(ref.nbytes for ref in ready.records)
         if self.config.tee is not None:
-            for record in records.values():
-                self.config.tee(record)
+            for index, record in records.items():
+                self.config.tee(record, self.config.dataset.key(index))
         return records
 
     def _open(self, slot: Tensor, ref: RecordRef) -> Record:

@@ -69,6 +69,7 @@ def group_config(
         reserve=reserve,
         max_length=corpus.options.max_length,
         on_policy=on_policy,
+        images=corpus.options.media == "engine",
         log_dir=log_dir,
         local_ranks=local_ranks,
     )

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from torchspec.data.build import Progress, Tokenise, build, first_row
+from torchspec.data.build import APPENDED, Progress, build, first_row
 from torchspec.data.conversations import RowError, parse
 from torchspec.data.dataset import FORMAT, Summary, TokenizedDataset
 from torchspec.data.render import Renderer, special_ids, tokenizer_fingerprint
 from torchspec.data.sources import Given, Source, weighted_sources
+from torchspec.data.tokenise import Tokenise
 from torchspec.errors import UserError
+from torchspec.images import VisionTower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +42,7 @@ class DataOptions:
     messages_key: str | None = None
     supervise: str = "auto"
     media: str = "refuse"
+    image_positions: str = "index"
     template_args: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -52,6 +55,7 @@ def prepare(
     cache_dir: Path,
     target_name: str,
     end_ids: Sequence[int] = (),
+    tower: VisionTower | None = None,
     config_key: str = "data.train",
     max_bad_fraction: float = 0.0,
     num_proc: int | None = None,
@@ -66,6 +70,7 @@ def prepare(
         cache_dir: folder of entries.
         target_name: for errors.
         end_ids: tokens that end what the target generates.
+        tower: what the target makes of images, where engines are given any.
         config_key: the config key of ``given``, for errors.
         max_bad_fraction: share of unusable rows that is tolerated.
         num_proc: processes; None takes the cores there are (at most 8) for large inputs.
@@ -75,14 +80,14 @@ def prepare(
     """
     pairs = weighted_sources(given, config_key=config_key)
     sources = [source for source, _ in pairs]
-    key = _key(sources, options, tokenizer, vocab_size, end_ids)
+    key = _key(sources, options, tokenizer, vocab_size, end_ids, tower)
     folder = cache_dir / key
     try:
         dataset = TokenizedDataset(folder)
     except FileNotFoundError:
         if folder.exists():  # damaged, or of an older format; one that is not there yet may appear at any moment
             shutil.rmtree(folder, ignore_errors=True)
-        dataset = _build(folder, sources, options, tokenizer, vocab_size, target_name, end_ids, config_key, max_bad_fraction, num_proc)
+        dataset = _build(folder, sources, options, tokenizer, vocab_size, target_name, end_ids, tower, config_key, max_bad_fraction, num_proc)
     summary = dataset.summary
     if summary.bad > max_bad_fraction * summary.rows:
         raise _too_many_bad(dataset.folder, summary, max_bad_fraction, config_key)
@@ -90,8 +95,16 @@ def prepare(
     return dataset if all(weight == 1.0 for weight in weights) else dataset.weighted(weights)
 
 
-def _key(sources: list[Source], options: DataOptions, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, end_ids: Sequence[int]) -> str:
-    described = [FORMAT, [asdict(source) for source in sources], asdict(options), tokenizer_fingerprint(tokenizer), vocab_size, sorted(end_ids)]
+def _key(
+    sources: list[Source],
+    options: DataOptions,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+    end_ids: Sequence[int],
+    tower: VisionTower | None,
+) -> str:
+    seen = tower.fingerprint if tower is not None else ""
+    described = [FORMAT, [asdict(source) for source in sources], asdict(options), tokenizer_fingerprint(tokenizer), vocab_size, sorted(end_ids), seen]
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -103,6 +116,7 @@ def _build(
     vocab_size: int,
     target_name: str,
     end_ids: Sequence[int],
+    tower: VisionTower | None,
     config_key: str,
     max_bad_fraction: float,
     num_proc: int | None,
@@ -118,7 +132,14 @@ def _build(
         progress = build(
             building,
             sources,
-            Tokenise(renderer, max_length=options.max_length, messages_key=options.messages_key, media=options.media),
+            Tokenise(
+                renderer,
+                max_length=options.max_length,
+                messages_key=options.messages_key,
+                media=options.media,
+                tower=tower,
+                folders=[Path(source.name).expanduser().resolve().parent if source.kind != "hub" else Path.cwd() for source in sources],
+            ),
             special=np.array(sorted(special_ids(tokenizer))) if tokenizer is not None and renderer is not None else np.zeros(0, dtype=np.int64),
             min_supervised_tokens=options.min_supervised_tokens,
             vocab_size=vocab_size,
@@ -137,7 +158,7 @@ def _build(
                 f"within data.max_length={options.max_length}",
                 "check that the rows have answers, and raise data.max_length",
             )
-        _finish(building, progress, sources, tokenizer if renderer is not None else None)
+        _finish(building, progress, sources, tokenizer if renderer is not None else None, options.image_positions)
         try:
             building.rename(folder)
         except OSError:  # another host or process was first
@@ -182,13 +203,13 @@ def _renderer(first: bytes, tokenizer: PreTrainedTokenizerBase | None, target_na
     return Renderer(tokenizer, name=target_name, end_ids=end_ids, supervise=options.supervise, variables=options.template_args)
 
 
-def _finish(folder: Path, progress: Progress, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _finish(folder: Path, progress: Progress, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase | None, image_positions: str) -> None:
     """Index files and the description, which makes the entry whole."""
     lengths = np.fromfile(folder / "lengths.i64", dtype="<i8")
     np.save(folder / "offsets.npy", np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)]))
     (folder / "lengths.i64").unlink()
     (folder / "progress.json").unlink()
-    names = ("tokens.i32", "mask.u8", "offsets.npy", "places.i32", "hashes.u64", "counts.npy", "bad_rows.jsonl")
+    names = (*(name for name in APPENDED if name != "lengths.i64"), "offsets.npy", "counts.npy")
     meta = {
         "format": FORMAT,
         "files": {name: (folder / name).stat().st_size for name in names},
@@ -197,6 +218,7 @@ def _finish(folder: Path, progress: Progress, sources: Sequence[Source], tokeniz
         "content": f"xxh3:{xxhash.xxh3_128_hexdigest(''.join(progress.digests).encode())}",
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "end_ids": progress.ends,
+        "image_positions": image_positions,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 

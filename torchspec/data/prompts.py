@@ -78,6 +78,12 @@ class Prompts:
     def supervision(self, index: int, tokens: int) -> np.ndarray:
         return (np.arange(tokens) >= self._prompts[index]).astype(np.uint8)
 
+    def positions(self, index: int, tokens: int) -> np.ndarray | None:
+        return None  # images and answers in the run exclude each other
+
+    def key(self, index: int) -> int:
+        raise NotImplementedError("answers of a run are not kept on disk")
+
     def place(self, index: int) -> str:
         return self.data.place(int(self._kept[index]))
 

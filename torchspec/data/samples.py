@@ -35,6 +35,14 @@ class Samples(Protocol):
         """[T] uint8 loss mask of a record with so many tokens."""
         ...
 
+    def positions(self, index: int, tokens: int) -> np.ndarray | None:
+        """[T] int64 RoPE positions of the draft; None for 0 to T-1."""
+        ...
+
+    def key(self, index: int) -> int:
+        """Under which its record is kept on disk (``transfer.keys``)."""
+        ...
+
     def place(self, index: int) -> str:
         """Where the user finds it, as ``source:line``."""
         ...

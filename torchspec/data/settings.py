@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from torchspec.engines.engine import ANSWERING, OnPolicy
 from torchspec.errors import UserError
 
+SEES = ("transformers", "vllm", "replay")
+"""Engines that are given images, or need none."""
 Validate = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 
 
@@ -43,6 +45,24 @@ def check_engine(*, engine: str, on_policy: OnPolicy | None, records: str | None
     if tee is not None and (engine == "replay" or on_policy is not None):
         why = "engine replay: they are on disk already" if engine == "replay" else "data.on_policy: the target answers anew each time"
         raise UserError("data.tee", tee, f"keeps records of no use with {why}", "leave it out")
+
+
+def check_media(*, media: str, image_positions: str, engine: str, on_policy: OnPolicy | None) -> None:
+    """What images exclude.
+
+    Raises:
+        UserError: settings that exclude each other.
+    """
+    if media != "engine":
+        if image_positions != "index":
+            raise UserError("data.image_positions", image_positions, "has no meaning without images", "set data.media to engine, or leave it out")
+        return
+    if engine not in SEES:
+        raise UserError(
+            "data.media", media, f"does not work with engine {engine}: it is not given images", f"use one of {', '.join(SEES)}, or media placeholder"
+        )
+    if on_policy is not None:
+        raise UserError("data.media", media, "does not work with data.on_policy: prompts that are answered in the run have no images", "leave one of them out")
 
 
 def validation_sets(given: Validate) -> dict[str, str | Sequence[str] | None]:

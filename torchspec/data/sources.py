@@ -7,6 +7,7 @@ may be mixed: a table of source → how many times each of its conversations is 
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -147,7 +148,12 @@ def read_rows(source: Source, *, config_key: str) -> Iterator[tuple[bytes, int]]
 
 def _numbered(rows: Any) -> Iterator[tuple[bytes, int]]:
     for number, row in enumerate(rows, start=1):
-        yield json.dumps(row, default=str, ensure_ascii=False).encode("utf-8", "surrogatepass"), number
+        yield json.dumps(row, default=_plain, ensure_ascii=False).encode("utf-8", "surrogatepass"), number
+
+
+def _plain(value: Any) -> str:
+    """What JSON has no form for: bytes (images) as base64, the rest as text."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 def _starts_with_bracket(path: Path) -> bool:

@@ -118,6 +118,8 @@ class Job:
     """torch device inside the process: cpu or cuda:0."""
     on_policy: OnPolicy | None = None
     """How prompts are answered; None where every sample is a whole conversation."""
+    images: bool = False
+    """Samples may hold images."""
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ class Exchange:
 
     def _welcome(self, peer: Peer, client: Client) -> None:
         assert self._store is not None
-        job = {name: self.config[name] for name in ("target", "engine", "engines", "max_length", "on_policy")} if client.role == "worker" else {}
+        job = {name: self.config[name] for name in ("target", "engine", "engines", "max_length", "on_policy", "images")} if client.role == "worker" else {}
         if peer.name.startswith(ANSWERER) and self._supervisor.owns(peer.name):  # those that only answer are started here alone
             job |= {"engine": ANSWERER, "engines": {**self._engines, "engine_args": self.config["on_policy"]["answer_args"]}}
         peer.send(Welcome(run=self.config["run"], incarnation=self.config["incarnation"], store=self._store, spec=self._spec, job=job))

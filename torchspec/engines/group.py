@@ -54,6 +54,8 @@ class GroupConfig:
     log_dir: Path
     on_policy: OnPolicy | None = None
     """How prompts are answered, where there are any."""
+    images: bool = False
+    """Samples may hold images."""
     run: str = field(default_factory=lambda: secrets.token_hex(6))
     incarnation: int = 0
     listen_host: str = "127.0.0.1"

@@ -1,12 +1,13 @@
 """Reading a Transformers model's residual stream at chosen indices, without keeping the rest and without computing logits.
 
-Index i is ``hidden_states[i]``: the output of block i-1; 0 is the embedding output (the input of block 0); L is what enters the final
-norm. Blocks after the last wanted one are skipped.
+Index i is ``hidden_states[i]``: what enters block i; 0 is the embedding output, L is what enters the final norm. Where a model adds something between two
+blocks (Qwen3-VL: features of images, which Transformers' own ``hidden_states`` show one index later) it is in, as it is in vLLM. Blocks after the last wanted
+index are skipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +35,7 @@ class HiddenStates:
 
     def __init__(self, model: nn.Module, indices: tuple[int, ...], *, num_layers: int) -> None:
         self.inner = self._stack_owner(model, num_layers)
+        self._whole: nn.Module = getattr(model, "model", model)
         lists = [child for child in self.inner.children() if isinstance(child, nn.ModuleList) and len(child) == num_layers]
         self.blocks: nn.ModuleList = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
         self.norm = self._final_norm()
@@ -79,10 +81,10 @@ class HiddenStates:
         for index in self.indices:
             if index == self.num_layers:
                 handles.append(self.norm.register_forward_pre_hook(lambda _, args, i=index: keep(i, args)))
-            elif index == 0:
-                handles.append(self.blocks[0].register_forward_pre_hook(lambda _, args, kwargs: keep(0, args or kwargs["hidden_states"]), with_kwargs=True))
             else:
-                handles.append(self.blocks[index - 1].register_forward_hook(lambda _, args, out, i=index: keep(i, out)))
+                handles.append(
+                    self.blocks[index].register_forward_pre_hook(lambda _, args, kwargs, i=index: keep(i, args or kwargs["hidden_states"]), with_kwargs=True)
+                )
         try:
             yield states
         finally:
@@ -90,15 +92,19 @@ class HiddenStates:
                 handle.remove()
 
     @torch.inference_mode()
-    def run(self, input_ids: Tensor) -> dict[int, Tensor]:
+    def run(self, input_ids: Tensor, seen: Mapping[str, Tensor] | None = None) -> dict[int, Tensor]:
         """States of one forward: index → [B, T, D].
 
         Args:
             input_ids: [B, T], padded on the right with any valid id. States of real tokens do not depend on the padding.
+            seen: of images, by the names that the model's forward has; empty for text alone.
         """
         with self.capturing() as states:
             try:
-                self.inner(input_ids=input_ids, use_cache=False)
+                if seen:
+                    self._whole(input_ids=input_ids, use_cache=False, **seen)
+                else:
+                    self.inner(input_ids=input_ids, use_cache=False)
             except _Enough:
                 pass
         return states

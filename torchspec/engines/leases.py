@@ -200,7 +200,7 @@ class Leases:
             self.paying[key] = sample.pack
         state.leases[number] = sample
         state.deadlines[number] = now + self._timeout
-        return Lease(number, sample.key, passed.stage, sample.index, sample.ids, sample.go_on)
+        return Lease(number, sample.key, passed.stage, sample.index, sample.ids, sample.go_on, sample.images)
 
     def _settle(self, worker: str, lease: int) -> SampleState | None:
         """The worker is done with a lease; its sample, unless it was cancelled (then what it may have written goes)."""

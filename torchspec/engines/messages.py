@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-PROTOCOL = 2
+PROTOCOL = 3
 ANSWERER = "vllm_answers"
 """The engine of workers that only answer; their names begin with it."""
 MAX_FRAME = 64 * 2**20
@@ -34,6 +34,22 @@ class Continue(msgspec.Struct, frozen=True):
     """Of the sampling, so that another attempt says the same."""
 
 
+class Image(msgspec.Struct, frozen=True):
+    """An image of a conversation: where its bytes lie, and the tokens that stand for it. The bytes stay where they are until an engine reads them."""
+
+    path: str
+    """Of a file that engines can read too."""
+    offset: int
+    """Where in the file the encoded image (PNG, JPEG, ...) begins."""
+    nbytes: int
+    digest: str
+    """XXH3-128 of the encoded image, in hexadecimal."""
+    at: int
+    """Position of its first token in the conversation."""
+    tokens: int
+    """So many copies of the target's image token."""
+
+
 class Sample(msgspec.Struct, frozen=True):
     """One conversation to capture."""
 
@@ -43,6 +59,8 @@ class Sample(msgspec.Struct, frozen=True):
     """Token ids, little-endian int32."""
     go_on: Continue | None = None
     """Set where ``ids`` are a prompt."""
+    images: list[Image] = []
+    """In the order of their tokens."""
 
 
 class Pack(msgspec.Struct, frozen=True):
@@ -80,6 +98,7 @@ class Lease(msgspec.Struct, frozen=True):
     ids: bytes
     go_on: Continue | None = None
     """Set where ``ids`` are a prompt that this worker is to answer."""
+    images: list[Image] = []
 
 
 class Finished(msgspec.Struct, frozen=True):

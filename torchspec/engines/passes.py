@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torchspec.engines.messages import Continue, Failure, PackReady, RecordRef
+from torchspec.engines.messages import Continue, Failure, Image, PackReady, RecordRef
 
 VALIDATE, TRAIN = "validate", "train"
 KINDS = (VALIDATE, TRAIN)
@@ -52,6 +52,7 @@ class SampleState:
     lease: int | None = None
     record: RecordRef | None = None
     failure: Failure | None = None
+    images: list[Image] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:

@@ -15,8 +15,8 @@ import numpy as np
 
 from torchspec.engines.messages import Damaged, Pack, PackReady, RecordRef, Welcome
 from torchspec.errors import GroupStopped, UserError
+from torchspec.transfer.keys import key_of
 from torchspec.transfer.shard_reader import ShardReader
-from torchspec.transfer.shards import key_of
 from torchspec.transfer.spec import RecordSpec
 
 
@@ -66,7 +66,8 @@ class ReplayClient:
 
     def submit(self, stage: str, epoch: int, packs: Sequence[Pack]) -> None:
         for pack in packs:
-            numbers = self._reader.find(np.array([key_of(sample.ids) for sample in pack.samples], dtype=np.uint64)).tolist() if pack.samples else []
+            keys = [key_of(sample.ids, (image.digest for image in sample.images)) for sample in pack.samples]
+            numbers = self._reader.find(np.array(keys, dtype=np.uint64)).tolist() if keys else []
             records = []
             for sample, number in zip(pack.samples, numbers, strict=True):
                 if number < 0:

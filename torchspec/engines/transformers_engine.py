@@ -2,8 +2,8 @@
 
 ``poll`` forwards one batch: conversations of like length, padded on the right, at most ``batch_tokens`` tokens with the padding; a thread writes its
 records while the next one is computed (``record_writer.py``). No attention mask is given: a causal model's states never see what stands to their right,
-and attention without a mask takes the fastest kernel and no T x T matrix. A batch that fails is tried again one by one, so that a bad sample
-never takes its neighbours along.
+and attention without a mask takes the fastest kernel and no T x T matrix. A conversation with images is a batch of its own. A batch that fails is tried again
+one by one, so that a bad sample never takes its neighbours along.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torchspec.engines.messages import Failed, Finished, Lease
 from torchspec.engines.record_writer import Captured, RecordWriter, one_line
 from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
+from torchspec.images import BadImage, VisionTower, read_picture
 from torchspec.target import Target, TargetConfig
 
 log = logging.getLogger(__name__)
@@ -34,12 +35,10 @@ def load_model(config: TargetConfig, *, device: str, attn_implementation: str, e
     Raises:
         UserError: it does not load.
     """
-    from transformers import AutoModelForCausalLM
-
     target = Target(config)
     options = {"dtype": working_dtype(target.dtype, device), "attn_implementation": attn_implementation, **(extra or {})}
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.path, revision=config.revision, trust_remote_code=config.trust_remote_code, **options)
+        model = target.auto_class().from_pretrained(config.path, revision=config.revision, trust_remote_code=config.trust_remote_code, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError("data.target.path", config.path, f"does not load ({str(error).splitlines()[0]})", "check the checkpoint and data.engines") from error
     loaded: Any = model
@@ -61,6 +60,7 @@ class TransformersEngine:
         self._queue: list[Lease] = []
         self._stats = EngineStats(0, 0, 0.0, 0.0)
         self._states: HiddenStates | None = None
+        self._tower = VisionTower(self.target) if job.images else None
         self._writer: RecordWriter | None = None
 
     def start(self) -> dict[str, Any]:
@@ -123,10 +123,11 @@ class TransformersEngine:
     def _next_batch(self) -> list[Lease]:
         """The oldest lease and others of like length, so that little is padding; old ones are never passed over for long."""
         config = self.job.config
-        if not self._queue or config.deterministic:
+        if not self._queue or config.deterministic or self._queue[0].images:
             return [self._queue.pop(0)] if self._queue else []
         head = self._queue[0]
-        by_distance = sorted(range(1, len(self._queue)), key=lambda i: (abs(len(self._queue[i].ids) - len(head.ids)), i))
+        alike = [i for i in range(1, len(self._queue)) if not self._queue[i].images]
+        by_distance = sorted(alike, key=lambda i: (abs(len(self._queue[i].ids) - len(head.ids)), i))
         chosen, longest = [0], len(head.ids)
         for i in by_distance:
             longest = max(longest, len(self._queue[i].ids))
@@ -171,6 +172,18 @@ class TransformersEngine:
             return f"token ids {int(ids.min())} to {int(ids.max())}; the target's vocabulary has {self.target.vocab_size}"
         return ""
 
+    def _seen(self, lease: Lease, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the target is given of a conversation's images beside the ids.
+
+        Raises:
+            BadImage: an image is not there any more, or is another.
+        """
+        assert self._tower is not None
+        inputs = self._tower.inputs([read_picture(image) for image in lease.images])
+        if self._tower.has_axes:
+            inputs["mm_token_type_ids"] = (ids == self._tower.image_id).int()  # from which Transformers reads where images are
+        return {name: value.to(self.job.device) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+
     def _forward(self, batch: list[Lease]) -> None:
         """Run the target on a batch, and hand the states on."""
         assert self._states is not None and self._writer is not None
@@ -178,7 +191,11 @@ class TransformersEngine:
         padded = torch.zeros(len(ids), max(x.numel() for x in ids), dtype=torch.int64)
         for row, x in enumerate(ids):
             padded[row, : x.numel()] = x
-        states = self._states.run(padded.to(self.job.device))
+        try:
+            seen = self._seen(batch[0], padded) if batch[0].images else {}
+        except BadImage as error:
+            raise ValueError(str(error)) from error
+        states = self._states.run(padded.to(self.job.device), seen)
         with torch.inference_mode():
             aux = torch.cat([states[layer] for layer in self.spec.aux_layers], dim=-1)
         self._writer.write(Captured(batch, ids, aux, states[self.target.num_layers]))

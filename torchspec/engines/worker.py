@@ -78,6 +78,7 @@ def work(host: str, port: int, *, token: str, name: str, device: str) -> None:
         max_length=plain["max_length"],
         device=device,
         on_policy=OnPolicy(**plain["on_policy"]) if plain["on_policy"] else None,
+        images=plain["images"],
     )
     engine = build(plain["engine"], job)
     stopped = threading.Event()

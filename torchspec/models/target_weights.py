@@ -132,7 +132,7 @@ def _find(target: Target) -> _Names:
 
     with torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(target.full_hf_config, trust_remote_code=target.config.trust_remote_code)
+            model = target.auto_class().from_config(target.full_hf_config, trust_remote_code=target.config.trust_remote_code)
         except ValueError:
             model = AutoModelForCausalLM.from_config(target.hf_config, trust_remote_code=target.config.trust_remote_code)
     name_of = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -196,11 +196,11 @@ def read_tensors(target: Target, names: list[str]) -> dict[str, Tensor]:
 
 
 def _stored_name(name: str, available: set[str]) -> str | None:
-    """The name in the files: the same, or the one that agrees on the longest tail (Transformers renames prefixes when it loads)."""
+    """The name in the files: the same, or the one that agrees on the longest tail (Transformers adds and renames prefixes)."""
     if name in available:
         return name
     parts = name.split(".")
-    for start in range(1, len(parts) - 1):
+    for start in range(len(parts) - 1):
         tail = ".".join(parts[start:])
         matches = [other for other in available if other == tail or other.endswith("." + tail)]
         if len(matches) == 1:

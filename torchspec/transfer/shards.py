@@ -34,11 +34,6 @@ FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0
 
 
-def key_of(ids: np.ndarray | bytes) -> int:
-    """Key of a conversation: XXH3-64 of its ids as little-endian int32."""
-    return xxhash.xxh3_64_intdigest(ids if isinstance(ids, bytes) else np.ascontiguousarray(ids, dtype="<i4").tobytes())
-
-
 @dataclass(frozen=True)
 class Manifest:
     """What a folder of records says of itself."""
@@ -116,9 +111,8 @@ class ShardWriter:
         """Root of the mean square of what fp8 changed, relative to that of the states."""
         return float(np.sqrt(self._error[0] / max(self._error[1], 1e-300)))
 
-    def add(self, record: Record) -> None:
-        """Take over one record (copied); one that is there already is left as it is."""
-        key = key_of(record.input_ids.numpy())
+    def add(self, record: Record, key: int) -> None:
+        """Take over one record (copied) under its conversation's key; one that is there already is left as it is."""
         with self._lock:
             if signed(key) in self.known:
                 return

@@ -10,16 +10,20 @@ import asyncio
 import logging
 import time
 from abc import abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchspec.engines.engine import EngineStats, Job, Sampling
 from torchspec.engines.messages import Failed, Finished, Lease
 from torchspec.engines.vllm.asynchronous import AsynchronousEngine
 from torchspec.engines.vllm.options import check_arguments
-from torchspec.engines.vllm.orders import PARAMETER, Destination, Order, Wrote, prove
+from torchspec.engines.vllm.orders import PARAMETER, Destination, Order, Wrote, ids_digest, prove
 from torchspec.engines.vllm.reports import ReportServer
 from torchspec.errors import UserError
+from torchspec.images import BadImage, read_picture, unexpanded
 from torchspec.transfer import StoreError, open_store
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 log = logging.getLogger(__name__)
 _REPORT_WAIT = 120.0
@@ -66,8 +70,8 @@ class CapturingEngine(AsynchronousEngine[Finished]):
         """Bring vLLM up, set ``capacity``, ``token`` and ``report_host``; returns facts for the ready message."""
 
     @abstractmethod
-    async def ask(self, ids: list[int], parameters: dict[str, Any], key: str, sampling: Sampling) -> dict[str, Any] | None:
-        """An answer to ``ids``, with these ``kv_transfer_params``; returns those of the answer. ``key`` is unique."""
+    async def ask(self, ids: list[int], pictures: list[Picture], parameters: dict[str, Any], key: str, sampling: Sampling) -> dict[str, Any] | None:
+        """An answer to ``ids`` (with one token for each picture), with these ``kv_transfer_params``; returns those of the answer. ``key`` is unique."""
 
     # -- the engine's interface
 
@@ -105,8 +109,15 @@ class CapturingEngine(AsynchronousEngine[Finished]):
     async def _request(self, lease: Lease, ids: list[int], report: asyncio.Future[Wrote]) -> Finished | Failed:
         go_on = lease.go_on
         tail = ids[-1:] if len(ids) > 1 and go_on is None else []
-        order = Order(key=lease.key, tail=tail, answer=go_on is not None, run=self._run, proof=prove(self.token, lease.key))
-        said = await self.ask(ids[: len(ids) - len(tail)], {PARAMETER: order.to_dict()}, lease.key, self.sampling(go_on))
+        given, pictures, check = ids[: len(ids) - len(tail)], [], ""
+        if lease.images:
+            try:
+                pictures = await asyncio.to_thread(lambda: [read_picture(image) for image in lease.images])
+            except BadImage as error:
+                return Failed(lease.id, str(error), retry=False)
+            given, check = unexpanded(given, [(image.at, image.tokens) for image in lease.images]), ids_digest(ids)
+        order = Order(key=lease.key, tail=tail, answer=go_on is not None, ids=check, run=self._run, proof=prove(self.token, lease.key))
+        said = await self.ask(given, pictures, {PARAMETER: order.to_dict()}, lease.key, self.sampling(go_on))
         answer = (said or {}).get(PARAMETER) or {}
         if "error" in answer:
             return Failed(lease.id, answer["error"])

@@ -28,7 +28,7 @@ from torchspec.engines.parent import die_with
 from torchspec.engines.record_writer import one_line
 from torchspec.engines.vllm.cache import HiddenStateCache, find_group
 from torchspec.engines.vllm.options import check_version
-from torchspec.engines.vllm.orders import PARAMETER, TOKEN_VARIABLE, BadOrder, Order, read_destination, read_order
+from torchspec.engines.vllm.orders import PARAMETER, TOKEN_VARIABLE, BadOrder, Order, ids_digest, read_destination, read_order
 from torchspec.engines.vllm.sink import Capture, Sink
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
@@ -127,7 +127,10 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
             raise BadOrder("the request has no token ids")
         if order.answer and not request.output_token_ids:
             raise BadOrder(f"the request ended ({request.status.name}) without an answer")
-        return [*prompt, *(request.output_token_ids if order.answer else order.tail)]
+        ids = [*prompt, *(request.output_token_ids if order.answer else order.tail)]
+        if order.ids and ids_digest(ids) != order.ids:
+            raise BadOrder(f"vLLM made other tokens of the images than the target's own processor did ({len(ids)} tokens in all)")
+        return ids
 
     def _check_run(self, run: dict[str, Any]) -> None:
         """Refuse an order for other states than this server has. A run is looked at once."""

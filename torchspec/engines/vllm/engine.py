@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from torchspec.engines.vllm.options import (
 from torchspec.engines.vllm.orders import TOKEN_VARIABLE
 from torchspec.errors import UserError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
 log = logging.getLogger(__name__)
 
 
@@ -42,7 +45,7 @@ class VLLMEngine(CapturingEngine):
 
         check_version(vllm.__version__, allow_unknown=config.allow_unknown_version)
         self.token = os.environ.setdefault(TOKEN_VARIABLE, os.urandom(16).hex())
-        arguments = model_arguments(self.target, config, max_length=self.max_tokens, device=device)
+        arguments = model_arguments(self.target, config, max_length=self.max_tokens, device=device, images=self.job.images)
         if device != "cpu":
             arguments.setdefault("tensor_parallel_size", own_devices(device))
         if vllm.__version__.startswith("0.26."):
@@ -67,10 +70,13 @@ class VLLMEngine(CapturingEngine):
             "tensor_parallel_size": int(arguments.get("tensor_parallel_size", 1)),
         }
 
-    async def ask(self, ids: list[int], parameters: dict[str, Any], key: str, sampling: Sampling) -> dict[str, Any] | None:
+    async def ask(self, ids: list[int], pictures: list[Picture], parameters: dict[str, Any], key: str, sampling: Sampling) -> dict[str, Any] | None:
+        prompt: dict[str, Any] = {"prompt_token_ids": ids}
+        if pictures:
+            prompt["multi_modal_data"] = {"image": pictures}
         asked = sampling_params(sampling, ends=self.ends, kv_transfer_params=parameters)
         said: dict[str, Any] | None = None
-        async for output in self._llm.generate({"prompt_token_ids": ids}, asked, request_id=key):
+        async for output in self._llm.generate(prompt, asked, request_id=key):
             said = output.kv_transfer_params
         return said
 

@@ -32,6 +32,7 @@ OWNED = {
     "decode_context_parallel_size": "one rank writes, and must have the states of all tokens",
     "prefill_context_parallel_size": "one rank writes, and must have the states of all tokens",
     "data_parallel_size": "use data.engines.workers: each worker is a replica",
+    "language_model_only": "it follows from data.media",
     "kv_cache_dtype": "a quantised cache would quantise the hidden states",
 }
 """Arguments that are refused in ``data.engines.engine_args``, each with the reason."""
@@ -82,7 +83,7 @@ def layer_ids(target: Target, aux_layers: tuple[int, ...]) -> list[int]:
     return sorted({*aux_layers, target.num_layers})
 
 
-def model_arguments(target: Target, config: EngineConfig, *, max_length: int | None, device: str) -> dict[str, Any]:
+def model_arguments(target: Target, config: EngineConfig, *, max_length: int | None, device: str, images: bool = False) -> dict[str, Any]:
     """Arguments of any vLLM that runs the target for us.
 
     Args:
@@ -90,6 +91,7 @@ def model_arguments(target: Target, config: EngineConfig, *, max_length: int | N
         config: of the engines; its ``engine_args`` win where TorchSpec has only a default.
         max_length: tokens of a request with its answer, at most; None for what the target takes.
         device: torch device of the worker.
+        images: whether requests may hold some; else the vision tower of a target that has one is not loaded.
     """
     on_cpu = device == "cpu"
     arguments: dict[str, Any] = {
@@ -102,8 +104,10 @@ def model_arguments(target: Target, config: EngineConfig, *, max_length: int | N
         "revision": target.config.revision,
         "trust_remote_code": target.config.trust_remote_code,
         "dtype": str(working_dtype(target.dtype, device)).removeprefix("torch."),
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": not images,  # vLLM finds the places of images with the tokenizer
     }
+    if target.takes_images and not images:
+        arguments["language_model_only"] = True
     if max_length is not None:
         arguments["max_model_len"] = max_length
     if config.deterministic:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hmac
 import os
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import msgspec
+import xxhash
 
 from torchspec.engines.messages import Message
 from torchspec.transfer.spec import ITEMSIZE, RecordSpec
@@ -38,6 +40,8 @@ class Order:
     """Token ids of the conversation after those of the prompt: no state is needed at the last one, so it is not computed."""
     answer: bool
     """What the target says to the prompt belongs to the conversation (then there is no tail)."""
+    ids: str
+    """Of a conversation with images: ``ids_digest`` of its ids, which vLLM is to come to from the one token that it is given for each image. Else ""."""
     run: dict[str, Any]
     """Store address, record spec, and where to report: the same for all orders of an engine (see :func:`read_destination`)."""
     proof: str
@@ -45,6 +49,11 @@ class Order:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def ids_digest(ids: Sequence[int]) -> str:
+    """XXH3-128 of token ids as little-endian int32, in hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(struct.pack(f"<{len(ids)}i", *ids))
 
 
 def prove(token: str, key: str) -> str:

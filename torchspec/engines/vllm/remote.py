@@ -10,13 +10,16 @@ import asyncio
 import logging
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from torchspec.engines.engine import Sampling
 from torchspec.engines.vllm.capture import CapturingEngine
 from torchspec.errors import UserError
 from torchspec.network import route_to
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 log = logging.getLogger(__name__)
 TOKEN_VARIABLE = "TORCHSPEC_ENGINE_TOKEN"
@@ -76,8 +79,10 @@ class RemoteVLLMEngine(CapturingEngine):
                     raise UserError("data.engines.engine_args.url", url, f"does not answer as vLLM does ({error})", "start it: main.py vllm_command") from error
                 time.sleep(2.0)
 
-    async def ask(self, ids: list[int], parameters: dict[str, Any], key: str, sampling: Sampling) -> dict[str, Any] | None:
+    async def ask(self, ids: list[int], pictures: list[Picture], parameters: dict[str, Any], key: str, sampling: Sampling) -> dict[str, Any] | None:
         import httpx
+
+        assert not pictures, "data.media: engine is refused for this engine"
 
         body = {
             "model": self._model,
