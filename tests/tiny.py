@@ -33,7 +33,15 @@ def save_tokenizer(folder: Path) -> int:
 
 
 def save_target(
-    folder: Path, *, layers: int = 8, hidden: int = 128, heads: int = 2, tie: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0
+    folder: Path,
+    *,
+    layers: int = 8,
+    hidden: int = 128,
+    heads: int = 2,
+    tie: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    spread: float = 0.1,
 ) -> Path:
     """A random Llama of a few hundred kilobytes (head_dim 64, which vLLM's CPU build takes)."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -55,7 +63,7 @@ def save_target(
         eos_token_id=2,
         pad_token_id=2,
         rope_theta=10000.0,
-        initializer_range=0.1,
+        initializer_range=spread,
     )
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     return folder

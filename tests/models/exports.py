@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from tests.models.packs import draft_config
+from tests.models.packs import conversation, draft_config, pack
 from tests.models.variants import VARIANTS
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.eagle3 import Eagle3Draft
 from torchspec.models.export import ExportOptions, export_draft
+from torchspec.models.import_draft import import_draft
 from torchspec.models.target_weights import read_embedding
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target, TargetConfig
@@ -73,3 +74,17 @@ def export_variant(variant: str, target: Target, folder: Path, *, form: Any = "v
     report = export_draft(config, made.weights, vocabulary, target, folder, options=ExportOptions(form=form, **options), training={"unroll_steps": 3})
     assert report.max_logit_difference == 0.0
     return made
+
+
+def reload_difference(made: Exported, target: Target) -> float:
+    """Largest difference of the logits of three teacher-forced steps between the draft in memory and what ``import_draft`` reads of its export, fp32."""
+    again = import_draft(str(made.folder), target)
+    reloaded = Eagle3Draft(again.config)
+    if not again.config.owns_embedding:
+        assert again.embedding is not None
+        reloaded.set_embedding(again.embedding.float())
+    reloaded.load_state_dict({name: tensor.float() for name, tensor in again.weights.items()}, strict=True)
+    batch = pack(made.config, [conversation(made.config, [0] + [1] * 11, 0)], 3, dtype=torch.float32)
+    with torch.no_grad():
+        logits = [[draft.lm_head(draft.norm(state)) for state in draft(batch)] for draft in (made.draft, reloaded)]
+    return max(float((ours - theirs).abs().max()) for ours, theirs in zip(*logits, strict=True))

@@ -16,6 +16,7 @@ from tests.models.packs import draft_config
 from tests.models.variants import VARIANTS
 from tests.tiny import save_target
 from torchspec.errors import UserError
+from torchspec.models.draft_config import DraftConfig
 from torchspec.models.export import ExportOptions, export_draft, prune
 from torchspec.models.import_draft import import_draft
 from torchspec.models.target_weights import read_embedding
@@ -186,3 +187,20 @@ def test_incomplete_weights_are_refused(target: Target, tmp_path: Path) -> None:
     for spoiled, match in (({k: v for k, v in weights.items() if k != "norm.weight"}, "norm.weight"), ({**weights, "surprise": torch.ones(1)}, "surprise")):
         with pytest.raises(UserError, match=match):
             export_draft(draft.config, spoiled, None, target, tmp_path / "draft")
+
+
+def test_heads_of_a_target_that_do_not_divide_its_hidden_size(tmp_path: Path) -> None:
+    """GLM-4.5 has 96 heads of 5120; a Llama configuration with these cannot be loaded by Transformers, so the draft gets fewer, unless it has q/k norms."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=6, num_key_value_heads=2, head_dim=8, vocab_size=40,
+        max_position_embeddings=64, tie_word_embeddings=False, rope_theta=10000.0,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "target")
+    target = Target(TargetConfig(str(tmp_path / "target"), dtype="float32"))
+    plain = DraftConfig.from_target(target, aux_layers=(1, 2, 3))
+    assert (plain.num_heads, plain.num_kv_heads, plain.head_dim) == (4, 2, 8)
+    assert DraftConfig.from_target(target, aux_layers=(1, 2, 3), qk_norm=True).num_heads == 6
+    with pytest.raises(UserError, match="num_attention_heads=6 does not divide"):
+        DraftConfig.from_target(target, aux_layers=(1, 2, 3), num_heads=6)

@@ -136,6 +136,20 @@ def test_speculators_drafts_must_say_what_readers_fill_in_differently(target: Ta
         import_draft(rewrite(made, speculators_model_type="eagle3", norm_before_residual=None), target)
 
 
+def test_random_embeddings_are_refused_and_rounded_ones_taken(target: Target, tmp_path: Path) -> None:
+    """Servers use what the draft holds, training the target's table: a draft whose table is another one would mean two things."""
+    made = export_variant("plain", target, tmp_path / "draft")
+    same(made, rewrite(made, tensors=lambda t: t.update({"embed_tokens.weight": t["embed_tokens.weight"].bfloat16()})), target)
+    with pytest.raises(UserError, match="embed_tokens that is not the target's"):
+        import_draft(rewrite(made, tensors=lambda t: t.update({"embed_tokens.weight": torch.randn(40, 16)})), target)
+
+
+def test_a_head_of_another_width_than_the_targets_cannot_be_left_out(target: Target, tmp_path: Path) -> None:
+    made = export_variant("H < D, own embedding", target, tmp_path / "draft")
+    with pytest.raises(UserError, match=r"lacks lm_head\.weight"):
+        import_draft(rewrite(made, tensors=lambda t: t.pop("lm_head.weight")), target)
+
+
 def test_files_that_are_not_there(target: Target, tmp_path: Path) -> None:
     made = export_variant("plain", target, tmp_path / "draft", max_shard_size="4KB")
     next(iter(sorted(made.folder.glob("*.safetensors")))).unlink()

@@ -27,10 +27,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attention_bias": {"attention_bias": True},
     "Qwen3 (qk_norm)": {"qk_norm": True},
     "Qwen3, norm_before_residual": {"qk_norm": True, "norm_before_residual": True},
+    "Qwen3, six heads on two, head_dim 10": {"qk_norm": True, "num_heads": 6, "head_dim": 10},
     "two layers": {"num_layers": 2},
+    "two layers, EAGLE-3.1, bias, norm_before_residual": {
+        "num_layers": 2, "attention_bias": True, "norm_before_residual": True, "fc_norm": True, "norm_output": True,
+    },
     "three layers, Qwen3, EAGLE-3.1": {"num_layers": 3, "qk_norm": True, "fc_norm": True, "norm_output": True},
     "H < D, own embedding": {"hidden_size": 12, "head_dim": 6},
     "H > D, own embedding, fc_norm": {"hidden_size": 24, "head_dim": 6, "fc_norm": True},
+    "eight heads on two, head_dim 10": {"num_heads": 8, "head_dim": 10},
     "heads wider than H": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 20},
     "one aux layer": {"aux_layers": (2,)},
     "five aux layers, norm_before_fc": {"aux_layers": (0, 1, 3, 4, 8), "norm_before_fc": True},
@@ -39,8 +44,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "RoPE dynamic": _rope("dynamic", factor=4.0),
     "RoPE llama3": _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16),
     "RoPE yarn": _rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=1.0),
+    "RoPE yarn, its optional fields": _rope(
+        "yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, attention_factor=1.3, truncate=False,
+    ),
     "MLA": _LATENT,
     "MLA, values wider than keys": _WIDE_VALUES,
     "MLA, yarn": {**_LATENT, **_rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, mscale=1.0, mscale_all_dim=0.7)},
+    "MLA, norm_before_residual": {**_LATENT, "norm_before_residual": True},
     "MLA, two layers, EAGLE-3.1": {**_LATENT, "num_layers": 2, "fc_norm": True, "norm_output": True},
-}
+}  # fmt: skip

@@ -88,6 +88,9 @@ class DraftConfig:
             raise UserError("draft.fc_norm", True, "excludes norm_before_fc", "set one of them")
         if self.num_heads % self.num_kv_heads:
             raise UserError("draft.num_key_value_heads", self.num_kv_heads, f"does not divide the {self.num_heads} heads", "use a divisor")
+        if not self.qk_norm and self.hidden_size % self.num_heads:
+            problem = f"does not divide the hidden size {self.hidden_size}, as the configuration class that servers read asks for"
+            raise UserError("draft.num_attention_heads", self.num_heads, problem, "use a divisor (head_dim may be any even size), or qk_norm")
         if self.rotary_dim % 2:
             raise UserError("draft.head_dim", self.rotary_dim, "is odd", "RoPE needs an even one")
         if not 0 < self.draft_vocab_size <= self.vocab_size:
@@ -145,12 +148,15 @@ class DraftConfig:
         """
         config = target.hf_config
         heads = int(config.num_attention_heads)
+        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        if not changes.get("qk_norm"):  # a target such as GLM-4.5 has 96 heads of a hidden size that 96 does not divide
+            heads = _dividing(heads, of=int(changes.get("hidden_size", target.hidden_size)), by=kv_heads)
         described: dict[str, Any] = {
             "hidden_size": target.hidden_size,
             "intermediate_size": int(getattr(config, "intermediate_size", None) or 4 * target.hidden_size),
             "num_heads": heads,
-            "num_kv_heads": int(getattr(config, "num_key_value_heads", None) or heads),
-            "head_dim": int(getattr(config, "head_dim", None) or target.hidden_size // heads),
+            "num_kv_heads": kv_heads,
+            "head_dim": int(getattr(config, "head_dim", None) or target.hidden_size // int(config.num_attention_heads)),
             "vocab_size": target.vocab_size,
             "draft_vocab_size": target.vocab_size,
             "target_hidden_size": target.hidden_size,
@@ -203,3 +209,8 @@ class DraftConfig:
 
 
 _ALIASES = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads", "num_hidden_layers": "num_layers"}
+
+
+def _dividing(heads: int, *, of: int, by: int) -> int:
+    """The largest number of heads, at most ``heads``, that divides the hidden size and that the key heads divide; ``heads`` where there is none."""
+    return next((h for h in range(heads, 0, -1) if of % h == 0 and h % by == 0), heads)

@@ -20,7 +20,7 @@ from torchspec.models.draft_files import locate_draft, read_description, read_dr
 from torchspec.models.eagle3 import Eagle3Draft
 from torchspec.models.rope_parameters import rope_of
 from torchspec.models.serving_formats import FLAGS
-from torchspec.models.target_weights import TargetHead
+from torchspec.models.target_weights import TargetHead, read_embedding
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target
 
@@ -32,6 +32,8 @@ _KINDS = {
     "Eagle3DeepseekV2ForCausalLM": "deepseek_v2",
     "Eagle3DeepseekV3ForCausalLM": "deepseek_v2",
 }
+_ROUNDING = 0.01
+"""Relative difference of an embedding that another float type may make."""
 _RENAMED = (("midlayer.", "layers.0."), ("aux_norm_low.", "fc_norm.0."), ("aux_norm_mid.", "fc_norm.1."), ("aux_norm_high.", "fc_norm.2."))
 
 
@@ -71,9 +73,11 @@ def import_draft(source: str, target: Target, *, revision: str | None = None) ->
     order = tensors.pop("order", None)
     if order is not None and "lm_head.weight" in tensors:
         tensors["lm_head.weight"] = tensors["lm_head.weight"][order]
-    _check_names(tensors, config, where=str(folder), head_may_be_absent=vocabulary is None)
+    _check_names(tensors, config, where=str(folder), head_may_be_absent=vocabulary is None and not config.owns_embedding)
     if embedding is not None and tuple(embedding.shape) != (config.vocab_size, config.hidden_size):
         raise UserError("draft", str(folder), f"has embed_tokens of shape {tuple(embedding.shape)}", f"the target's is {config.vocab_size, config.hidden_size}")
+    if embedding is not None:
+        _check_embedding(embedding, target, where=str(folder))
     return ImportedDraft(config, tensors, vocabulary, embedding, described)
 
 
@@ -233,6 +237,15 @@ def _drop_repeated_norms(tensors: dict[str, Tensor], config: DraftConfig, *, whe
         mine = tensors.setdefault(f"layers.{i}.input_layernorm.weight", hidden) if hidden is not None else None
         if hidden is not None and mine is not None and not torch.equal(hidden, mine):
             raise UserError("draft", where, f"has different input_layernorm and hidden_norm in layer {i}", "servers read one or the other: remove one")
+
+
+def _check_embedding(embedding: Tensor, target: Target, *, where: str) -> None:
+    """A server gives a draft the embedding that it was published with, training the target's: they must be the same but for rounding."""
+    table = read_embedding(target).float()
+    difference = float((embedding.float() - table).norm() / table.norm().clamp(min=1e-30))
+    if not difference <= _ROUNDING:
+        problem = f"holds an embed_tokens that is not the target's (relative difference {difference:.2g})"
+        raise UserError("draft", where, problem, "give the target that it was made for; a draft with random embeddings cannot be used")
 
 
 def _check_names(tensors: dict[str, Tensor], config: DraftConfig, *, where: str, head_may_be_absent: bool) -> None:

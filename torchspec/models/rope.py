@@ -34,8 +34,9 @@ def _described(config: DraftConfig) -> Any:
     from transformers import LlamaConfig
 
     plain = LlamaConfig(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_heads,
+        hidden_size=config.rotary_dim,
+        num_attention_heads=1,
+        num_key_value_heads=1,
         head_dim=config.rotary_dim,
         max_position_embeddings=config.max_position_embeddings,
         rope_parameters=dict(config.rope_parameters),

@@ -1,0 +1,140 @@
+"""Plant each failure of ``tests/defects`` in a copy of the package and show that its test fails: a JSON line a defect, last ``planted``, ``caught``.
+
+A mutation is one change of source text in one file. The copy lies in a temporary folder; the tests run against it in a process of their own, first as it
+is (they must pass), then with each mutation (the defect's tests must fail, and not for an error of collection).
+
+    python benchmarks/mutations.py            # all, minutes
+    python benchmarks/mutations.py 1 7 13     # some
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A failure, as a change of one place."""
+
+    defect: int
+    what: str
+    file: str
+    """Under ``torchspec/``."""
+    before: str
+    """Occurs exactly once."""
+    after: str
+
+
+MUTATIONS = (
+    Mutation(1, "RoPE base read with a default", "models/rope_parameters.py",
+             'parameters["rope_theta"] = getattr(config, "rope_theta", None)', 'parameters["rope_theta"] = getattr(config, "rope_theta", 10000.0)'),
+    Mutation(1, "the base in the new field is not looked at", "models/rope_parameters.py",
+             'parameters = dict(getattr(config, "rope_parameters", None) or {})', "parameters: dict[str, Any] = {}"),
+    Mutation(2, "resume loses the optimizer's moments", "models/module.py",
+             'facts = checkpoint.get("torchspec")', '[s.update(state={}) for s in checkpoint["optimizer_states"]]; facts = checkpoint.get("torchspec")'),
+    Mutation(3, "the position before the end is supervised by a state that nobody computed", "batch.py",
+             "depth = run[1:] - 1", "depth = run[1:]"),
+    Mutation(4, "vocabulary mapping recomputed on resume", "callbacks/vocabulary.py", "if path is not None:", "if path is None:"),
+    Mutation(5, "final norm not applied before the target's head", "models/target_weights.py",
+             "return normed\n", "return last.to(self.weight.dtype)\n"),
+    Mutation(5, "final norm applied by the engine too", "engines/hooks.py",
+             "self.norm.register_forward_pre_hook(lambda _, args, i=index: keep(i, args))",
+             "self.norm.register_forward_hook(lambda _, args, out, i=index: keep(i, out))"),
+    Mutation(6, "an engine that counts blocks from 0", "engines/hooks.py",
+             "self.blocks[index - 1].register_forward_hook", "self.blocks[index].register_forward_hook"),
+    Mutation(6, "SGLang's ids in our counting", "models/serving_formats.py", "[i - 1 for i in config.aux_layers]", "[i for i in config.aux_layers]"),
+    Mutation(7, "d2t holds ids", "models/vocabulary.py", "return self.draft_ids - torch.arange(self.size)", "return self.draft_ids"),
+    Mutation(7, "pruned head exported without its mapping", "models/export.py", 'tensors["d2t"] = vocabulary.d2t.contiguous()', "pass"),
+    Mutation(8, "random embeddings", "models/export.py", "read_embedding(target).to(kind)", "torch.randn_like(read_embedding(target)).to(kind)"),
+    Mutation(8, "type not honoured", "models/export.py", '.detach().to("cpu", kind)', '.detach().to("cpu", torch.float32)'),
+    Mutation(8, "missing tensors not noticed", "models/export.py", "if missing or unknown:", "if unknown:"),
+    Mutation(9, "norm_output for logits alone", "models/eagle3.py", "if self.config.norm_output:", "if False:"),
+    Mutation(10, "end-of-turn token not supervised", "data/render.py", "return i + 1\n", "return i\n"),
+    Mutation(10, "mask one token late", "data/render.py", "mask[first:last] = 1", "mask[first + 1 : last] = 1"),
+    Mutation(11, "tokens outside the draft vocabulary count as hits of the best inside", "models/losses.py",
+             "hit = (z.argmax(dim=-1) == target.best) & inside", "hit = z.argmax(dim=-1) == target.best"),
+    Mutation(11, "acceptance as a product of marginals", "models/metrics.py",
+             '1.0 + sum(sums["correct_so_far"]) / first', '1.0 + mean["correct"][0] + mean["correct"][0] * mean["correct"][-1]'),
+    Mutation(12, "the engine refuses its own maximum", "engines/transformers_engine.py", "<= self.max_tokens", "< self.max_tokens"),
+    Mutation(13, "a prefill that was cut is stored", "engines/vllm/connector.py",
+             "if request.num_computed_tokens < rows:", "if request.num_computed_tokens < 0:"),
+    Mutation(13, "attempts share a key", "engines/leases.py", "{passed.epoch}/{sample.index}/{number}", "{passed.epoch}/{sample.index}"),
+    Mutation(14, "gradients reduced in the compute type", "models/parallelize.py", "reduce_dtype=torch.float32", "reduce_dtype=compute_dtype"),
+    Mutation(14, "the head's gradient accumulated in the compute type", "models/loss.py",
+             "d_weight = torch.zeros_like(cast, dtype=wide)", "d_weight = torch.zeros_like(cast)"),
+    Mutation(15, "first step at rate 0", "models/schedules.py", "(step + 1) / (warmup + 1)", "step / (warmup + 1)"),
+    Mutation(15, "decay that divides by nothing", "models/schedules.py",
+             "(progress - (1.0 - self.decay)) / self.decay", "(progress - (1.0 - self.decay)) / (self.decay - self.decay)"),
+    Mutation(15, "rotation deletes the best checkpoint", "trainer.py",
+             "publish(partial, final)", "[remove(p) for p in final.parent.glob('*.ckpt')]; publish(partial, final)"),
+    Mutation(16, "one seed for all that is drawn", "data/prompts.py", "SeedSequence([self.policy.seed, epoch, index])", "SeedSequence([self.policy.seed])"),
+)  # fmt: skip
+
+
+def occurrences(mutation: Mutation, root: Path = ROOT) -> int:
+    """How often the text to change is in its file."""
+    return (root / "torchspec" / mutation.file).read_text().count(mutation.before)
+
+
+def run_tests(root: Path, defects: set[int]) -> subprocess.CompletedProcess[str]:
+    """The tests of some defects, of the copy in ``root``."""
+    words = " or ".join(f"test_defect_{defect:02d}" for defect in sorted(defects))
+    command = [sys.executable, "-m", "pytest", "tests/defects", "-q", "-p", "no:cacheprovider", "--durations=0", "-k", words]
+    environment = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+
+def failed_tests(output: str) -> list[str]:
+    """Names of the tests that failed, without their parameters."""
+    return sorted(set(re.findall(r"^FAILED \S+::(test_\w+)", output, re.MULTILINE)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("defects", nargs="*", type=int, help="numbers of defects; all when left out")
+    args = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if not args.defects or mutation.defect in args.defects]
+    caught = 0
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for name in ("torchspec", "tests"):
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", root)
+        clean = run_tests(root, {mutation.defect for mutation in chosen})
+        if clean.returncode:
+            sys.exit(f"the tests fail before anything is planted:\n{clean.stdout[-3000:]}")
+        for mutation in chosen:
+            if occurrences(mutation) != 1:
+                sys.exit(f"{mutation.file} does not hold once: {mutation.before}")
+            started = time.monotonic()
+            file = root / "torchspec" / mutation.file
+            text = file.read_text()
+            file.write_text(text.replace(mutation.before, mutation.after))
+            done = run_tests(root, {mutation.defect})
+            file.write_text(text)
+            failed = failed_tests(done.stdout)
+            found = done.returncode == 1 and bool(failed)
+            caught += found
+            seconds = round(time.monotonic() - started, 1)
+            line = {"defect": mutation.defect, "planted": mutation.what, "file": mutation.file, "failed": failed, "caught": found, "seconds": seconds}
+            print(json.dumps(line), flush=True)
+            if not found:
+                print(done.stdout[-2000:], file=sys.stderr)
+    print(json.dumps({"planted": len(chosen), "caught": caught}))
+    sys.exit(0 if caught == len(chosen) else 1)
+
+
+if __name__ == "__main__":
+    main()
