@@ -19,7 +19,7 @@ def show_data(
     max_length: int = 2048,
     messages_key: str | None = None,
     supervise: Literal["auto", "all", "last"] = "auto",
-    media: Literal["refuse", "placeholder"] = "refuse",
+    media: Literal["refuse", "placeholder", "engine"] = "refuse",
     template_args: dict[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,

@@ -138,7 +138,7 @@ def _build(
                 messages_key=options.messages_key,
                 media=options.media,
                 tower=tower,
-                folders=[Path(source.name).expanduser().resolve().parent if source.kind != "hub" else Path.cwd() for source in sources],
+                folders=[source.folder for source in sources],
             ),
             special=np.array(sorted(special_ids(tokenizer))) if tokenizer is not None and renderer is not None else np.zeros(0, dtype=np.int64),
             min_supervised_tokens=options.min_supervised_tokens,

@@ -16,7 +16,9 @@ from torchspec.data.conversations import RowError, parse
 from torchspec.data.prepare import DataOptions
 from torchspec.data.render import Renderer, special_ids
 from torchspec.data.sources import Given, find_sources, read_rows
+from torchspec.data.tokenise import Tokenise, Tokenised
 from torchspec.errors import UserError
+from torchspec.images import VisionTower
 from torchspec.target import Target
 
 if TYPE_CHECKING:
@@ -81,31 +83,41 @@ def shown_rows(target: Target, given: Given, *, options: DataOptions, skip: int,
     tokenizer = target.tokenizer()
     ends = target.end_ids()
 
-    @cache
-    def renderer() -> Renderer:  # rows of tokens need none
-        return Renderer(tokenizer, name=target.config.path, end_ids=ends, supervise=options.supervise, variables=options.template_args)
+    sources = find_sources(given, config_key="input")
 
-    every = ((source.name, line, row) for source in find_sources(given, config_key="input") for row, line in read_rows(source, config_key="input"))
+    @cache
+    def tokenise() -> Tokenise:  # rows of tokens need no renderer
+        return Tokenise(
+            Renderer(tokenizer, name=target.config.path, end_ids=ends, supervise=options.supervise, variables=options.template_args),
+            max_length=options.max_length,
+            messages_key=options.messages_key,
+            media=options.media,
+            tower=VisionTower(target) if options.media == "engine" else None,
+            folders=[source.folder for source in sources],
+        )
+
+    every = ((number, line, row) for number, source in enumerate(sources) for row, line in read_rows(source, config_key="input"))
     chosen = itertools.islice(every, skip, skip + limit)
-    rows = [_shown(f"{name}:{line}", row, renderer=renderer, tokenizer=tokenizer, options=options) for name, line, row in chosen]
+    rows = [_shown(f"{sources[number].name}:{line}", row, number, tokenise=tokenise, tokenizer=tokenizer, options=options) for number, line, row in chosen]
     if not rows:
         raise UserError("skip" if skip else "input", skip or given, "leaves no row to show", "check the files, or lower it")
     return rows
 
 
-def _shown(place: str, row: bytes, *, renderer: Callable[[], Renderer], tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Shown:
+def _shown(place: str, row: bytes, source: int, *, tokenise: Callable[[], Tokenise], tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Shown:
     try:
-        conversation = parse(row, messages_key=options.messages_key, media=options.media)
-        if conversation.input_ids is not None:
-            ids, mask = np.array(conversation.input_ids), np.array(conversation.loss_mask)
-        else:
-            rendered = renderer().render(conversation)
-            ids, mask = rendered.ids, rendered.mask
+        given = parse(row, messages_key=options.messages_key, media=options.media)
     except RowError as error:
         return Shown(place, str(error))
-    kept = ids[: options.max_length].tolist()
-    pieces = tuple(_pieces(kept, mask.tolist(), tokenizer))
-    return Shown(place, "", pieces, tokens=len(kept), cut=len(ids) - len(kept))
+    if given.input_ids is not None:
+        ids, mask = np.array(given.input_ids), np.array(given.loss_mask)
+        made = Tokenised(ids[: options.max_length], mask[: options.max_length], ids.shape[0])
+    else:
+        made = tokenise().row(row, source)
+        if made.problem:
+            return Shown(place, made.problem)
+    kept = made.ids.tolist()
+    return Shown(place, "", tuple(_pieces(kept, made.mask.tolist(), tokenizer)), tokens=len(kept), cut=made.length - len(kept))
 
 
 def _pieces(ids: list[int], mask: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:

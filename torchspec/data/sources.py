@@ -40,6 +40,11 @@ class Source:
     lines: int | None = None
     """About how many rows there are, for the progress bar; None where finding out means reading it all."""
 
+    @property
+    def folder(self) -> Path:
+        """What paths in its rows are relative to: the file's folder, or the one that the command runs in."""
+        return Path.cwd() if self.kind == "hub" else Path(self.name).expanduser().resolve().parent
+
 
 def find_sources(given: Given, *, config_key: str) -> list[Source]:
     """The sources that the user named.
@@ -106,7 +111,7 @@ def _load_hub(name: str, config_key: str) -> Any:
 
     repository, _, split = name.partition(":")
     try:
-        return datasets.load_dataset(repository, split=split or "train")
+        return encoded_images(datasets.load_dataset(repository, split=split or "train"))
     except Exception as error:  # the hub client raises a dozen kinds
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -115,6 +120,18 @@ def _load_hub(name: str, config_key: str) -> Any:
             f"is no local file or folder, and no hub dataset that loads ({reason})",
             "check the path or the id (org/name:split), and the network",
         ) from error
+
+
+def encoded_images(dataset: Any) -> Any:
+    """The same data set with its images as they are stored ({bytes, path}), not as pixels."""
+    import datasets
+
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            dataset = dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    return dataset
 
 
 def read_rows(source: Source, *, config_key: str) -> Iterator[tuple[bytes, int]]:
