@@ -116,6 +116,48 @@ def test_a_rank_that_left_holds_nobody_up() -> None:
     assert [m.pack for m in drain(ledger)] == [0, 2]
 
 
+def opens(ledger: Ledger, rank: int) -> None:
+    ledger.open_stage(rank, "train", 0, first_pack=0, num_packs=6, world=2)
+
+
+def test_a_rank_that_was_lost_does_not_begin_the_same_pass_apart_from_the_others() -> None:
+    """Its pass would wait for theirs, and theirs for its next step: what a rank of a killed run does whose last words arrive late."""
+    ledger = make()
+    opens(ledger, 0)
+    opens(ledger, 1)
+    ledger.leave_stage(1, "train")
+    with pytest.raises(ProtocolError, match="rank 1 was lost in train epoch 0.* start all ranks anew"):
+        opens(ledger, 1)
+    ledger.leave_stage(0, "train")
+    assert not ledger.passes
+    for rank in (1, 0):  # all anew
+        opens(ledger, rank)
+        ledger.submit(rank, "train", 0, [pack(rank, 5), pack(2 + rank, 5)])
+    ledger.join("w", 100)
+    assert sorted(m.pack for m in drain(ledger)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_pass_whose_only_rank_was_lost_gives_way_to_the_same_one_begun_anew(first: int) -> None:
+    ledger = make(budget=1000)
+    opens(ledger, 1)
+    ledger.submit(1, "train", 0, [pack(1, 5)])
+    ledger.leave_stage(1, "train")  # before the others came
+    for rank in (first, 1 - first):
+        if first == 0 and rank == 1:
+            with pytest.raises(ProtocolError, match="start all ranks anew"):
+                opens(ledger, rank)
+            return
+        opens(ledger, rank)
+        ledger.submit(rank, "train", 0, [pack(rank, 5), pack(2 + rank, 5)])
+    ledger.join("w", 100)
+    assert len(ledger.passes) == 1 and [m.pack for m in drain(ledger)] == [0, 1]
+    for rank in (0, 1):
+        ledger.acknowledge(rank, "train", 0, [rank])
+    delete(ledger)
+    assert [m.pack for m in drain(ledger)] == [2, 3]
+
+
 def test_validation_has_its_reserve_and_goes_first() -> None:
     ledger = make(budget=1000, reserve=400)
     ledger.open_stage(0, "train", 0, first_pack=0, num_packs=4, world=1)

@@ -250,9 +250,9 @@ class Delivery(RuleBasedStateMachine):
             self.open(key)
 
     def lose_the_connection(self, key: Key) -> None:
-        """What is on its way is lost, and the rank begins its next pass on a new connection."""
+        """What is on its way is lost, and the rank begins its next pass on a new connection. (The same pass again is refused: see test_ledger.py.)"""
         side = self.ranks[key]
-        if side.number <= self.ranks[1 - key[0], key[1]].number and not side.opening:
+        if side.number <= self.ranks[1 - key[0], key[1]].number and not side.opening and (side.number + 1) // 2 != side.epoch:
             side.up.clear()
             side.down.clear()
             self.ledger.leave_stage(*key)

@@ -229,6 +229,7 @@ class Exchange:
         if before is not None and before is not peer:
             log.error("%s takes %s of rank %d from %s", peer.name, m.stage, m.rank, before.name)
             self._drop(before, f"coordinator: another process opened {m.stage} as rank {m.rank}: every rank must have its own number")
+            self.ledger.leave_stage(m.rank, m.stage)
         self.ledger.open_stage(m.rank, m.stage, m.epoch, first_pack=m.first_pack, num_packs=m.num_packs, world=m.world, step_packs=m.step_packs)
         client.rank = m.rank
         self._ranks[m.rank, m.stage] = peer

@@ -86,12 +86,16 @@ class Ledger:
         if not 0 <= rank < world or not 0 <= first_pack <= num_packs or step_packs < 0 or (step_packs and first_pack % step_packs):
             raise ProtocolError(f"rank {rank} opens packs {first_pack}..{num_packs} of {stage} in a world of {world}")
         self._close(rank, stage)
-        found = None
-        for passed in [p for p in self.passes if p.stage == stage and rank not in p.closed]:
-            if passed.epoch == epoch:
-                found = passed
-                break
+        known = [passed for passed in self.passes if passed.stage == stage and rank not in passed.closed]
+        same = [passed for passed in known if passed.epoch == epoch]
+        # one whose only ranks were lost gives way to the same pass begun anew
+        found = next((passed for passed in same if passed.open or not passed.lost), same[0] if same else None)
+        for passed in known[: None if found is None else known.index(found)]:
             self._left(passed, rank)  # another rank took part in it, this one went past it and will submit nothing
+        for passed in self.passes if found is None else ():
+            if rank in passed.lost and passed.open and (passed.stage, passed.epoch, passed.first, passed.end) == (stage, epoch, first_pack, num_packs):
+                # a pass of its own would wait for the others, and they for it
+                raise ProtocolError(f"rank {rank} was lost in {stage} epoch {epoch}, where other ranks go on without it: start all ranks anew")
         if found is None:
             found = PassState(stage, epoch, world, first_pack, num_packs, first_pack, step_packs=step_packs)
             self.passes.append(found)
@@ -174,7 +178,10 @@ class Ledger:
             self._grant()
 
     def leave_stage(self, rank: int, stage: str) -> None:
-        """The rank's connection for a stage is gone: whatever pass it had open is closed."""
+        """The rank's connection for a stage is gone, or another process has it: whatever pass it had open is closed."""
+        passed = self._open.get((rank, stage))
+        if passed is not None:
+            passed.lost.add(rank)
         self._close(rank, stage)
         self._grant()
 

@@ -94,6 +94,8 @@ class PassState:
     """Ranks that take part."""
     closed: set[int] = field(default_factory=set)
     """Ranks that took part."""
+    lost: set[int] = field(default_factory=set)
+    """Those of them whose connection was lost before they said that they were through."""
     packs: dict[int, PackState] = field(default_factory=dict)
     """Submitted and not yet ended."""
     step_packs: int = 0
