@@ -7,15 +7,21 @@ losses of one fresh draft on both. Then vLLM runs twice with ``engine.determinis
     python benchmarks/engine_parity.py --target outputs/quickstart/target --data examples/hf-quickstart/data/train.jsonl --samples 200
 
 On a GPU (``--device cuda:0 --store mooncake --batch_tokens 8192 --more 3000``) the engines are also timed over more samples, and with ``--file_connector``
-beside vLLM's own connector that writes files.
+beside vLLM's own connector that writes files (in a process of its own). ``--target random`` is a random Llama of 12 blocks, width 1024, and random ids: it
+needs no model file.
+With ``--engine_args '{"tensor_parallel_size": 2}'`` (on GPUs also ``CUDA_VISIBLE_DEVICES=0,1``) vLLM splits the target over two. What is known so far goes
+to stderr after each part.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import fcntl
 import json
 import os
 import secrets
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,7 +45,7 @@ from torchspec.models.draft_config import DraftConfig
 from torchspec.models.task import DraftTask
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target, TargetConfig
-from torchspec.transfer import StoreConfig, make_server, open_store
+from torchspec.transfer import StoreConfig, StoreServer, make_server, open_store
 from torchspec.transfer.record import Record, RecordSpec, open_record
 
 _STEPS = 4
@@ -48,20 +54,15 @@ _STEPS = 4
 class _AllAnswers:
     """What ``collate`` asks of a dataset; every token is supervised."""
 
-    def __init__(self, records: dict[int, Record]) -> None:
-        self._records = records
-
-    def mask(self, index: int) -> np.ndarray:
-        return np.ones(self._records[index].input_ids.shape[0], dtype=np.uint8)
+    def supervision(self, index: int, tokens: int) -> np.ndarray:
+        return np.ones(tokens, dtype=np.uint8)
 
 
 def conversations(target: Target, data: str, *, count: int, longest: int) -> list[list[int]]:
-    """Token ids of ``count`` pieces of the data's text, lengths spread evenly over the logarithm from 1 to ``longest``, in mixed order."""
+    """Token ids of ``count`` pieces of the data's text, of lengths as :func:`spread` says."""
     renderer = Renderer(target.tokenizer(), name=target.config.path)
     stream: list[int] = []
-    lengths = np.unique(np.geomspace(1, longest, count).round().astype(int), return_counts=False)
-    lengths = np.concatenate([lengths, np.random.default_rng(0).choice(lengths, count - len(lengths))])
-    np.random.default_rng(1).shuffle(lengths)
+    lengths = spread(count, longest)
     for source in find_sources(data, config_key="--data"):
         for text, _ in read_rows(source, config_key="--data"):
             stream += renderer.render(parse(text)).ids.tolist()
@@ -73,14 +74,47 @@ def conversations(target: Target, data: str, *, count: int, longest: int) -> lis
     return [stream[low:high] for low, high in pairwise(starts)]
 
 
+def save_random_target(folder: Path) -> str:
+    """A random Llama in bf16, 200 million parameters; heads and vocabulary divide by 2, 4 and 8."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16, num_key_value_heads=8,
+        max_position_embeddings=8192, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    return str(folder)
+
+
+def spread(count: int, longest: int) -> np.ndarray:
+    """``count`` lengths spread evenly over the logarithm from 1 to ``longest``, in mixed order."""
+    lengths = np.unique(np.geomspace(1, longest, count).round().astype(int))
+    lengths = np.concatenate([lengths, np.random.default_rng(0).choice(lengths, count - len(lengths))])
+    np.random.default_rng(1).shuffle(lengths)
+    return lengths
+
+
+def random_ids(target: Target, *, count: int, longest: int) -> list[list[int]]:
+    """Samples of random token ids."""
+    source = np.random.default_rng(2)
+    return [source.integers(3, target.vocab_size, int(length)).tolist() for length in spread(count, longest)]
+
+
 def frequent(samples: list[list[int]], size: int) -> VocabularyMapping:
     """A draft vocabulary of the 4,096 most frequent tokens of the samples."""
     counts = np.bincount(np.concatenate([np.asarray(ids) for ids in samples]), minlength=size)
     return VocabularyMapping(torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:4096])), size)
 
 
-def run_engine(engine: Engine, samples: list[list[int]], *, warm: int = 4) -> tuple[dict[int, Lease], dict[int, Finished], dict[str, float]]:
+def warm_up(samples: list[list[int]]) -> int:
+    """Samples that run before the clock starts: kernels are compiled and memory is touched in them."""
+    return max(4, len(samples) // 20)
+
+
+def run_engine(engine: Engine, samples: list[list[int]]) -> tuple[dict[int, Lease], dict[int, Finished], dict[str, float]]:
     """Write a record of every sample; returns leases, results, and rates over the samples after the first few."""
+    warm = warm_up(samples)
     keys = [secrets.token_hex(8) for _ in samples]
     leases = {i: Lease(i, keys[i], "train", i, np.asarray(ids, dtype=np.int32).tobytes()) for i, ids in enumerate(samples)}
     done: dict[int, Finished] = {}
@@ -129,7 +163,7 @@ def read_all(address: dict[str, Any], spec: RecordSpec, leases: dict[int, Lease]
 
 
 def file_connector_rate(config: TargetConfig, layers: list[int], samples: list[list[int]], *, longest: int, batch_tokens: int, extra: dict[str, Any]) -> float:
-    """Tokens/s of vLLM with its own connector, which writes a file for each request, into memory-backed files."""
+    """Tokens/s of vLLM with its own connector, which writes a file for each request with eight threads, into memory-backed files; until the last is whole."""
     import vllm
 
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
@@ -153,11 +187,18 @@ def file_connector_rate(config: TargetConfig, layers: list[int], samples: list[l
         )
         prompts: list[Any] = [{"prompt_token_ids": ids} for ids in samples]
         sampling = vllm.SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
-        llm.generate(prompts[:4], sampling, use_tqdm=False)
+        warm = warm_up(samples)
+        llm.generate(prompts[:warm], sampling, use_tqdm=False)
         started = time.perf_counter()
-        llm.generate(prompts[4:], sampling, use_tqdm=False)
+        for output in llm.generate(prompts[warm:], sampling, use_tqdm=False):
+            path = Path((output.kv_transfer_params or {})["hidden_states_path"])
+            with path.with_name(f"{path.name}.lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH)  # its writer lets go when the file is whole
+            if not path.is_file():
+                raise SystemExit(f"vLLM's own connector did not write {path.name}")
         seconds = time.perf_counter() - started
-    return sum(map(len, samples[4:])) / seconds
+        llm.llm_engine.engine_core.shutdown()
+    return sum(map(len, samples[warm:])) / seconds
 
 
 def errors(ours: dict[int, Record], theirs: dict[int, Record], part: str) -> tuple[float, float]:
@@ -178,18 +219,27 @@ def loss_of(task: DraftTask, records: dict[int, Record], spec: RecordSpec, devic
         if sum(records[j].input_ids.shape[0] for j in packs[-1]) + record.input_ids.shape[0] > 1024:
             packs.append([])
         packs[-1].append(i)
-    dataset, total = _AllAnswers(records), 0.0
+    dataset, total = _AllAnswers(), 0.0
     for pack in filter(None, packs):
-        counts = sum(supervised_counts(dataset.mask(i), _STEPS) for i in pack)
-        batch = collate(records, dataset=dataset, samples=pack, spec=spec, counts=np.asarray(counts), pack_index=0, stage="train")  # type: ignore[arg-type]  # all that it asks of a dataset is mask()
+        counts = sum(supervised_counts(dataset.supervision(i, records[i].input_ids.shape[0]), _STEPS) for i in pack)
+        batch = collate(records, dataset=dataset, samples=pack, spec=spec, counts=np.asarray(counts), pack_index=0, stage="train")  # type: ignore[arg-type]  # all that it asks of a dataset is supervision()
         with torch.no_grad():
             total += float(task(batch.to(device)).loss)
     return total / len(packs)
 
 
+def in_a_fresh_process(args: argparse.Namespace, target: Target) -> float:
+    """:func:`file_connector_rate` on the same samples: a second engine of another kind in one process is no fair start."""
+    words = [f"--{name}={getattr(args, name)}" for name in ("data", "samples", "more", "longest", "batch_tokens", "dtype")]
+    words += [f"--target={target.config.path}", f"--engine_args={json.dumps(args.engine_args)}", "--only_file_connector"]
+    words += ["--random_ids"] if args.random_ids else []
+    said = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return float(said.strip().splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--target", default="outputs/quickstart/target", help="model directory or hub id")
+    parser.add_argument("--target", default="outputs/quickstart/target", help="model directory, hub id, or random")
     parser.add_argument("--data", default="examples/hf-quickstart/data/train.jsonl", help="conversation file")
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--longest", type=int, default=700, help="tokens of the longest sample")
@@ -200,67 +250,85 @@ def main() -> None:
     parser.add_argument("--more", type=int, default=0, help="further samples, for the rates only")
     parser.add_argument("--engine_args", type=json.loads, default={}, help="JSON, passed to vLLM")
     parser.add_argument("--file_connector", action="store_true", help="also time vLLM's own connector (it needs a GPU)")
+    parser.add_argument("--only_file_connector", action="store_true", help="time that alone, and print tokens/s")
+    parser.add_argument("--random_ids", action="store_true", help="random token ids instead of the data's (always so for a random target)")
     parser.add_argument("--repeat", type=int, default=24, help="samples run twice with engine.deterministic; 0 for none")
     args = parser.parse_args()
-    config = TargetConfig(args.target, dtype=args.dtype)
-    target = Target(config)
     os.environ.setdefault("TORCHSPEC_TOKEN", secrets.token_hex(8))
-    spec = target.record_spec(target.aux_layers(None), tokenizer="")
-    everything = conversations(target, args.data, count=args.samples + args.more, longest=args.longest)
-    samples = everything[: args.samples]
-    result: dict[str, Any] = {"samples": len(samples), "tokens": sum(map(len, everything)), "longest": max(map(len, samples))}
-    result["batch_tokens"] = args.batch_tokens
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        if args.target == "random":
+            args.target, args.random_ids = save_random_target(Path(scratch)), True
+        target = Target(TargetConfig(args.target, dtype=args.dtype))
+        count, longest = args.samples + args.more, args.longest
+        everything = random_ids(target, count=count, longest=longest) if args.random_ids else conversations(target, args.data, count=count, longest=longest)
+        spec = target.record_spec(target.aux_layers(None), tokenizer="")
+        if args.only_file_connector:
+            layers = sorted({*spec.aux_layers, target.num_layers})
+            extra = {"max_num_seqs": 256, **args.engine_args}
+            faulthandler.dump_traceback_later(60.0)  # where it stands, should it hang
+            print(file_connector_rate(target.config, layers, everything, longest=longest, batch_tokens=args.batch_tokens, extra=extra))
+            return
         budget = sum(spec.nbytes(len(ids)) for ids in everything) + (64 << 20)
         server = make_server(StoreConfig(kind=args.store, shm_dir=folder), run=secrets.token_hex(4), budget=budget)
         server.start()
-
-        def capture(kind: str, these: list[list[int]], **options: Any) -> tuple[dict[int, Record], dict[str, float], dict[str, Any]]:
-            extra = args.engine_args if kind == "vllm" else {}
-            engines = EngineConfig(batch_tokens=args.batch_tokens, batch_samples=256, engine_args=extra, **options)
-            engine = build(kind, Job(config, spec, server.address, engines, max_length=args.longest, device=args.device))
-            try:
-                info = engine.start()
-                leases, done, rates = run_engine(engine, these)
-                return read_all(server.address, spec, leases, done, first=args.samples), rates, info
-            finally:
-                engine.close()
-
         try:
-            ours, ours_rate, info = capture("vllm", everything)
-            theirs, theirs_rate, _ = capture("transformers", everything)
-            result |= {"ids_equal": all(ours[i].input_ids.tolist() == ids == theirs[i].input_ids.tolist() for i, ids in enumerate(samples))}
-            for part in ("aux", "last"):
-                overall, worst = errors(ours, theirs, part)
-                result |= {f"{part}_rel_err": round(overall, 6), f"{part}_rel_err_worst": round(worst, 6)}
-            torch.manual_seed(0)
-            task = DraftTask.build(
-                DraftConfig.from_target(target, aux_layers=spec.aux_layers).with_draft_vocabulary(4096),
-                target=target,
-                vocabulary=frequent(samples, target.vocab_size),
-                step_weights=[0.8**k for k in range(_STEPS)],
-                compute_dtype=torch.float32,
-                device=torch.device(args.device),
-                init="target",
-            ).to(args.device)
-            losses = [loss_of(task, records, spec, args.device) for records in (ours, theirs)]
-            result["loss_rel_diff"] = round(abs(losses[0] - losses[1]) / losses[1], 6)
-            result |= {"loss_vllm": round(losses[0], 3), "loss_transformers": round(losses[1], 3)}
-            result |= {"vllm": ours_rate, "transformers": theirs_rate, "versions": info["versions"], "dtype": info["dtype"], "store": server.kind}
-            print(f"so far: {json.dumps(result)}", file=sys.stderr, flush=True)
-            if args.file_connector:
-                layers = sorted({*spec.aux_layers, target.num_layers})
-                rate = file_connector_rate(
-                    config, layers, everything, longest=args.longest, batch_tokens=args.batch_tokens, extra={"max_num_seqs": 256, **args.engine_args}
-                )
-                result |= {"file_connector_tokens_per_s": round(rate, 1)}
-            if args.repeat:
-                again = [capture("vllm", samples[: args.repeat], deterministic=True)[0] for _ in range(2)]
-                equal = all(torch.equal(getattr(again[0][i], part), getattr(again[1][i], part)) for i in again[0] for part in ("aux", "last"))
-                result |= {"deterministic_samples": args.repeat, "deterministic_equal": equal}
+            print(json.dumps(compare(args, target, everything, spec, server)))
         finally:
             server.close()
-    print(json.dumps(result))
+
+
+def compare(args: argparse.Namespace, target: Target, everything: list[list[int]], spec: RecordSpec, server: StoreServer) -> dict[str, Any]:
+    """All measurements, as the arguments say."""
+    samples = everything[: args.samples]
+    result: dict[str, Any] = {
+        "samples": len(samples),
+        "tokens": sum(map(len, everything)),
+        "longest": max(map(len, samples)),
+        "batch_tokens": args.batch_tokens,
+    }
+
+    def note(**found: Any) -> None:
+        result.update(found)
+        print(f"so far: {json.dumps(result)}", file=sys.stderr, flush=True)
+
+    def capture(kind: str, these: list[list[int]], **options: Any) -> tuple[dict[int, Record], dict[str, float], dict[str, Any]]:
+        extra = args.engine_args if kind == "vllm" else {}
+        engines = EngineConfig(batch_tokens=args.batch_tokens, batch_samples=256, engine_args=extra, **options)
+        engine = build(kind, Job(target.config, spec, server.address, engines, max_length=args.longest, device=args.device))
+        try:
+            info = engine.start()
+            leases, done, rates = run_engine(engine, these)
+            return read_all(server.address, spec, leases, done, first=args.samples), rates, info
+        finally:
+            engine.close()
+
+    ours, rates, info = capture("vllm", everything)
+    told = {name: info[name] for name in ("versions", "dtype", "tensor_parallel_size")}
+    note(store=server.kind, **told, vllm=rates)
+    if args.file_connector:
+        note(file_connector_tokens_per_s=in_a_fresh_process(args, target))
+    theirs, rates, _ = capture("transformers", everything)
+    note(transformers=rates, ids_equal=all(ours[i].input_ids.tolist() == ids == theirs[i].input_ids.tolist() for i, ids in enumerate(samples)))
+    for part in ("aux", "last"):
+        overall, worst = errors(ours, theirs, part)
+        note(**{f"{part}_rel_err": round(overall, 6), f"{part}_rel_err_worst": round(worst, 6)})
+    torch.manual_seed(0)
+    task = DraftTask.build(
+        DraftConfig.from_target(target, aux_layers=spec.aux_layers).with_draft_vocabulary(4096),
+        target=target,
+        vocabulary=frequent(samples, target.vocab_size),
+        step_weights=[0.8**k for k in range(_STEPS)],
+        compute_dtype=torch.float32,
+        device=torch.device(args.device),
+        init="target",
+    ).to(args.device)
+    losses = [loss_of(task, records, spec, args.device) for records in (ours, theirs)]
+    note(loss_rel_diff=round(abs(losses[0] - losses[1]) / losses[1], 6), loss_vllm=round(losses[0], 3), loss_transformers=round(losses[1], 3))
+    if args.repeat:
+        again = [capture("vllm", samples[: args.repeat], deterministic=True)[0] for _ in range(2)]
+        equal = all(torch.equal(getattr(again[0][i], part), getattr(again[1][i], part)) for i in again[0] for part in ("aux", "last"))
+        note(deterministic_samples=args.repeat, deterministic_equal=equal)
+    return result
 
 
 if __name__ == "__main__":

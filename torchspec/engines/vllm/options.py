@@ -108,6 +108,10 @@ def model_arguments(target: Target, config: EngineConfig, *, max_length: int | N
     }
     if target.takes_images and not images:
         arguments["language_model_only"] = True
+    compilation = arguments.get("compilation_config") or {}
+    if on_cpu and getattr(target.hf_config, "kv_lora_rank", None) is not None and isinstance(compilation, Mapping):
+        # latent attention (MLA): RoPE of vLLM 0.32's CPU operators is wrong for its 3-dimensional queries, states came out 70 % off; PyTorch's are right
+        arguments["compilation_config"] = {**compilation, "custom_ops": ["none"]}
     if max_length is not None:
         arguments["max_model_len"] = max_length
     if config.deterministic:
