@@ -1,4 +1,4 @@
-"""A group whose engine is vLLM: what is killed comes back, and every sample arrives once."""
+"""A group whose engine is vLLM: a put that fails costs its sample alone, what is killed comes back, and every sample arrives once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.engines.parts import Rank, group_config, of_run, random_packs, save_tiny, spec_of, store_files
+from tests.engines.parts import Rank, group_config, of_run, random_packs, save_tiny, spec_of, store_files, wait_until
 from torchspec.engines.group import EngineGroup
 
 pytest.importorskip("vllm")
@@ -23,14 +23,24 @@ def processes(token: str) -> dict[str, psutil.Process]:
     return {"worker": worker, **below}
 
 
-def test_a_killed_engine_core_and_a_killed_worker_lose_nothing(tmp_path: Path) -> None:
+def test_failed_puts_a_killed_engine_core_and_a_killed_worker(tmp_path: Path) -> None:
     target = save_tiny(tmp_path / "target", hidden=128)
-    config = group_config(tmp_path, target, engines={"batch_tokens": 64}, engine="vllm", spec=spec_of(target), budget=BUDGET)
+    engines = {"batch_tokens": 64, "max_failed_fraction": 1.0}
+    config = group_config(tmp_path, target, engines=engines, engine="vllm", spec=spec_of(target), budget=BUDGET)
     group = EngineGroup(config)
     try:
-        rank = Rank(group.start(), config.spec, random_packs(60))
+        rank = Rank(group.start(), config.spec, random_packs(80))
         rank.take(timeout=120)
         first = processes(config.token)
+        (mark,) = (tmp_path / "shm").glob("*/open")
+        aside = mark.rename(mark.with_name("aside"))  # to every put the store is gone
+        wait_until(lambda: rank.client.ask()["failed"] > 0, what="a sample given up")
+        aside.rename(mark)
+        while not rank.failed:
+            rank.take(timeout=120)
+        assert all("the store's directory was removed" in reason for reason in rank.failed.values())
+        rank.take(timeout=120)
+        assert rank.client.ask()["restarts"] == 0 and all(process.is_running() for process in first.values())
         first["EngineCore"].kill()
         for _ in range(40):  # more than were finished when it died
             rank.take(timeout=120)
@@ -42,8 +52,9 @@ def test_a_killed_engine_core_and_a_killed_worker_lose_nothing(tmp_path: Path) -
             rank.take(timeout=120)
         third = processes(config.token)
         state = rank.settled()
-        assert state["restarts"] == 2 and state["failed"] == 0 and rank.failed == {}
-        assert rank.records.keys() == rank.ids.keys()
+        assert state["restarts"] == 2 and state["failed"] == len(rank.failed)
+        assert rank.records.keys() | rank.failed.keys() == rank.ids.keys() and not rank.records.keys() & rank.failed.keys()
+        assert all("the store's directory was removed" in reason for reason in rank.failed.values())
         rank.close()
     finally:
         group.close()
