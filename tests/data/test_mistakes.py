@@ -102,3 +102,41 @@ def test_validation_data_inside_the_training_data_is_warned_of(target: Path, tmp
     made = corpus(target, tmp_path, [{"messages": [ASK, {**SAY, "content": "sleeps"}]}], said, validate=str(other))
     before = [line for line in said if "warning" in line]
     assert made.warn_of_overlap("validate") == 0 and [line for line in said if "warning" in line] == before
+
+
+def test_a_hub_dataset_is_read_by_split_and_row(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client is replaced by what it gives: the network is not part of this."""
+    import datasets
+
+    asked: list[tuple[str, str]] = []
+
+    def load(repository: str, *, split: str) -> datasets.Dataset:
+        asked.append((repository, split))
+        return datasets.Dataset.from_list([{"messages": [ASK, SAY]}, {"messages": [SAY, ASK]}, {"messages": [ASK, {**SAY, "content": "sleeps"}]}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    made = Corpus(
+        Target(TargetConfig(str(target))), sources={"train": "org/talks:test[:3]"}, options=DataOptions(max_length=64), unroll_steps=2, max_tokens=64,
+        packs_per_step=1, seed=0, cache_dir=tmp_path / "cache", max_bad_fraction=0.5, say=lambda line: None,
+    )  # fmt: skip
+    data = made.dataset("train")
+    assert set(asked) == {("org/talks", "test[:3]")} and len(data) == 2 and data.place(1) == "org/talks:test[:3]:3"
+    bad = json.loads((data.folder / "bad_rows.jsonl").read_text())
+    assert bad["place"] == "org/talks:test[:3]:2" and "message 0 is an answer to nothing" in bad["problem"]
+
+
+def test_a_hub_dataset_that_does_not_load(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load(repository: str, *, split: str) -> datasets.Dataset:
+        raise ConnectionError(f"Couldn't reach '{repository}' on the Hub (OfflineModeIsEnabled)\nand more lines")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError) as caught:
+        corpus(target, tmp_path, [], validate="org/talks").dataset("validate")
+    assert str(caught.value) == (
+        "data.validate='org/talks' is no local file or folder, and no hub dataset that loads (Couldn't reach 'org/talks' on the Hub (OfflineModeIsEnabled)). "
+        "Fix: check the path or the id (org/name:split), and the network."
+    )
+    with pytest.raises(UserError, match=r"data\.validate='no such/file\.jsonl' does not exist"):
+        corpus(target, tmp_path, [], validate="no such/file.jsonl").dataset("validate")

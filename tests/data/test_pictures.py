@@ -34,11 +34,11 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_vl_target(tmp_path_factory.mktemp("target"), "qwen2_5_vl", layers=1)
 
 
-def dataset(target: Path, file: Path, **options: Any) -> TokenizedDataset:
+def dataset(target: Path, file: Path, *, num_proc: int = 1, **options: Any) -> TokenizedDataset:
     given = DataOptions(**{"max_length": 128, "media": "engine", **options})
     corpus = Corpus(
         Target(TargetConfig(str(target))), sources={"train": str(file)}, options=given, unroll_steps=2, max_tokens=128, packs_per_step=1, seed=0,
-        cache_dir=file.parent / "cache", say=lambda line: None,
+        cache_dir=file.parent / "cache", num_proc=num_proc, say=lambda line: None,
     )  # fmt: skip
     return corpus.dataset("train")
 
@@ -62,7 +62,7 @@ def test_every_way_to_give_an_image_is_the_same_image(target: Path, tmp_path: Pa
     ]
     rows = [{"messages": [ask(source), SAY]} for source in sources]
     rows += [{"messages": [ask({"type": "image"}), SAY], name: value} for name, value in (("images", ["a b.png"]), ("image", "a b.png"))]
-    data = dataset(target, write(tmp_path / "rows.jsonl", *rows))
+    data = dataset(target, write(tmp_path / "rows.jsonl", *rows), num_proc=2)
     assert len(data) == len(rows) and len({data.key(i) for i in range(len(rows))}) == 1
     assert [bool(data.images(i)[0].path) for i in range(len(rows))] == [True, True, True, False, False, False, False, True, True]
     other = dataset(target, write(tmp_path / "other.jsonl", {"messages": [ask({"type": "image", "image": str(save_image(tmp_path / "b.png", seed=1))}), SAY]}))

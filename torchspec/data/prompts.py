@@ -16,6 +16,7 @@ from torchspec.data.dataset import TokenizedDataset
 from torchspec.engines.engine import OnPolicy
 from torchspec.engines.messages import Continue, Sample
 from torchspec.errors import UserError
+from torchspec.transfer.keys import key_of
 
 _LEAST = 2
 """Answer tokens below which nothing can be supervised."""
@@ -82,7 +83,7 @@ class Prompts:
         return None  # images and answers in the run exclude each other
 
     def key(self, index: int) -> int:
-        raise NotImplementedError("answers of a run are not kept on disk")
+        return key_of(self.prompt(index))
 
     def place(self, index: int) -> str:
         return self.data.place(int(self._kept[index]))

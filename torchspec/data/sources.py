@@ -22,7 +22,7 @@ from torchspec.errors import UserError
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 Given = str | Sequence[str] | Mapping[str, float]
 """What a user may write for data: one source, several, or several with weights."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.\[\]%-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.:+\[\]%-]+)?")
 _CHUNK = 1 << 22
 _BOM = b"\xef\xbb\xbf"
 

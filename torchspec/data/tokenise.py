@@ -7,12 +7,14 @@ repeated afterwards: where answers begin and end is not touched by it. A convers
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from torchspec.data.conversations import Conversation, RowError, parse
 from torchspec.data.pictures import Found, find_image
@@ -73,8 +75,11 @@ class Tokenise:
     ) -> None:
         self.renderer, self.max_length, self.messages_key, self.media = renderer, max_length, messages_key, media
         self.tower, self.folders = tower, folders
+        self._made_in = os.getpid()
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        if self.tower is not None and os.getpid() != self._made_in:
+            torch.set_num_threads(1)  # in a forked process, more may wait for each other without end
         done = [self.row(row, source) for row, source in zip(batch["row"], batch["source"], strict=True)]
         return {
             "ids": [row.ids for row in done],

@@ -99,6 +99,7 @@ def model_arguments(target: Target, config: EngineConfig, *, max_length: int | N
         "max_num_batched_tokens": max(config.batch_tokens, config.batch_samples),
         "enforce_eager": on_cpu,
         "disable_log_stats": True,
+        **({"mm_processor_cache_gb": 0} if images else {}),  # an image is seen once an epoch
         **config.engine_args,
         "model": target.config.path,
         "revision": target.config.revision,
