@@ -58,16 +58,24 @@ def test_every_way_to_give_an_image_is_the_same_image(target: Path, tmp_path: Pa
         {"type": "image_url", "image_url": "data:image/png;base64," + text},
         {"type": "input_image", "image_url": "data:image/png;base64," + text},
         {"type": "image", "base64": text},
+        {"type": "image", "image": text},
         {"type": "image", "image": {"bytes": text, "path": "somewhere/else.png"}},
     ]
     rows = [{"messages": [ask(source), SAY]} for source in sources]
     rows += [{"messages": [ask({"type": "image"}), SAY], name: value} for name, value in (("images", ["a b.png"]), ("image", "a b.png"))]
     data = dataset(target, write(tmp_path / "rows.jsonl", *rows), num_proc=2)
     assert len(data) == len(rows) and len({data.key(i) for i in range(len(rows))}) == 1
-    assert [bool(data.images(i)[0].path) for i in range(len(rows))] == [True, True, True, False, False, False, False, True, True]
+    assert [bool(data.images(i)[0].path) for i in range(len(rows))] == [True, True, True, False, False, False, False, False, True, True]
     other = dataset(target, write(tmp_path / "other.jsonl", {"messages": [ask({"type": "image", "image": str(save_image(tmp_path / "b.png", seed=1))}), SAY]}))
     assert other.ids(0).tolist() == data.ids(0).tolist() and other.key(0) != data.key(0)  # the same words about another picture
     assert other.content != data.content
+
+
+def test_base64_may_be_as_long_as_a_path(target: Path, tmp_path: Path) -> None:
+    short = save_image(tmp_path / "a.png", width=8, height=12)
+    text = base64.b64encode(short.read_bytes()).decode()
+    assert 255 < len(text) < 4096
+    assert len(dataset(target, write(tmp_path / "rows.jsonl", {"messages": [ask({"type": "image", "image": text}), SAY]}))) == 1
 
 
 def test_images_of_datasets_and_parquet_stay_encoded(target: Path, tmp_path: Path) -> None:

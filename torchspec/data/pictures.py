@@ -53,11 +53,11 @@ def find_image(source: Any, *, folder: Path, tower: VisionTower) -> Found:
     elif scheme in ("http", "https", "ftp", "s3", "gs", "hf"):
         raise RowError(f"has an image at {source[:_SHOWN]}, and nothing is fetched from a network: download it and give its path")
     else:
-        file = Path(unquote(urlsplit(source).path) if scheme == "file" else source).expanduser() if len(source) < 4096 else None
-        if file is not None and (folder / file).is_file():
+        file = Path(unquote(urlsplit(source).path) if scheme == "file" else source).expanduser()
+        if _is_file(folder / file):
             path = str((folder / file).resolve())
             encoded = _read(path)
-        elif file is not None and (scheme == "file" or file.suffix):
+        elif scheme == "file" or file.suffix:  # base64 has no dot
             raise RowError(f"has an image at {source[:_SHOWN]}, which is no file (paths are relative to {folder})")
         else:
             encoded = _decoded(source, what="base64")
@@ -65,6 +65,13 @@ def find_image(source: Any, *, folder: Path, tower: VisionTower) -> Found:
         return Found(encoded, path, digest_of(encoded), tower.measure(open_picture(encoded)))
     except BadImage as error:
         raise RowError(f"has an image ({path or 'inside the row'}) that {error}") from None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long for a name: it is none
+        return False
 
 
 def _decoded(text: str, *, what: str) -> bytes:

@@ -147,6 +147,8 @@ class TransformersEngine:
         if good:
             try:
                 self._forward(good)
+            except BadImage as error:  # of the only one in this batch
+                failed.append(Failed(good[0].id, str(error), retry=False))
             except (RuntimeError, ValueError, IndexError) as error:
                 log.warning("batch of %d failed (%s): one by one", len(good), one_line(error))
                 failed += self._one_by_one(good)
@@ -191,10 +193,7 @@ class TransformersEngine:
         padded = torch.zeros(len(ids), max(x.numel() for x in ids), dtype=torch.int64)
         for row, x in enumerate(ids):
             padded[row, : x.numel()] = x
-        try:
-            seen = self._seen(batch[0], padded) if batch[0].images else {}
-        except BadImage as error:
-            raise ValueError(str(error)) from error
+        seen = self._seen(batch[0], padded) if batch[0].images else {}
         states = self._states.run(padded.to(self.job.device), seen)
         with torch.inference_mode():
             aux = torch.cat([states[layer] for layer in self.spec.aux_layers], dim=-1)
