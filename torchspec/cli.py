@@ -37,6 +37,9 @@ TRAINING: dict[str, str] = {
     "validate": "measure a draft on the validation data",
 }
 
+_LAST_RANK = 120.0
+"""Seconds for the other ranks to finish after the first."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command.
@@ -97,6 +100,7 @@ def _train(words: list[str]) -> None:
     from torchspec.data.datamodule import DraftDataModule
     from torchspec.models.module import DraftModule
     from torchspec.models.parallelize import refuse_fsdp1, register_strategies
+    from torchspec.ranks import wait_for_children
     from torchspec.trainer import Trainer
 
     class TorchSpecCLI(LightningCLI):
@@ -122,7 +126,7 @@ def _train(words: list[str]) -> None:
             """Lightning would lay the hyper-parameters saved in a single-file checkpoint over the command line; ours are checked instead."""
 
     register_strategies()
-    TorchSpecCLI(
+    made = TorchSpecCLI(
         DraftModule,
         DraftDataModule,
         trainer_class=Trainer,
@@ -133,6 +137,7 @@ def _train(words: list[str]) -> None:
         load_from_checkpoint_support=False,
         args=words,
     )
+    wait_for_children(made.trainer, seconds=_LAST_RANK)
 
 
 def _quiet() -> None:

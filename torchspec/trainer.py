@@ -5,8 +5,9 @@ exists. ``last`` with no
 checkpoint is an error, never a fresh start.
 
 *End.* Before training, SIGINT and SIGTERM raise SystemExit, so that engines close. During training SIGTERM is Lightning's (it stops at the end of the
-batch); a first Ctrl-C
-is turned into it, so that a step is never cut in half and the checkpoint saved on the way out is whole; a second one breaks. The exit code is 128 + signal.
+batch, which all ranks agree on: ``agreement.py``); a first Ctrl-C
+is turned into it, so that a step is never cut in half and the checkpoint saved on the way out is whole; a second one breaks. The exit code is 128 + signal;
+ranks beside the first exit with 0, since launchers take anything else for a crash and kill the first while it closes the engines.
 """
 
 from __future__ import annotations
@@ -24,9 +25,15 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from torchspec import ranks
+from torchspec.agreement import Agreement, Vote
 from torchspec.errors import UserError
 from torchspec.models.checkpoint import publish, read_entries, recover, remove
+
+_GRACE = 15.0
+"""Seconds for other ranks to end after an error or a signal, before they are killed."""
 
 
 def _continue_wandb_run(trainer: pl.Trainer, checkpoint: str) -> None:
@@ -49,6 +56,13 @@ class Trainer(pl.Trainer):
     """Checkpoint this run resumes from; None for a fresh start. Known from ``prepare_data`` on."""
     exit_signal: int | None = None
     """Signal that ended the run."""
+    agreement: Agreement = Agreement()
+    """What ranks say to each other of every batch."""
+
+    @property
+    def received_sigterm(self) -> bool:
+        """True once the run is to end: with several ranks, when they have agreed on it, so that none leaves a loop before the others."""
+        return ranks.told_to_end(self) if self.world_size == 1 else self.agreement.reached is Vote.STOP
 
     def fit(
         self,
@@ -60,6 +74,7 @@ class Trainer(pl.Trainer):
         weights_only: bool | None = None,
     ) -> None:
         """Train a draft: start engines, stream hidden states, train, validate, save, export."""
+        ranks.bind_to_launcher()
         self._place_checkpoints()
         with self._rank_log(), self._end_with_signal_code():
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
@@ -68,6 +83,7 @@ class Trainer(pl.Trainer):
         self, model: Any = None, dataloaders: Any = None, ckpt_path: Any = None, verbose: bool = True, datamodule: Any = None, weights_only: bool | None = None
     ) -> Any:
         """Measure a draft on the validation data."""
+        ranks.bind_to_launcher()
         self._place_checkpoints()
         with self._rank_log(), self._end_with_signal_code():
             return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
@@ -136,11 +152,36 @@ class Trainer(pl.Trainer):
             raise UserError("ckpt_path", "last", f"was asked for, but no checkpoint is under {folder}", "drop --ckpt_path to start from the beginning")
         if self.resume_path is not None:
             _continue_wandb_run(self, self.resume_path)
+        ranks.take_over(self)
+        self.agreement = Agreement(self.world_size, getattr(self.strategy, "_timeout", None))
         return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
 
     def _fit_impl(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         self._asked_for_last = "last" in (kwargs.get("ckpt_path"), *(a for a in args if isinstance(a, str)))
-        return super()._fit_impl(model, *args, **kwargs)
+        with self._leaving_together():
+            return super()._fit_impl(model, *args, **kwargs)
+
+    def _validate_impl(self, *args: Any, **kwargs: Any) -> Any:
+        with self._leaving_together():
+            return super()._validate_impl(*args, **kwargs)
+
+    @contextmanager
+    def _leaving_together(self) -> Iterator[None]:
+        """A rank that fails while others go on does not wait for them to save a checkpoint with it: they will not."""
+        try:
+            yield
+        except BaseException:
+            if self.world_size > 1:
+                ranks.leave_children_alone(self)
+                if not self.agreement.all_leave():
+                    self._give_up_saving()
+            raise
+
+    def _give_up_saving(self) -> None:
+        for callback in self.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.save_on_exception and self.global_step:
+                callback.save_on_exception = False
+                logging.getLogger(__name__).warning("the other ranks are not leaving: no checkpoint of this moment; the last one saved is whole")
 
     _asked_for_last = False
 
@@ -158,9 +199,15 @@ class Trainer(pl.Trainer):
         except (SystemExit, KeyboardInterrupt) as stopped:
             if self.exit_signal is None and isinstance(stopped, KeyboardInterrupt):
                 self.exit_signal = signal.SIGINT
+            if self.exit_signal is None and isinstance(stopped, SIGTERMException):
+                self.exit_signal = signal.SIGTERM  # another rank's
+            ranks.wait_for_children(self, seconds=_GRACE)
             if self.exit_signal is None:
                 raise
-            raise SystemExit(128 + self.exit_signal) from None
+            raise SystemExit(128 + self.exit_signal if self.global_rank == 0 else 0) from None
+        except BaseException:
+            ranks.wait_for_children(self, seconds=_GRACE)
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

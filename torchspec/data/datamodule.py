@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from torchspec.agreement import alone
 from torchspec.batch import PackedBatch
 from torchspec.data.corpus import Corpus, default_cache_dir
 from torchspec.data.failures import cut_failures
@@ -32,6 +33,7 @@ from torchspec.data.settings import check_engine, check_media, check_sizes, vali
 from torchspec.data.staging import CudaStage
 from torchspec.engines.engine import EngineConfig, OnPolicy
 from torchspec.errors import UserError
+from torchspec.ranks import told_to_end
 from torchspec.target import Target, TargetConfig
 from torchspec.transfer.record import Record, RecordSpec
 from torchspec.transfer.sizes import parse_bytes
@@ -320,7 +322,8 @@ class DraftDataModule(pl.LightningDataModule):
                 failed_path=self._failed_path,
                 pin=trainer.strategy.root_device.type == "cuda",
                 health=self._check_group,
-                interrupted=lambda: bool(trainer.received_sigterm),
+                interrupted=lambda: told_to_end(trainer),
+                agree=lambda vote: getattr(trainer, "agreement", alone)(vote),
                 chained=stage == "train",
                 stage_on=CudaStage(trainer.strategy.root_device) if trainer.strategy.root_device.type == "cuda" else None,
                 tee=self._tee(),

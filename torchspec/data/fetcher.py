@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from torchspec.agreement import Vote, alone
 from torchspec.batch import PackedBatch
 from torchspec.data.collate import collate
 from torchspec.data.failures import append_failures
@@ -87,7 +88,9 @@ class LoaderConfig:
     health: Callable[[], None]
     """Raises when the engine group is gone."""
     interrupted: Callable[[], bool]
-    """True once the run was told to end (SIGTERM)."""
+    """True once this rank was told to end (SIGTERM)."""
+    agree: Callable[[Vote], Vote] = alone
+    """What all ranks do about the batch that each of them has, or has not."""
     chained: bool = False
     """Another pass follows when one is exhausted, until one is empty: the trainer's epochs need not be those of the plan."""
     stage_on: Stage | None = None

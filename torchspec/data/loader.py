@@ -4,6 +4,7 @@
     trainer:  next() takes from the queue, in slices of at most half a second: engine health and signals are looked at in between; on a GPU the copy of the
               batch after it begins here (``staging.py``)
 
+With several ranks, each of them takes or leaves a batch as all do (``agreement.py``): a signal or a failure of one ends all of them at the same batch.
 Packs come in plan order whatever order they finish in. What a rank holds is bounded twice: records in the store by the window of submitted bytes (and the
 group's budget), batches in memory by ``prefetch_packs``. A record that cannot be read or does not verify is produced again; a sample that was given up is
 written to ``failed_samples.jsonl``.
@@ -16,9 +17,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from torchspec.agreement import Vote
 from torchspec.batch import PackedBatch
 from torchspec.data.fetcher import SLICE, Channel, Fetcher, Link, LoaderConfig, LoaderStats, Pass
 from torchspec.data.staging import Staged
+from torchspec.errors import GroupStopped
 
 if TYPE_CHECKING:
     from torchspec.engines.client import TrainerClient
@@ -117,23 +120,49 @@ class PackStream:
         return self
 
     def __next__(self) -> PackedBatch:
+        from lightning.pytorch.utilities.exceptions import SIGTERMException
+
         started = time.monotonic()
-        if self._left == 0 and not self._next_pass():
-            self.close()
-            raise StopIteration
+        batch: PackedBatch | None = None
+        error: Exception | None = None
         try:
+            if self._left == 0 and not self._next_pass():
+                self.close()
+                raise StopIteration
             batch = self._take()
+        except StopIteration:  # of every rank at the same batch
+            raise
+        except Exception as failed:
+            error = failed
         finally:
             self._stats.wait_s += time.monotonic() - started
-        self._left -= 1
-        return batch
+        vote = Vote.FAILED if error is not None else Vote.STOP if batch is None or self._config.interrupted() else Vote.GO
+        try:
+            agreed = self._config.agree(vote)
+        except BaseException:
+            self.close()
+            raise
+        if agreed is Vote.GO and batch is not None:
+            self._left -= 1
+            return batch
+        self.close()
+        if error is not None:
+            raise error
+        if agreed is Vote.FAILED:
+            raise GroupStopped("another rank has no data: its log, logs/rank-N.log, says why")
+        raise SIGTERMException
 
-    def _take(self) -> PackedBatch:
-        """The next batch, on the trainer's device; begins to copy the one after it where that is there already."""
+    def _take(self) -> PackedBatch | None:
+        """The next batch, on the trainer's device, or None as in ``_wait``; begins to copy the one after it where that is there already."""
         stage = self._config.stage_on
         if stage is None:
             return self._wait()
-        staged, self._ahead = self._ahead or stage.start(self._wait()), None
+        staged, self._ahead = self._ahead, None
+        if staged is None:
+            batch = self._wait()
+            if batch is None:
+                return None
+            staged = stage.start(batch)
         if self._left > 1:
             item = self._channel.take(0.0)
             if isinstance(item, PackedBatch):
@@ -142,18 +171,15 @@ class PackStream:
                 self._failure = item  # raised once the batch before it was trained
         return stage.finish(staged)
 
-    def _wait(self) -> PackedBatch:
-        from lightning.pytorch.utilities.exceptions import SIGTERMException
-
+    def _wait(self) -> PackedBatch | None:
+        """The next batch; None when this rank is told to end before it is there."""
         while True:
             item, self._failure = self._failure or self._channel.take(SLICE), None
             if isinstance(item, PackedBatch):
                 return item
             if self._config.interrupted():
-                self.close()
-                raise SIGTERMException
+                return None
             if item is not None:
-                self.close()
                 self._config.health()  # knows more than "connection lost"
                 raise item
             self._config.health()

@@ -196,7 +196,8 @@ class DraftModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self.device_mesh is not None:
             last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-            self.task.set_requires_gradient_sync(last)  # type: ignore[union-attr, operator]  # fully_shard adds the method
+            self.task.set_requires_gradient_sync(last)  # type: ignore[union-attr, operator]  # fully_shard adds these methods
+            self.task.set_reshard_after_backward(last)  # type: ignore[union-attr, operator]  # one all-gather serves all micro-batches of a step
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import nn
 
 from torchspec.errors import UserError
@@ -59,9 +59,15 @@ def refuse_fsdp1(strategy: Any) -> None:
 
 
 def register_strategies() -> None:
-    """Make ``fsdp2`` a strategy name. Idempotent."""
+    """Make ``fsdp2`` a strategy name, and ``ddp`` one that leaves the frozen target tables alone. Idempotent.
+
+    DDP sends a module's buffers in every forward unless told otherwise, here two tables of V x D; and it keeps a second copy of all gradients unless they are
+    views of its buckets.
+    """
     if "fsdp2" not in StrategyRegistry:
         StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallel (FSDP2) over all ranks")
+    ours = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    StrategyRegistry.register("ddp", DDPStrategy, description="Data parallel, whole copies", override=True, **ours)
 
 
 def parallelize(task: nn.Module, *, mesh: Any | None, compute_dtype: torch.dtype) -> nn.Module:
@@ -84,5 +90,5 @@ def parallelize(task: nn.Module, *, mesh: Any | None, compute_dtype: torch.dtype
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(task, mesh=mesh, mp_policy=policy)
+    fully_shard(task, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return task

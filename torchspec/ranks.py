@@ -1,0 +1,90 @@
+"""Ranks of one run stop together, and none outlives the run.
+
+*Stop.* Lightning tells other ranks of a SIGTERM by a broadcast inside the signal handler, and by another before every batch. NCCL matches collectives by their
+order, and a handler runs at another place on every rank; and the second one makes every batch wait for the device. Here the handler only takes note, and ranks
+agree in the loader (``agreement.py``).
+
+*Death.* Ranks that rank 0 started die with it; at its own end rank 0 waits for them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+from torchspec.engines.parent import die_with
+
+_LAUNCHER = "TORCHSPEC_LAUNCHER"
+"""Process id of the rank that starts others, in their environment."""
+
+log = logging.getLogger(__name__)
+
+
+class SignalConnector(_SignalConnector):
+    """Lightning's signal handlers, without collectives in them."""
+
+    def _sigterm_notifier_fn(self, signum: Any, _: Any) -> None:
+        log.info("rank %d received signal %d", self.trainer.global_rank, signum)
+        launcher = self.trainer.strategy.launcher
+        if not self.received_sigterm and launcher is not None:
+            launcher.kill(signum)
+        self.received_sigterm = True
+
+
+def take_over(trainer: pl.Trainer) -> None:
+    """Put this module's way of stopping in the place of Lightning's."""
+    if not isinstance(trainer._signal_connector, SignalConnector):
+        trainer._signal_connector = SignalConnector(trainer)
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+
+
+def _nothing() -> None:
+    """Ranks agree in the loader instead."""
+
+
+def told_to_end(trainer: pl.Trainer) -> bool:
+    """True when this rank has received SIGTERM, whatever the others know."""
+    return bool(trainer._signal_connector.received_sigterm)
+
+
+# -- processes
+
+
+def bind_to_launcher() -> None:
+    """A rank that rank 0 started dies with it; any other may become the one that starts ranks."""
+    parent = os.getppid()
+    if os.environ.get(_LAUNCHER) == str(parent):
+        die_with(parent)
+    else:
+        os.environ[_LAUNCHER] = str(os.getpid())
+
+
+def _children(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
+    return list(getattr(trainer.strategy.launcher, "procs", []))
+
+
+def leave_children_alone(trainer: pl.Trainer) -> None:
+    """Rank 0 is ending: Lightning's watcher, which kills it when another rank ends with an error, no longer looks."""
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer" and _children(trainer):
+            thread._child_processes = []  # type: ignore[attr-defined]
+
+
+def wait_for_children(trainer: pl.Trainer, *, seconds: float) -> None:
+    """Wait for the ranks that this one started; kill those that are still there after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    for child in _children(trainer):
+        try:
+            child.wait(timeout=max(deadline - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            log.warning("rank process %d did not end by itself", child.pid)
+            child.send_signal(signal.SIGKILL)
+            child.wait()
