@@ -25,7 +25,7 @@ from torchspec.models.draft_config import DraftConfig
 from torchspec.models.losses import LossWeights
 from torchspec.models.metrics import StepSums
 from torchspec.models.muon import mark_hidden_matrices
-from torchspec.models.parallelize import parallelize
+from torchspec.models.parallelize import parallelize, sync_gradients
 from torchspec.models.schedules import Schedule
 from torchspec.models.start import Start, read_start
 from torchspec.models.task import DraftTask, StepOutput
@@ -194,10 +194,8 @@ class DraftModule(pl.LightningModule):
         return output.loss * (self.trainer.world_size * self.trainer.accumulate_grad_batches)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self.device_mesh is not None:
-            last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-            self.task.set_requires_gradient_sync(last)  # type: ignore[union-attr, operator]  # fully_shard adds these methods
-            self.task.set_reshard_after_backward(last)  # type: ignore[union-attr, operator]  # one all-gather serves all micro-batches of a step
+        if self.device_mesh is not None and self.task is not None:
+            sync_gradients(self.task, (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0

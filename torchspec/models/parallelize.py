@@ -17,6 +17,10 @@ from torch import nn
 
 from torchspec.errors import UserError
 
+DDP_OPTIONS: dict[str, Any] = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+"""DDP sends a module's buffers in every forward unless told otherwise, here two tables of V x D; and it keeps a second copy of all gradients unless they are
+views of its buckets."""
+
 
 class FSDP2Strategy(ModelParallelStrategy):
     """Fully sharded data parallel over all ranks (torch's ``fully_shard``).
@@ -59,15 +63,10 @@ def refuse_fsdp1(strategy: Any) -> None:
 
 
 def register_strategies() -> None:
-    """Make ``fsdp2`` a strategy name, and ``ddp`` one that leaves the frozen target tables alone. Idempotent.
-
-    DDP sends a module's buffers in every forward unless told otherwise, here two tables of V x D; and it keeps a second copy of all gradients unless they are
-    views of its buckets.
-    """
+    """Make ``fsdp2`` a strategy name, and ``ddp`` one that leaves the frozen target tables alone. Idempotent."""
     if "fsdp2" not in StrategyRegistry:
         StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallel (FSDP2) over all ranks")
-    ours = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-    StrategyRegistry.register("ddp", DDPStrategy, description="Data parallel, whole copies", override=True, **ours)
+    StrategyRegistry.register("ddp", DDPStrategy, description="Data parallel, whole copies", override=True, **DDP_OPTIONS)
 
 
 def parallelize(task: nn.Module, *, mesh: Any | None, compute_dtype: torch.dtype) -> nn.Module:
@@ -92,3 +91,9 @@ def parallelize(task: nn.Module, *, mesh: Any | None, compute_dtype: torch.dtype
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(task, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return task
+
+
+def sync_gradients(task: nn.Module, last: bool) -> None:
+    """Told before every micro-batch of a sharded task: gradients are reduced, and gathered weights given up, after the last one of a step alone."""
+    task.set_requires_gradient_sync(last)  # type: ignore[operator]  # fully_shard adds these methods
+    task.set_reshard_after_backward(last)  # type: ignore[operator]
