@@ -109,7 +109,7 @@ class Paths:
             "trainer__accelerator": "gpu" if CUDA else "cpu",
             "trainer__callbacks": callbacks,
             "trainer__max_epochs": 1000,
-            "data__max_length": 512,
+            "data__max_length": 256 if self.small else 512,
             "data__max_tokens": 256 if self.small else 1024,
             "model__unroll_steps": 3 if self.small else 7,
             "model__compute_dtype": "auto",
@@ -190,13 +190,15 @@ class Paths:
             "kill -9 of rank 1": lambda: self.end("kill -9 of rank 1", "fsdp2", lambda p: rank_one(p).kill()),
             "kill -9 of rank 0": lambda: self.end("kill -9 of rank 0", "ddp", lambda p: p.kill()),
         }
+
+        def one(name: str) -> None:
+            say(part="paths", run=name, **_guarded(chains[name]))
+
         with ThreadPoolExecutor(jobs) as pool:
-            results = {name: pool.submit(_guarded, chain) for name, chain in chains.items()}
-        for name, result in results.items():
-            row = result.result()
+            list(pool.map(one, chains))
+        for name in chains:
             if name in self.losses and "single" in self.losses:
-                row |= self.difference(name)
-            say(part="paths", run=name, **row)
+                say(part="losses", run=name, **self.difference(name))
 
 
 def rank_one(process: psutil.Process) -> psutil.Process:
