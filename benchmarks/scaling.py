@@ -33,7 +33,7 @@ from torchspec.agreement import Agreement, Vote
 from torchspec.batch import PackedBatch
 from torchspec.hardware import working_dtype
 from torchspec.models.draft_config import DraftConfig
-from torchspec.models.parallelize import DDP_OPTIONS, parallelize, sync_gradients
+from torchspec.models.parallelize import ddp_options, parallelize, sync_gradients
 
 _GIB = 2**30
 COLLECTIVES = {"all_gather": ("allgather", "all_gather"), "reduce_scatter": ("reducescatter", "reduce_scatter"), "all_reduce": ("allreduce", "all_reduce")}
@@ -61,7 +61,7 @@ class Case:
         if strategy == "ddp":
             from torch.nn.parallel import DistributedDataParallel
 
-            self.model = DistributedDataParallel(task, device_ids=None if device.type == "cpu" else [device.index], **DDP_OPTIONS)
+            self.model = DistributedDataParallel(task, device_ids=None if device.type == "cpu" else [device.index], **ddp_options())
         elif strategy == "fsdp2":
             mesh = dist.device_mesh.init_device_mesh(device.type, (self.world,))
             parallelize(task, mesh=mesh, compute_dtype=dtype)

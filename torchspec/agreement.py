@@ -58,7 +58,8 @@ class Agreement:
                 self._votes, self._exits = (torch.distributed.new_group(backend="gloo", timeout=self._timeout) for _ in range(2))
             torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX, group=self._votes)
         except RuntimeError as error:
-            raise GroupStopped(f"another rank has ended or cannot be reached, see logs/rank-N.log ({str(error).splitlines()[0][:200]})") from error
+            reason = str(error).splitlines()[0][:200]
+            raise GroupStopped(f"another rank has ended, see logs/rank-N.log, or is not reached by gloo, see GLOO_SOCKET_IFNAME ({reason})") from error
         self.reached = Vote(int(word))
         return self.reached
 

@@ -16,11 +16,13 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from torchspec.agreement import Vote
 from torchspec.data.dataset import TokenizedDataset
 from torchspec.data.loader import LoaderConfig, PackLoader, Pass
 from torchspec.data.plan import Plan
 from torchspec.data.prepare import DataOptions, prepare
 from torchspec.engines.messages import Damaged, Failure, Pack, PackReady, RecordRef
+from torchspec.errors import GroupStopped
 from torchspec.transfer import StoreConfig, StoreError, make_server, open_store
 from torchspec.transfer.record import RecordSpec, seal, views
 from torchspec.transfer.shm import ShmStore
@@ -326,6 +328,35 @@ def test_a_wait_for_data_ends_with_sigterm_and_with_bad_health(world: World) -> 
     for loader in world.loaders:
         loader.close()
     assert not threads()
+
+
+@pytest.mark.parametrize(("agreed", "error"), [(Vote.STOP, SIGTERMException), (Vote.FAILED, GroupStopped)])
+def test_a_batch_that_is_there_is_left_when_another_rank_stops_or_fails(world: World, agreed: Vote, error: type[BaseException]) -> None:
+    votes: list[Vote] = []
+
+    def agree(vote: Vote) -> Vote:
+        votes.append(vote)
+        return vote if len(votes) < 3 else agreed
+
+    stream = iter(world.loader(agree=agree))
+    next(stream), next(stream)
+    with pytest.raises(error):
+        next(stream)
+    assert votes == [Vote.GO] * 3 and not threads()
+
+
+def test_a_rank_tells_the_others_of_its_signal_and_of_its_failure(world: World) -> None:
+    votes: list[Vote] = []
+    stream = iter(world.loader(agree=lambda vote: votes.append(vote) or vote))  # type: ignore[func-returns-value]
+    next(stream)
+    world.sigterm = True
+    with pytest.raises(SIGTERMException):
+        next(stream)  # although there is a batch
+    world.sigterm, world.healthy = False, False
+    world.coordinator.hold.set()
+    with pytest.raises(RuntimeError, match="last words"):
+        next(iter(world.loader(agree=lambda vote: votes.append(vote) or vote)))  # type: ignore[func-returns-value]
+    assert votes == [Vote.GO, Vote.STOP, Vote.FAILED]
 
 
 def test_leaving_early_ends_the_thread_and_closes_the_stage(world: World) -> None:

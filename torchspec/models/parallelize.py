@@ -7,6 +7,7 @@ tensor-parallel one). FSDP1 cannot run on CPU nor clip by norm under Lightning; 
 
 from __future__ import annotations
 
+import inspect
 from datetime import timedelta
 from typing import Any
 
@@ -17,9 +18,15 @@ from torch import nn
 
 from torchspec.errors import UserError
 
-DDP_OPTIONS: dict[str, Any] = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-"""DDP sends a module's buffers in every forward unless told otherwise, here two tables of V x D; and it keeps a second copy of all gradients unless they are
-views of its buckets."""
+
+def ddp_options() -> dict[str, Any]:
+    """What DDP is told beside its defaults: not to send buffers in every forward, here two tables of V x D, and not to keep a second copy of all gradients
+    beside its buckets."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the name since torch 2.13
+    return {buffers: False, "gradient_as_bucket_view": True}
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -66,7 +73,7 @@ def register_strategies() -> None:
     """Make ``fsdp2`` a strategy name, and ``ddp`` one that leaves the frozen target tables alone. Idempotent."""
     if "fsdp2" not in StrategyRegistry:
         StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallel (FSDP2) over all ranks")
-    StrategyRegistry.register("ddp", DDPStrategy, description="Data parallel, whole copies", override=True, **DDP_OPTIONS)
+    StrategyRegistry.register("ddp", DDPStrategy, description="Data parallel, whole copies", override=True, **ddp_options())
 
 
 def parallelize(task: nn.Module, *, mesh: Any | None, compute_dtype: torch.dtype) -> nn.Module:

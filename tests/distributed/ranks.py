@@ -1,0 +1,25 @@
+"""Run a function on several gloo ranks of this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _enter(rank: int, world: int, folder: str, function: Callable[..., None], given: tuple[Any, ...]) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    function(rank, *given)
+    dist.destroy_process_group()
+
+
+def on_ranks(world: int, folder: Path, function: Callable[..., None], *given: Any) -> None:
+    """``function(rank, *given)`` in ``world`` processes; raises what one of them raises."""
+    mp.spawn(_enter, (world, str(folder), function, given), nprocs=world)  # type: ignore[no-untyped-call]

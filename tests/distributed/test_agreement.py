@@ -1,0 +1,66 @@
+"""Ranks agree on every batch, and find out together whether all of them leave."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+from tests.distributed.ranks import on_ranks
+from torchspec import agreement
+from torchspec.agreement import Agreement, Vote
+from torchspec.errors import GroupStopped
+from torchspec.models.parallelize import ddp_options, register_strategies
+
+
+def test_alone_a_rank_agrees_with_itself() -> None:
+    for vote in Vote:
+        assert Agreement()(vote) is vote
+    assert Agreement().all_leave()
+
+
+def _votes(rank: int) -> None:
+    agree = Agreement(2)
+    assert not agree.all_leave()  # before the first batch there is nothing to save
+    for mine in ([Vote.GO, Vote.GO], [Vote.GO, Vote.STOP], [Vote.FAILED, Vote.STOP], [Vote.GO, Vote.GO]):
+        assert agree(mine[rank]) is max(mine) and agree.reached is max(mine)
+    assert agree.all_leave()
+
+
+def test_the_highest_vote_counts_and_all_leave_together(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, _votes)
+
+
+def _one_leaves(rank: int) -> None:
+    agreement._GATHERING = timedelta(seconds=1)
+    agree = Agreement(2)
+    agree(Vote.GO)
+    if rank == 0:
+        began = time.monotonic()
+        assert not agree.all_leave()
+        assert time.monotonic() - began < 10
+    else:
+        with pytest.raises(GroupStopped, match="rank-N.log"):
+            agree(Vote.GO)  # rank 0 never votes again
+
+
+def test_a_rank_that_leaves_alone_knows_it_and_the_other_hears_of_its_end(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, _one_leaves)
+
+
+def test_what_we_take_over_from_lightning_is_still_there() -> None:
+    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor) and callable(_SignalConnector._sigterm_notifier_fn)
+    assert "procs" in _SubprocessScriptLauncher(cluster_environment=None, num_processes=1, num_nodes=1).__dict__  # type: ignore[arg-type]
+
+
+def test_ddp_does_not_send_the_frozen_tables() -> None:
+    register_strategies()
+    strategy = StrategyRegistry.get("ddp")
+    assert strategy._ddp_kwargs == ddp_options() and ddp_options()["gradient_as_bucket_view"]
+    assert [value for name, value in ddp_options().items() if name.endswith("_buffers")] == [False]
