@@ -27,7 +27,7 @@ import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.e2e.runs import config, descendants, run, start, store_files, wait_for
+from tests.e2e.runs import STARTED, config, descendants, run, start, store_files, wait_for
 from tests.tiny import WORDS, save_tokenizer
 
 STEPS = 200
@@ -272,7 +272,19 @@ def engines(folder: Path, target: Path, *, small: bool, steps: int, skip: int, s
         )  # fmt: skip
 
 
+def end_everything(number: int, frame: Any) -> None:
+    """At a time limit: no run goes on beside the next part."""
+    for process in STARTED:
+        for one in [*descendants(process.pid), process]:
+            try:
+                one.kill()
+            except (psutil.Error, ProcessLookupError):
+                continue
+    os._exit(128 + number)
+
+
 def main() -> None:
+    signal.signal(signal.SIGTERM, end_everything)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("part", choices=("target", "paths", "engines"))
     parser.add_argument("folder", type=Path, help="of what is written")
