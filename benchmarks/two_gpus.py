@@ -275,11 +275,12 @@ def engines(folder: Path, target: Path, *, small: bool, steps: int, skip: int, s
 def end_everything(number: int, frame: Any) -> None:
     """At a time limit: no run goes on beside the next part."""
     for process in STARTED:
-        for one in [*descendants(process.pid), process]:
+        for one in descendants(process.pid):
             try:
                 one.kill()
-            except (psutil.Error, ProcessLookupError):
+            except psutil.Error:
                 continue
+        process.kill()
     os._exit(128 + number)
 
 
