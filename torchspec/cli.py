@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -97,10 +98,10 @@ def _train(words: list[str]) -> None:
     _quiet()
     from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+    from torchspec import ranks
     from torchspec.data.datamodule import DraftDataModule
     from torchspec.models.module import DraftModule
     from torchspec.models.parallelize import refuse_fsdp1, register_strategies
-    from torchspec.ranks import wait_for_children
     from torchspec.trainer import Trainer
 
     class TorchSpecCLI(LightningCLI):
@@ -126,18 +127,36 @@ def _train(words: list[str]) -> None:
             """Lightning would lay the hyper-parameters saved in a single-file checkpoint over the command line; ours are checked instead."""
 
     register_strategies()
-    made = TorchSpecCLI(
-        DraftModule,
-        DraftDataModule,
-        trainer_class=Trainer,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"allow_abbrev": False, **{name: {"allow_abbrev": False} for name in TRAINING}},
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        args=words,
-    )
-    wait_for_children(made.trainer, seconds=_LAST_RANK)
+    try:
+        made = TorchSpecCLI(
+            DraftModule,
+            DraftDataModule,
+            trainer_class=Trainer,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"allow_abbrev": False, **{name: {"allow_abbrev": False} for name in TRAINING}},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=words,
+        )
+    except BaseException as error:
+        if ranks.leave_at_once:
+            _leave_at_once(error)
+        raise
+    ranks.part()
+    ranks.wait_for_children(made.trainer, seconds=_LAST_RANK)
+
+
+def _leave_at_once(error: BaseException) -> None:
+    """End this process now, with the words and the code it would have ended with."""
+    if isinstance(error, UserError | GroupStopped):
+        print(f"error: {error}", file=sys.stderr)
+    elif not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    code = error.code if isinstance(error, SystemExit) else 2 if isinstance(error, UserError) else 1
+    os._exit(code if isinstance(code, int) else 1)
 
 
 def _quiet() -> None:

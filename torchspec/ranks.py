@@ -4,7 +4,8 @@
 order, and a handler runs at another place on every rank; and the second one makes every batch wait for the device. Here the handler only takes note, and ranks
 agree in the loader (``agreement.py``).
 
-*Death.* Ranks that rank 0 started die with it; at its own end rank 0 waits for them.
+*Death.* Ranks that rank 0 started die with it; at its own end rank 0 waits for them. Where ranks do not leave together (one has failed, the others are inside
+a collective with it), nothing more is asked of the device or of NCCL, which would wait for the others for ever: the process ends without either's good-bye.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from torchspec.engines.parent import die_with
@@ -26,6 +28,9 @@ _LAUNCHER = "TORCHSPEC_LAUNCHER"
 """Process id of the rank that starts others, in their environment."""
 
 log = logging.getLogger(__name__)
+
+leave_at_once = False
+"""Set where this rank leaves alone: the command line then ends the process without the interpreter's exit handlers."""
 
 
 class SignalConnector(_SignalConnector):
@@ -69,6 +74,13 @@ def bind_to_launcher() -> None:
 
 def _children(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
     return list(getattr(trainer.strategy.launcher, "procs", []))
+
+
+def part() -> None:
+    """End the process groups, as every rank does at the same time. NCCL waits for the others here; at interpreter exit it would wait for rank 0, which waits
+    for this process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def leave_children_alone(trainer: pl.Trainer) -> None:

@@ -58,6 +58,8 @@ class Trainer(pl.Trainer):
     """Signal that ended the run."""
     agreement: Agreement = Agreement()
     """What ranks say to each other of every batch."""
+    torn: bool = False
+    """True once this rank leaves alone."""
 
     @property
     def received_sigterm(self) -> bool:
@@ -173,9 +175,14 @@ class Trainer(pl.Trainer):
         except BaseException:
             if self.world_size > 1:
                 ranks.leave_children_alone(self)
-                if not self.agreement.all_leave():
+                self.torn = not self.agreement.all_leave()
+                if self.torn:
                     self._give_up_saving()
             raise
+
+    def _teardown(self) -> None:
+        if not self.torn:  # it waits for the device
+            super()._teardown()
 
     def _give_up_saving(self) -> None:
         for callback in self.checkpoint_callbacks:
@@ -201,16 +208,24 @@ class Trainer(pl.Trainer):
                 self.exit_signal = signal.SIGINT
             if self.exit_signal is None and isinstance(stopped, SIGTERMException):
                 self.exit_signal = signal.SIGTERM  # another rank's
-            ranks.wait_for_children(self, seconds=_GRACE)
+            self._end_ranks()
             if self.exit_signal is None:
                 raise
             raise SystemExit(128 + self.exit_signal if self.global_rank == 0 else 0) from None
         except BaseException:
-            ranks.wait_for_children(self, seconds=_GRACE)
+            self._end_ranks()
             raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _end_ranks(self) -> None:
+        if self.torn:
+            ranks.wait_for_children(self, seconds=0.0)
+            ranks.leave_at_once = True
+            return
+        ranks.part()
+        ranks.wait_for_children(self, seconds=_GRACE)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         again = self.exit_signal is not None

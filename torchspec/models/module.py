@@ -129,19 +129,20 @@ class DraftModule(pl.LightningModule):
             return
         device = self.trainer.strategy.root_device
         dtype = _DTYPES.get(self.compute_dtype) or working_dtype(torch.bfloat16, device)
-        self.task = DraftTask.build(
-            self.draft_config,
-            target=self.target,
-            vocabulary=self.vocabulary,
-            step_weights=self.step_weights,
-            compute_dtype=dtype,
-            device=device,
-            init=self.init,
-            loss=self.loss,
-        )
-        if self.start is not None:
-            self.start.load(self.task.draft, self.vocabulary)
-            self.start = replace(self.start, weights={})  # they are in the draft now
+        with torch.device(device):  # whatever the strategy: random weights come from the same generator
+            self.task = DraftTask.build(
+                self.draft_config,
+                target=self.target,
+                vocabulary=self.vocabulary,
+                step_weights=self.step_weights,
+                compute_dtype=dtype,
+                device=device,
+                init=self.init,
+                loss=self.loss,
+            )
+            if self.start is not None:
+                self.start.load(self.task.draft, self.vocabulary)
+                self.start = replace(self.start, weights={})  # they are in the draft now
         if self._saved_alpha is not None:
             self.task.mean_alpha.copy_(torch.tensor(self._saved_alpha))
         mesh = self.device_mesh["data_parallel"] if self.device_mesh is not None else None

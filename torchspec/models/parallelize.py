@@ -93,8 +93,12 @@ def parallelize(task: nn.Module, *, mesh: Any | None, compute_dtype: torch.dtype
     """
     if mesh is None:
         return task
+    from torch.distributed import broadcast
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    with torch.no_grad():
+        for parameter in task.parameters():  # as DDP does: each rank keeps a part of its own start otherwise
+            broadcast(parameter, group=mesh.get_group(), group_src=0)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(task, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return task
