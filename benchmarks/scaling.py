@@ -3,7 +3,8 @@
 Started by torchrun; every rank trains its own pack of the same size. ``single`` steps alone on each GPU (the baseline, all GPUs equally busy), ``ddp`` and
 ``fsdp2`` as ``main.py fit`` sets them up. One JSON line a case from rank 0: milliseconds (median over the steps of the slowest rank), tokens/s of all ranks,
 peak memory of a rank, and efficiency: the time of ``single`` over the case's. ``--profile`` then takes one optimizer step of ``--accumulate`` micro-batches
-apart: collectives with their number, their time and how much of it no other kernel covers. ``--stops`` times what tells ranks of a SIGTERM in every batch:
+apart: the collectives called, and the time of their kernels with how much of it no other kernel covers (one strategy a process: a second profile was seen to
+miss kernels of NCCL's streams). ``--stops`` times what tells ranks of a SIGTERM in every batch:
 Lightning's broadcast, and ours.
 
     torchrun --standalone --nproc_per_node 2 benchmarks/scaling.py --tokens 4096 8192 --draft_vocab 32000 151936
@@ -13,11 +14,13 @@ Lightning's broadcast, and ours.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -188,11 +191,12 @@ def take_apart(case: Case, facts: dict[str, Any], device: torch.device) -> None:
     talk = lambda name: prefix in name  # noqa: E731
     compute = intervals(events, lambda name: not talk(name))
     row: dict[str, Any] = {"profile": case.strategy, **facts}
+    row["calls"] = dict(Counter(e.name.removeprefix("c10d::").strip("_") for e in found.events() if e.name.startswith("c10d::")))
     for what in COLLECTIVES:
         mine = [e for e in events if talk(e.name.lower()) and kind_of(e.name.lower()) == what]
         spans = intervals(mine, lambda name: True)
         total = sum(b - a for a, b in spans)
-        row[what] = {"number": len(mine), "ms": round(total / 1e3, 3), "exposed_ms": round((total - covered(spans, compute)) / 1e3, 3)}
+        row[what] = {"kernels": len(mine), "ms": round(total / 1e3, 3), "exposed_ms": round((total - covered(spans, compute)) / 1e3, 3)}
     if cuda:
         row["fsdp_copies_ms"] = round(sum(e.time_range.elapsed_us() for e in events if any(part in e.name.lower() for part in COPIES)) / 1e3, 3)
         every = intervals(events, lambda name: "memcpy htod" not in name)
@@ -213,6 +217,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         for tokens in args.tokens:
             alone = 0.0
             for strategy in args.strategies:
+                gc.collect()  # wrappers of the case before hold on to it in cycles
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()

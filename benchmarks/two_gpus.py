@@ -252,8 +252,9 @@ def engines(folder: Path, target: Path, *, small: bool, steps: int, skip: int, s
             "data__max_length": 256 if small else 4096,
             "data__max_tokens": 512 if small else 8192,
             "data__cache_dir": str(folder / "cache"),
+            "data__packs_per_step": 2,
             "data__engines": {"devices": [engine_device if CUDA else "cpu"], "batch_tokens": 1024 if small else 8192, "batch_samples": 256},
-            "data__store": {"kind": store, "budget": "32MiB" if small else "12GiB"},
+            "data__store": {"kind": store, "budget": "32MiB" if small else "2GiB"},
             "model__unroll_steps": 3 if small else 7,
             "model__compute_dtype": "auto",
             "model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4, "fused": True}},
@@ -291,8 +292,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of what is written")
     parser.add_argument("--target", type=Path, help="of engines, as written by part target")
     parser.add_argument("--layers", type=int, default=36, help="blocks of that target; Qwen3-8B has 36")
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of engines, of 4 packs of 8192 tokens")
-    parser.add_argument("--skip", type=int, default=3, help="steps of them before the clock counts")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of engines, of 2 packs of 8192 tokens")
+    parser.add_argument("--skip", type=int, default=10, help="steps of them before the clock counts")
     parser.add_argument("--store", choices=("mooncake", "shm"), default="mooncake")
     parser.add_argument("--jobs", type=int, default=4, help="runs of paths at once")
     parser.add_argument("--small", action="store_true", help="sizes for two CPU processes")

@@ -46,11 +46,11 @@ if has scaling; then
     scale apart 200 $tiny --strategies ddp fsdp2 --tokens 64 --draft_vocab 128 --accumulate 2 --profile --stops
   else
     scale scaling 150 --tokens 4096 8192 --draft_vocab 32000 151936 --steps 8 --warm 2
-    scale apart 60 --strategies ddp fsdp2 --tokens 4096 --draft_vocab 32000 --profile --stops --steps 8
+    for strategy in ddp fsdp2; do scale "apart-$strategy" 60 --strategies $strategy --tokens 4096 --draft_vocab 32000 --profile --stops --steps 8; done
   fi
 fi
 has engines && part engines "${ENGINES_LIMIT:-180}" "$python" benchmarks/two_gpus.py engines "$out/engines" --target "$out/target" $small --store "${STORE:-mooncake}"
 if has scaling && [ -z "${SMOKE:-}" ]; then
-  scale accumulated 60 --tokens 4096 --draft_vocab 32000 --accumulate 4 --profile --steps 4 --warm 1
+  scale accumulated 60 --tokens 4096 --draft_vocab 32000 --accumulate 4 --steps 4 --warm 1
 fi
 rm -rf "$out/target"
