@@ -1,4 +1,4 @@
-"""Ranks agree on every batch, and find out together whether all of them leave."""
+"""Ranks agree on every batch, and find out together whether all of them leave. (Lightning is imported where it is asked for: every rank imports this file.)"""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from tests.distributed.ranks import on_ranks
 from torchspec import agreement
 from torchspec.agreement import Agreement, Vote
 from torchspec.errors import GroupStopped
-from torchspec.models.parallelize import ddp_options, register_strategies
 
 
 def test_alone_a_rank_agrees_with_itself() -> None:
@@ -33,6 +28,7 @@ def _votes(rank: int) -> None:
     assert agree.all_leave()
 
 
+@pytest.mark.slow
 def test_the_highest_vote_counts_and_all_leave_together(tmp_path: Path) -> None:
     on_ranks(2, tmp_path, _votes)
 
@@ -50,16 +46,25 @@ def _one_leaves(rank: int) -> None:
             agree(Vote.GO)  # rank 0 never votes again
 
 
+@pytest.mark.slow
 def test_a_rank_that_leaves_alone_knows_it_and_the_other_hears_of_its_end(tmp_path: Path) -> None:
     on_ranks(2, tmp_path, _one_leaves)
 
 
 def test_what_we_take_over_from_lightning_is_still_there() -> None:
+    from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+    from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+    from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
     assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor) and callable(_SignalConnector._sigterm_notifier_fn)
     assert "procs" in _SubprocessScriptLauncher(cluster_environment=None, num_processes=1, num_nodes=1).__dict__  # type: ignore[arg-type]
 
 
 def test_ddp_does_not_send_the_frozen_tables() -> None:
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    from torchspec.models.parallelize import ddp_options, register_strategies
+
     register_strategies()
     strategy = StrategyRegistry.get("ddp")
     assert strategy._ddp_kwargs == ddp_options() and ddp_options()["gradient_as_bucket_view"]

@@ -41,6 +41,7 @@ def _talk(rank: int, strategy: str) -> None:
     assert torch.equal(others[0], others[1]) and float(norm) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_an_optimizer_step_of_three_micro_batches_talks_once(strategy: str, tmp_path: Path) -> None:
     on_ranks(2, tmp_path, _talk, strategy)
