@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class RecordSpec:
         return self.layout(tokens, tokens).total
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "aux_layers": list(self.aux_layers)}
+        """Plain values. Asked for with every record, hence no ``asdict``, which copies deeply."""
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "aux_layers": list(self.aux_layers)}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> RecordSpec:
