@@ -297,9 +297,11 @@ class Seed:
     def _with_store(self, do: Callable[[Store], Any]) -> Any:
         """Its result, from a process of its own: one that has opened a Mooncake store must not be forked any more."""
         child = Child(lambda say, commands: say({"result": do(open_store(self.store))}), self.folder / "store.log")
-        select.select([child.reads], [], [], 10.0)
         try:
-            return child.said()[0]["result"]
+            while not (said := child.said()):
+                if not select.select([child.reads], [], [], PATIENCE_S)[0]:
+                    raise TimeoutError("a process that looks at the store has not answered")
+            return said[0]["result"]
         finally:
             child.kill()
 

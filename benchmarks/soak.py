@@ -56,6 +56,7 @@ class Soak(chaos_run.Seed):
         self.over = time.monotonic() - self.started > self.seconds
 
     def _settle(self, observer: TrainerClient) -> None:
+        print(json.dumps(self.report()), file=sys.stderr, flush=True)
         self.trained = sum(len(entry["samples"]) for entry in self.ledger if entry["kind"] == "train")
         self.epochs = sum(entry["kind"] == "train" for entry in self.ledger) // (self.steps * chaos_run.parts.PACKS_PER_STEP)
         self.ledger = [entry for entry in self.ledger if entry["epoch"] < self.epochs]

@@ -1,4 +1,5 @@
-"""A callback for tests: writes down every micro-batch that a rank trains, and kills the whole run with SIGKILL at a moment that is chosen beforehand."""
+"""A callback for tests: writes down every micro-batch that a rank trains, and at a moment chosen beforehand kills the whole run with SIGKILL, or sends a rank
+another signal."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import psutil
 
+Moment = Literal["accumulation", "validation", "epoch", "save", "setup", "never"]
+
 
 class Witness(pl.Callback):
     """See the module.
@@ -18,18 +21,38 @@ class Witness(pl.Callback):
     Args:
         folder: for ``rank-N.jsonl``.
         moment: ``accumulation``, between two micro-batches of the optimizer step after ``at``; ``validation``, before its second batch, once ``at`` steps are
-            done; ``epoch``, when epoch ``at`` (from 0) begins; ``never``.
+            done; ``epoch``, when epoch ``at`` (from 0) begins; ``save``, inside the first checkpoint after ``at`` steps; ``setup``; ``never``.
         at: see there.
+        rank: that acts.
+        number: of the signal it sends itself; 9 kills all processes of the run.
     """
 
-    def __init__(self, folder: str, moment: Literal["accumulation", "validation", "epoch", "never"] = "never", at: int = 0) -> None:
-        self.folder, self.moment, self.at = Path(folder), moment, at
+    def __init__(
+        self,
+        folder: str,
+        moment: Literal["accumulation", "validation", "epoch", "save", "setup", "never"] = "never",
+        at: int = 0,
+        rank: int = 0,
+        number: int = 9,
+    ) -> None:
+        self.folder, self.moment, self.at, self.rank, self.number = Path(folder), moment, at, rank, number
 
     def _kill(self, trainer: pl.Trainer, moment: str) -> None:
-        if moment == self.moment and trainer.is_global_zero:
+        if moment != self.moment or trainer.global_rank != self.rank:
+            return
+        self.moment = "never"
+        if self.number == signal.SIGKILL:
             for process in psutil.Process().children(recursive=True):
                 process.kill()
-            os.kill(os.getpid(), signal.SIGKILL)
+        (self.folder / "signalled").touch()
+        os.kill(os.getpid(), self.number)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if trainer.global_step >= self.at:
+            self._kill(trainer, "save")
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        self._kill(trainer, "setup")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.current_epoch == self.at:

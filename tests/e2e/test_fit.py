@@ -10,10 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
 from tests.e2e.runs import descendants, engine_workers, make, metrics, run, save_world, start, store_files, wait_for
+from tests.engines.parts import still_running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -46,7 +48,10 @@ def test_a_run_trains_logs_saves_and_exports(whole: Path) -> None:
     assert (whole / "logs" / "coordinator.log").is_file() and (whole / "logs" / "worker-0.log").is_file()
     pipeline = json.loads((whole / "pipeline.json").read_text())
     assert pipeline["tokens_per_s"] > 0 and pipeline["store"] == "shm" and pipeline["steps"] == len(losses)
-    assert json.loads((whole / "provenance.json").read_text())["target"]["num_layers"] == 8
+    origin = json.loads((whole / "provenance.json").read_text())
+    assert origin["target"]["num_layers"] == 8 and "fit" in origin["command"] and origin["packages"].keys() >= {"torch", "lightning"} and origin["torchspec"]
+    assert origin["config"]["data"]["max_length"] == 128 and origin["config"]["model"]["unroll_steps"] == 3 and set(origin["data"]) == {"train", "validate"}
+    assert torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["Provenance"]["record"] == origin
     assert not (whole / "failed_samples.jsonl").exists()
 
 
@@ -159,8 +164,8 @@ def test_a_signal_leaves_nothing_behind(world: dict[str, Path], tmp_path: Path, 
         os.kill(process.pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, output
-    gone, alive = psutil.wait_procs(list(seen), timeout=10)
-    assert not alive, alive
+    left = still_running(list(seen), timeout=10)
+    assert not left, left
     assert store_files(tmp_path) == []
     if moment != "engine start":
         last = tmp_path / "checkpoints" / "last.ckpt"

@@ -12,10 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.e2e.runs import ROOT, STARTED, descendants, make, metrics, run, save_world, start, store_files, wait_for
+from tests.engines.parts import still_running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 TWO_EPOCHS = {"trainer__max_epochs": 2}
@@ -49,7 +49,7 @@ def kill_at(folder: Path, world: dict[str, Path], *words: str, steps: int, more:
         except ProcessLookupError:
             pass
     process.wait()
-    _, left = psutil.wait_procs(below, timeout=15)
+    left = still_running(below, timeout=15)
     assert not left
 
 
@@ -90,7 +90,7 @@ def test_a_killed_rank_ends_the_run_and_everything_of_it(world: dict[str, Path],
     ranks[0].kill()
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0, output
-    _, left = psutil.wait_procs(below, timeout=15)
+    left = still_running(below, timeout=15)
     assert not left and store_files(tmp_path) == []
 
 

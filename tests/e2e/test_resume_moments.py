@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.moments import trained
 from tests.e2e.runs import descendants, make, metrics, run, save_world, start, store_files
+from tests.engines.parts import still_running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 CHANGES = {"trainer__max_epochs": 2, "data__packs_per_step": 4}
@@ -50,7 +51,7 @@ def killed(folder: Path, world: dict[str, Path], moment: str, at: int, *more: st
         except Exception:
             continue
     assert process.returncode == -9, process.stdout.read() if process.stdout else ""
-    _, left = psutil.wait_procs(list(seen), timeout=15)
+    left = still_running(list(seen), timeout=15)
     assert not left
 
 

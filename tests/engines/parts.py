@@ -195,6 +195,23 @@ def children(pid: int) -> list[psutil.Process]:
         return []
 
 
+def still_running(processes: list[psutil.Process], *, timeout: float) -> list[psutil.Process]:
+    """Those that have not ended by then. A dead process whose new parent, the machine's first one, takes its time to collect it has ended."""
+    deadline = time.monotonic() + timeout
+    while left := [p for p in processes if _runs(p)]:
+        if time.monotonic() > deadline:
+            return left
+        time.sleep(0.05)
+    return []
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
 def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 

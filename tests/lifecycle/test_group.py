@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 
-from tests.engines.parts import MAX_LENGTH, Rank, alive, children, group_config, of_run, random_packs, save_tiny, store_files, wait_until
+from tests.engines.parts import MAX_LENGTH, Rank, alive, children, group_config, of_run, random_packs, save_tiny, still_running, store_files, wait_until
 from torchspec.engines.client import Endpoint, TrainerClient
 from torchspec.engines.group import EngineGroup, GroupConfig
 from torchspec.engines.messages import Damaged, Pack, Sample
@@ -109,7 +109,7 @@ def test_mooncake_group_starts_delivers_and_leaves_nothing(make: Callable[..., E
     below = [process for process in children(os.getpid()) if process not in before]
     assert any("mooncake" in " ".join(_words(p)) for p in below)
     group.close()
-    _, left = psutil.wait_procs(below, timeout=10)
+    left = still_running(below, timeout=10)
     assert not left
 
 
@@ -240,7 +240,7 @@ def test_a_killed_owner_leaves_nothing(target: Path, tmp_path: Path, moment: str
         engines = [p for p in below if _words(p)[1:2] == ["-m"]]
         owner.kill()
         owner.wait()
-        _, left = psutil.wait_procs(engines, timeout=15)
+        left = still_running(engines, timeout=15)
         assert not left and not of_run(token)
         wait_until(lambda: store_files(tmp_path) == [], timeout=5, what="the removal of the store")
     finally:

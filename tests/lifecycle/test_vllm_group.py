@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.engines.parts import Rank, group_config, of_run, random_packs, save_tiny, spec_of, store_files, wait_until
+from tests.engines.parts import Rank, group_config, of_run, random_packs, save_tiny, spec_of, still_running, store_files, wait_until
 from torchspec.engines.group import EngineGroup
 
 pytest.importorskip("vllm")
@@ -58,6 +58,6 @@ def test_failed_puts_a_killed_engine_core_and_a_killed_worker(tmp_path: Path) ->
         rank.close()
     finally:
         group.close()
-    _, left = psutil.wait_procs([*second.values(), *third.values()], timeout=10)
+    left = still_running([*second.values(), *third.values()], timeout=10)
     assert not left and not of_run(config.token)
     assert store_files(tmp_path) == []

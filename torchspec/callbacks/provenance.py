@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.cli import SaveConfigCallback
 
 import torchspec
 
@@ -38,6 +40,7 @@ class Provenance(pl.Callback):
             "world_size": trainer.world_size,
             "target": pl_module.target.describe(),
             "data": getattr(trainer.datamodule, "fingerprint", None),  # type: ignore[attr-defined]
+            "config": _config(trainer),
             "resumed_from": getattr(trainer, "resume_path", None),
             "wandb_run_id": next((logger.version for logger in trainer.loggers if type(logger).__name__ == "WandbLogger"), None),
         }
@@ -48,6 +51,12 @@ class Provenance(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {"record": self.record}
+
+
+def _config(trainer: Any) -> Any:
+    """The whole configuration, defaults included, as plain values; None where no command line made the run."""
+    saved = next((callback for callback in trainer.callbacks if isinstance(callback, SaveConfigCallback)), None)
+    return None if saved is None else yaml.safe_load(saved.parser.dump(saved.config, skip_none=False))
 
 
 def _version(name: str) -> str | None:
