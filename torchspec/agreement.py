@@ -7,6 +7,7 @@ enter, and the checkpoint saved on the way out is whole.
 from __future__ import annotations
 
 import enum
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -56,7 +57,7 @@ class Agreement:
         try:
             if self._votes is None:
                 self._votes, self._exits = (torch.distributed.new_group(backend="gloo", timeout=self._timeout) for _ in range(2))
-            torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX, group=self._votes)
+            _wait_for(torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX, group=self._votes, async_op=True))
         except RuntimeError as error:
             reason = str(error).splitlines()[0][:200]
             raise GroupStopped(f"another rank has ended, see logs/rank-N.log, or is not reached by gloo, see GLOO_SOCKET_IFNAME ({reason})") from error
@@ -74,6 +75,15 @@ class Agreement:
         except RuntimeError:
             return False
         return True
+
+
+def _wait_for(work: Any) -> None:
+    """Like ``work.wait()``, which would hold signals back for as long as another rank has no batch: it runs no handler."""
+    pause = 5e-5
+    while not work.is_completed():
+        time.sleep(pause)
+        pause = min(2 * pause, 0.01)
+    work.wait()
 
 
 def alone(vote: Vote) -> Vote:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +52,25 @@ def _one_leaves(rank: int) -> None:
 @pytest.mark.slow
 def test_a_rank_that_leaves_alone_knows_it_and_the_other_hears_of_its_end(tmp_path: Path) -> None:
     on_ranks(2, tmp_path, _one_leaves)
+
+
+def _told_while_waiting(rank: int) -> None:
+    agree = Agreement(2)
+    agree(Vote.GO)
+    if rank == 1:
+        time.sleep(3)  # no batch
+    began, heard = time.monotonic(), []
+    signal.signal(signal.SIGTERM, lambda number, frame: heard.append(time.monotonic() - began))
+    if rank == 0:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert agree(Vote.GO) is Vote.GO
+    if rank == 0:
+        assert len(heard) == 1 and heard[0] < 1.5, heard  # not when the other one voted
+
+
+@pytest.mark.slow
+def test_a_rank_hears_signals_while_another_has_no_batch(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, _told_while_waiting)
 
 
 def test_what_we_take_over_from_lightning_is_still_there() -> None:
