@@ -238,7 +238,7 @@ def test_vllm(family: str, server: StoreServer, tmp_path: Path, monkeypatch: pyt
         finished, failed = work_off(engine, [*leases, wrong])  # type: ignore[arg-type]  # it has the same interface
         total = len(data.ids(0))
         assert failed == [Failed(4, f"vLLM made other tokens of the images than the target's own processor did ({total} tokens in all)")]
-        check(read(server, job, finished, leases), data, target, files, tolerance=1e-5)
+        check(read(server, job, finished, leases), data, target, files, tolerance=1e-4)
     finally:
         engine.close()
 
