@@ -138,7 +138,7 @@ def main() -> None:
         if code:
             sys.exit(f"the tests fail before anything is planted:\n{output[-3000:]}")
         for mutation in chosen:
-            if occurrences(mutation) != 1:
+            if occurrences(mutation, root) != 1:
                 sys.exit(f"{mutation.file} does not hold once: {mutation.before}")
             started = time.monotonic()
             file = root / "torchspec" / mutation.file

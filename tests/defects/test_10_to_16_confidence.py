@@ -165,7 +165,8 @@ def test_defect_14_gradients_are_accumulated_and_reduced_in_fp32(monkeypatch: py
 
     given: dict[str, Any] = {}
     monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, **options: given.update(options))
-    parallelize(made, mesh="a mesh", compute_dtype=torch.bfloat16)
+    monkeypatch.setattr("torch.distributed.broadcast", lambda *_, **__: None)
+    parallelize(made, mesh=SimpleNamespace(get_group=lambda: None), compute_dtype=torch.bfloat16)
     assert given["mp_policy"].reduce_dtype == torch.float32
 
 
