@@ -15,7 +15,6 @@ import importlib.util
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from torchspec.errors import UserError
+from torchspec.processes import kill_group
 from torchspec.target import Target, TargetConfig
 
 OWNED = ("model", "tokenizer", "speculative_config", "disable_log_stats", "dtype")
@@ -279,10 +279,7 @@ def _serve(job: dict[str, Any], log: Path, what: str) -> dict[str, Any]:
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:
     """End the child and whatever vLLM started under it."""
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    kill_group(child.pid)
     child.wait()
     if child.stdin is not None:
         try:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import threading
 import time
 from typing import Any
+
+from torchspec.processes import kill_but_trackers
 
 COUNTERS = {
     "vllm:spec_decode_num_drafts": "drafts",
@@ -96,7 +97,8 @@ def _difference(after: Any, before: Any) -> Any:
 
 def _end_with_parent() -> None:
     sys.stdin.buffer.read()
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+    kill_but_trackers(os.getpgrp())
+    os._exit(1)
 
 
 if __name__ == "__main__":

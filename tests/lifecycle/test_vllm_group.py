@@ -23,6 +23,11 @@ def processes(token: str) -> dict[str, psutil.Process]:
     return {"worker": worker, **below}
 
 
+def shared_memory(members: dict[str, psutil.Process]) -> set[Path]:
+    """Files of shared memory that these processes map."""
+    return {Path(entry.path) for process in members.values() for entry in process.memory_maps() if entry.path.startswith("/dev/shm/")}
+
+
 def test_failed_puts_a_killed_engine_core_and_a_killed_worker(tmp_path: Path) -> None:
     target = save_tiny(tmp_path / "target", hidden=128)
     engines = {"batch_tokens": 64, "max_failed_fraction": 1.0}
@@ -32,6 +37,7 @@ def test_failed_puts_a_killed_engine_core_and_a_killed_worker(tmp_path: Path) ->
         rank = Rank(group.start(), config.spec, random_packs(80))
         rank.take(timeout=120)
         first = processes(config.token)
+        files = shared_memory(first)
         (mark,) = (tmp_path / "shm").glob("*/open")
         aside = mark.rename(mark.with_name("aside"))  # to every put the store is gone
         wait_until(lambda: rank.client.ask()["failed"] > 0, what="a sample given up")
@@ -47,10 +53,12 @@ def test_failed_puts_a_killed_engine_core_and_a_killed_worker(tmp_path: Path) ->
         assert rank.client.ask()["restarts"] == 1
         assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in first.values())
         second = processes(config.token)
+        files |= shared_memory(second)
         second["worker"].kill()
         while rank.waiting:
             rank.take(timeout=120)
         third = processes(config.token)
+        files |= shared_memory(third)
         state = rank.settled()
         assert state["restarts"] == 2 and state["failed"] == len(rank.failed)
         assert rank.records.keys() | rank.failed.keys() == rank.ids.keys() and not rank.records.keys() & rank.failed.keys()
@@ -61,3 +69,4 @@ def test_failed_puts_a_killed_engine_core_and_a_killed_worker(tmp_path: Path) ->
     left = still_running([*second.values(), *third.values()], timeout=10)
     assert not left and not of_run(config.token)
     assert store_files(tmp_path) == []
+    assert files and not [file for file in files if file.exists()], "vLLM's queues"

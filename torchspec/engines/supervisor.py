@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torchspec
 from torchspec.engines.client import Endpoint
+from torchspec.processes import kill_group
 
 log = logging.getLogger("torchspec.supervisor")
 _LAST_LINES = 12
@@ -57,12 +57,8 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """End the whole process group now."""
-        if self.process is None:
-            return
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
+        if self.process is not None:
+            kill_group(self.process.pid)
 
     def reap(self, timeout: float = 5.0) -> None:
         """Collect the exit code after :meth:`kill`."""

@@ -1,0 +1,50 @@
+"""Ending a worker's process group leaves none of its shared memory behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchspec.engines.supervisor import WorkerProcess
+
+PARENT = """
+import multiprocessing, sys, time
+from multiprocessing.shared_memory import SharedMemory
+
+def hold(names):
+    names.put(SharedMemory(create=True, size=4096).name)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    names = context.Queue()
+    mine = SharedMemory(create=True, size=4096)
+    child = context.Process(target=hold, args=(names,))
+    child.start()
+    print(mine.name, names.get(), flush=True)
+    if sys.argv[1:] == ["killed"]:
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("ended", ["killed", "running"])
+def test_shared_memory_of_a_group_that_is_ended_is_gone(ended: str, tmp_path: Path) -> None:
+    """As vLLM does: segments of the worker and of a process that it spawned, whether the worker was killed before or is killed with the rest."""
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    process = subprocess.Popen([sys.executable, str(script), ended], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    files = [Path("/dev/shm") / name for name in process.stdout.readline().decode().split()]
+    assert len(files) == 2 and all(file.exists() for file in files)
+    if ended == "killed":
+        process.wait(10)
+    worker = WorkerProcess("worker-0", "cpu", tmp_path / "log", process=process)
+    worker.kill()
+    worker.reap()
+    assert not [file for file in files if file.exists()]
+    process.stdout.close()
