@@ -57,6 +57,9 @@ class _AllAnswers:
     def supervision(self, index: int, tokens: int) -> np.ndarray:
         return np.ones(tokens, dtype=np.uint8)
 
+    def positions(self, index: int, tokens: int) -> None:
+        return None
+
 
 def conversations(target: Target, data: str, *, count: int, longest: int) -> list[list[int]]:
     """Token ids of ``count`` pieces of the data's text, of lengths as :func:`spread` says."""
