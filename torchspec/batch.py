@@ -34,12 +34,14 @@ class UnrollRows:
     ``base`` [R_0]: pack positions t supervised at step 0, increasing.
     ``index[k]`` [R_k]: which entries of ``base`` are supervised at step k; ``index[0]`` is 0..R_0-1.
     ``keep[k]`` [R_k]: which entries of ``index[k-1]`` survive into step k; ``keep[0]`` equals ``index[0]``.
+    ``depth`` [R_0]: steps that supervise each entry of ``base``; stays on the host, for loops that must not wait for a device.
     The target distribution of entry j at step k is that of entry j+k (x_{t+2+k} given its prefix).
     """
 
     base: Tensor
     index: tuple[Tensor, ...]
     keep: tuple[Tensor, ...]
+    depth: Tensor
 
     @property
     def steps(self) -> int:
@@ -47,8 +49,8 @@ class UnrollRows:
         return len(self.index)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> UnrollRows:
-        """The same rows with ``fn`` applied to each tensor."""
-        return UnrollRows(fn(self.base), tuple(fn(t) for t in self.index), tuple(fn(t) for t in self.keep))
+        """The same rows with ``fn`` applied to each tensor but ``depth``."""
+        return UnrollRows(fn(self.base), tuple(fn(t) for t in self.index), tuple(fn(t) for t in self.keep), self.depth)
 
 
 @dataclass(frozen=True)
@@ -174,4 +176,4 @@ def unroll_rows(turn: np.ndarray, cu_seqlens: np.ndarray, steps: int) -> UnrollR
     index = [np.flatnonzero(depth[base] > k) for k in range(steps)]
     keep = [index[0]] + [np.flatnonzero(depth[base][index[k - 1]] > k) for k in range(1, steps)]
     as_tensor = lambda a: torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64))  # noqa: E731
-    return UnrollRows(as_tensor(base), tuple(map(as_tensor, index)), tuple(map(as_tensor, keep)))
+    return UnrollRows(as_tensor(base), tuple(map(as_tensor, index)), tuple(map(as_tensor, keep)), as_tensor(np.minimum(depth[base], steps)))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.models.packs import conversation, draft_config, pack, task
-from torchspec.models.attention import unroll_attention
+from torchspec.models.attention import Conversations, Queries, UnrollMemory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -25,22 +25,21 @@ def test_flash_equals_blocked(heads: int, groups: int, size: int, extra: int, sh
     def make(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).bfloat16()
 
-    given = [
-        make(len(rows), heads, size),
-        make(total, groups, size),
-        make(total, groups, size),
-        make(len(rows), extra, groups, size),
-        make(len(rows), extra, groups, size),
-    ]
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    given = [make(len(rows), heads, size), *[make(n, groups, size) for n in (total, total, *[len(rows)] * (2 * extra))]]
     grad = make(len(rows), heads, size)
     results = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         tensors = [t.to(device, dtype).requires_grad_() for t in given]
-        query, key, value, extra_key, extra_value = tensors
-        out = unroll_attention(query, key, value, extra_key if extra else None, extra_value if extra else None, rows=rows.to(device), cu_seqlens=cu)
+        query, key, value, *later = tensors
+        at, entries = rows.to(device), torch.arange(len(rows), device=device)
+        memory = UnrollMemory(key, value, Conversations.of(cu, sequence.to(device)), entries=len(rows), slots=extra)
+        for i in range(extra):
+            memory.append(later[2 * i], later[2 * i + 1], entries)
+        out = memory.attend(query, Queries.of(at, entries, total))
         out.backward(grad.to(device, dtype))
-        results.append([out.detach().cpu().float(), *[t.grad.cpu().float() for t in tensors if t.grad is not None and t.numel()]])
-    for name, slow, fast in zip(("out", "query", "key", "value", "extra_key", "extra_value"), *results, strict=False):
+        results.append([out.detach().cpu().float(), *[t.grad.cpu().float() for t in tensors if t.grad is not None]])
+    for name, slow, fast in zip(("out", "query", "key", "value", *["later"] * (2 * extra)), *results, strict=True):
         error = (slow - fast).norm() / slow.norm()
         assert error < 0.012, (name, error)
 

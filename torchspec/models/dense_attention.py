@@ -7,34 +7,46 @@ softmax are in ``attention.py`` for both.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchspec.models import kernels
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.norm import RMSNorm
 from torchspec.models.rope import rotate
+from torchspec.models.shared import Weight, linear
 
 Turn = tuple[Tensor, Tensor]
 """cos and sin of the rows, [R, 1, d/2] in fp32 (fp64 where the draft computes in it); see ``rope.tables``."""
 
 
 class Projections(Protocol):
-    """One layer's attention weights during one forward pass. x is [R, width] in the compute type; heads come out after norm and RoPE."""
+    """One layer's attention weights during one forward pass.
 
-    def keys_values(self, x: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
-        """Key and value, [R, g, d] each."""
+    Everything that reads the layer's input is linear in it and stacked in one weight, ``inputs``; the caller makes those products, because the part of the
+    input that is an embedding is the same for several steps. ``flat`` is the result, [R, rows of the weight]; heads come out after norm and RoPE.
+    """
 
-    def queries(self, x: Tensor, turn: Turn) -> Tensor:
-        """[R, h, d], scaled so that the softmax of q.k / sqrt(d) is the layer's own."""
+    inputs: Weight
+    """[query part + key-value part, width]."""
+    bias: Tensor | None
+    """Of ``inputs``."""
+    query_size: int
+    """Rows of the query part."""
 
-    def all(self, x: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+    def queries(self, flat: Tensor, turn: Turn) -> Tensor:
+        """From the query part: [R, h, d], scaled so that the softmax of q.k / sqrt(d) is the layer's own."""
+
+    def keys_values(self, flat: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+        """From the key-value part: key and value, [R, g, d] each."""
+
+    def all(self, flat: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of the same rows."""
 
-    def output(self, attended: Tensor) -> Tensor:
-        """[R, h, d] to the residual stream's [R, H]."""
+    def output(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """[R, h, d] to the residual stream, added to ``residual`` [R, H]."""
 
 
 class DenseAttention(nn.Module):
@@ -58,48 +70,80 @@ class DenseAttention(nn.Module):
 
 
 class DenseProjections:
-    """:class:`Projections` of grouped-query attention: k and v, or q, k and v, in one product."""
+    """:class:`Projections` of grouped-query attention."""
 
     def __init__(self, attention: DenseAttention, dtype: torch.dtype) -> None:
         self.attention = attention
-        self.q, self.q_bias = cast_linears([attention.q_proj], dtype)
-        self.kv, self.kv_bias = cast_linears([attention.k_proj, attention.v_proj], dtype)
-        self.o, self.o_bias = cast_linears([attention.o_proj], dtype)
-        self.qkv = torch.cat([self.q, self.kv])
-        self.qkv_bias = None if self.q_bias is None or self.kv_bias is None else torch.cat([self.q_bias, self.kv_bias])
+        parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self.inputs = Weight.of([part.weight for part in parts], dtype)
+        biases = [part.bias.to(dtype) for part in parts if part.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        self.query_size = attention.q_proj.weight.shape[0]
+        self.o = Weight.of([attention.o_proj.weight], dtype)
+        self.o_bias = None if attention.o_proj.bias is None else attention.o_proj.bias.to(dtype)
 
-    def keys_values(self, x: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
-        key, value = F.linear(x, self.kv, self.kv_bias).chunk(2, dim=-1)
-        return self._key(key, turn), value.unflatten(-1, (-1, self.attention.head_dim))
+    def queries(self, flat: Tensor, turn: Turn) -> Tensor:
+        return self._heads(flat, (flat.shape[1],), turn)[0]
 
-    def queries(self, x: Tensor, turn: Turn) -> Tensor:
-        return self._query(F.linear(x, self.q, self.q_bias), turn)
+    def keys_values(self, flat: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+        key, value = self._heads(flat, (0, flat.shape[1] // 2, flat.shape[1] // 2), turn)[1:]
+        return key, value
 
-    def all(self, x: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
-        sizes = [self.q.shape[0], *[self.kv.shape[0] // 2] * 2]
-        query, key, value = F.linear(x, self.qkv, self.qkv_bias).split(sizes, dim=-1)
-        return self._query(query, turn), self._key(key, turn), value.unflatten(-1, (-1, self.attention.head_dim))
+    def all(self, flat: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+        side = (flat.shape[1] - self.query_size) // 2
+        query, key, value = self._heads(flat, (self.query_size, side, side), turn)
+        return query, key, value
 
-    def output(self, attended: Tensor) -> Tensor:
-        return F.linear(attended.flatten(1), self.o, self.o_bias)
+    def output(self, attended: Tensor, residual: Tensor) -> Tensor:
+        return linear(attended.flatten(1), self.o, bias=self.o_bias, residual=residual)
 
-    def _query(self, flat: Tensor, turn: Turn) -> Tensor:
-        return _turned(flat, self.attention.head_dim, getattr(self.attention, "q_norm", None), turn)
+    def _heads(self, flat: Tensor, sizes: tuple[int, ...], turn: Turn) -> list[Tensor]:
+        """Query, key and value parts, as far as there are any, as heads [R, heads, d]; the first two after norm (Qwen3 style) and RoPE."""
+        attention, size = self.attention, self.attention.head_dim
+        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        if kernels.usable(flat) and norms == [None, None]:
+            return list(_Heads.apply(flat, sizes, size, *turn))
+        heads = [part.unflatten(-1, (-1, size)) for part in flat.split(sizes, dim=-1)]
+        for i, norm in enumerate(norms[: len(heads)]):
+            if sizes[i]:
+                heads[i] = turned(heads[i] if norm is None else norm(heads[i]), turn)
+        return heads
 
-    def _key(self, flat: Tensor, turn: Turn) -> Tensor:
-        return _turned(flat, self.attention.head_dim, getattr(self.attention, "k_norm", None), turn)
 
-
-def _turned(flat: Tensor, size: int, norm: nn.Module | None, turn: Turn) -> Tensor:
-    """Split [R, heads * d] into heads, norm (Qwen3 style), rotate in the width of the tables."""
-    x = flat.unflatten(-1, (-1, size))
-    if norm is not None:
-        x = norm(x)
+def turned(x: Tensor, turn: Turn) -> Tensor:
+    """Heads [R, heads, d] rotated in the width of the tables."""
+    if kernels.usable(x):
+        turned_heads: Tensor = _Heads.apply(x.flatten(1), (x.shape[1] * x.shape[2],), x.shape[2], *turn)[0]
+        return turned_heads
     return rotate(x.to(turn[0].dtype), *turn).to(x.dtype)
 
 
-def cast_linears(parts: list[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Weights (and biases, where there are any) of layers with one input, stacked into one product's, in ``dtype``."""
-    weights = [part.weight.to(dtype) for part in parts]
-    biases = [part.bias.to(dtype) for part in parts if part.bias is not None]
-    return torch.cat(weights) if len(weights) > 1 else weights[0], torch.cat(biases) if biases else None
+class _Heads(torch.autograd.Function):
+    """Split [R, C] into parts of heads; parts 0 and 1 are rotated, part 2 is copied."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, sizes: tuple[int, ...], head: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        from torchspec.models.kernels import rope
+
+        ctx.save_for_backward(cos, sin)
+        ctx.sizes, ctx.head = sizes, head
+        results = []
+        for i, part in enumerate(flat.split(sizes, dim=-1)):
+            source = part.unflatten(-1, (-1, head))
+            result = torch.empty(source.shape, dtype=flat.dtype, device=flat.device)
+            if source.numel():
+                rope.rotate(source, result, cos, sin, turned=source.shape[1] if i < 2 else 0, back=False)
+            results.append(result)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from torchspec.models.kernels import rope
+
+        cos, sin = ctx.saved_tensors
+        d_flat = grads[0].new_empty(grads[0].shape[0], sum(ctx.sizes))
+        for i, (part, grad) in enumerate(zip(d_flat.split(ctx.sizes, dim=-1), grads, strict=True)):
+            if grad.numel():
+                result = part.unflatten(-1, (-1, ctx.head))
+                rope.rotate(grad if grad.stride(-1) == 1 else grad.contiguous(), result, cos, sin, turned=grad.shape[1] if i < 2 else 0, back=True)
+        return d_flat, None, None, None, None

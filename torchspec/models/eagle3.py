@@ -16,27 +16,21 @@ and reused over the steps.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchspec.batch import PackedBatch
-from torchspec.models.attention import unroll_attention
-from torchspec.models.dense_attention import DenseAttention, Projections, Turn, cast_linears
+from torchspec.models.attention import Conversations, Queries, UnrollMemory
+from torchspec.models.dense_attention import DenseAttention, Projections, Turn
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.mla import LatentAttention
+from torchspec.models.mlp import MLP, mlp_block
 from torchspec.models.norm import RMSNorm
 from torchspec.models.rope import check_reach, frequencies, tables
-
-
-class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(z)) * up(z)) (Shazeer, arXiv 2002.05202)."""
-
-    def __init__(self, config: DraftConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+from torchspec.models.shared import Addend, SharedRows, Weight, linear, take
 
 
 class DraftLayer(nn.Module):
@@ -53,33 +47,26 @@ class DraftLayer(nn.Module):
         self.mlp = MLP(config)
 
 
-class _CastLayer:
-    """A layer's weights in the compute type, fused where one product serves."""
+class _Layer:
+    """A layer during one forward pass: weights in the compute type, fused where one product serves, and what its attention has seen."""
 
     def __init__(self, layer: DraftLayer, dtype: torch.dtype) -> None:
+        self.module = layer
         self.attention: Projections = layer.self_attn.cast(dtype)
-        self.gate_up, _ = cast_linears([layer.mlp.gate_proj, layer.mlp.up_proj], dtype)
-        self.down, _ = cast_linears([layer.mlp.down_proj], dtype)
+        self.gate_up = Weight.of([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight], dtype)
+        self.down = Weight.of([layer.mlp.down_proj.weight], dtype)
+        self.memory: UnrollMemory | None = None
 
 
-class _Memory:
-    """Keys and values of one layer over the unroll: step 0 for all rows, later steps for the rows that are still there."""
+@dataclass(frozen=True)
+class _Embedded:
+    """The first layer's input projection of normed embeddings. Row j of step k embeds the token that row j+k of step 0 does, so one product serves every
+    step."""
 
-    def __init__(self, key: Tensor, value: Tensor) -> None:
-        self.key, self.value = key, value
-        self.extra_key: Tensor | None = None
-        self.extra_value: Tensor | None = None
-
-    def narrow(self, keep: Tensor) -> None:
-        """Keep the later keys of these rows only."""
-        if self.extra_key is not None and self.extra_value is not None:
-            self.extra_key, self.extra_value = self.extra_key[keep], self.extra_value[keep]
-
-    def append(self, key: Tensor, value: Tensor) -> None:
-        """A later step's key and value, [R, g, d]."""
-        key, value = key[:, None], value[:, None]
-        self.extra_key = key if self.extra_key is None else torch.cat([self.extra_key, key], dim=1)
-        self.extra_value = value if self.extra_value is None else torch.cat([self.extra_value, value], dim=1)
+    query: SharedRows
+    """[M, query part] at the step-0 entries; at all rows where a second layer needs their queries too."""
+    key_value: SharedRows
+    """[N, key-value part] at all rows."""
 
 
 class Eagle3Draft(nn.Module):
@@ -88,13 +75,15 @@ class Eagle3Draft(nn.Module):
     Args:
         config: its architecture.
         compute_dtype: type of activations and of the cast weights.
+        recompute: make the MLP's inner activations again in the backward instead of keeping them.
     """
 
     inverse_frequencies: Tensor
 
-    def __init__(self, config: DraftConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: DraftConfig, *, compute_dtype: torch.dtype = torch.float32, recompute: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.recompute = recompute
         self.compute_dtype = compute_dtype
         hidden, width, n = config.hidden_size, config.target_hidden_size, len(config.aux_layers)
         if config.owns_embedding:
@@ -136,18 +125,15 @@ class Eagle3Draft(nn.Module):
         """
         rows = batch.rows
         check_reach(self.config, int(batch.cu_seqlens.diff().max()) + rows.steps - 1 if batch.num_tokens else 0)
-        layers = [_CastLayer(layer, self.compute_dtype) for layer in self.layers]  # type: ignore[arg-type]
+        layers = [_Layer(layer, self.compute_dtype) for layer in self.layers]  # type: ignore[arg-type]
         hidden = self._project_aux(batch.aux)
+        embedded = self._embed(batch, layers[0].attention)
         outputs: list[Tensor] = []
-        memories: list[_Memory] = []
         for step in range(rows.steps):
             if step == 0:
-                at = rows.base
-                hidden, memories = self._first_step(hidden, batch, layers)
+                hidden = self._first_step(hidden, embedded, batch, layers)
             else:
-                keep = rows.keep[step]
-                at = rows.base[rows.index[step]]
-                hidden = self._later_step(hidden[keep], batch, layers, memories, at=at, keep=keep, step=step)
+                hidden = self._later_step(take(hidden, rows.keep[step]), embedded, batch, layers, step)
             outputs.append(hidden)
             if self.config.norm_output:
                 hidden = self.norm(hidden)
@@ -163,21 +149,35 @@ class Eagle3Draft(nn.Module):
         if self.config.fc_norm:
             chunks = aux.split(self.config.target_hidden_size, dim=-1)
             aux = torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], dim=-1)
-        return F.linear(aux, self.fc.weight.to(self.compute_dtype))
+        return linear(aux, Weight.of([self.fc.weight], self.compute_dtype))
 
-    def _embed(self, batch: PackedBatch, at: Tensor, step: int) -> Tensor:
-        """Embeddings of x_{t+1+step}; past the pack's end any token serves, no supervised row reads it."""
-        ids = batch.input_ids[(at + (1 + step)).clamp_(max=batch.num_tokens - 1)]
+    def _embed(self, batch: PackedBatch, attention: Projections) -> _Embedded:
+        """Project the embedding of the token after each row; past the pack's end any token serves, no supervised row reads it."""
+        ids = torch.cat([batch.input_ids[1:], batch.input_ids[-1:]])
         table = self.embed_tokens.weight if self.config.owns_embedding else self.embedding_table
-        return F.embedding(ids, table).to(self.compute_dtype)
+        normed = self.layers[0].input_layernorm(F.embedding(ids, table).to(self.compute_dtype))  # type: ignore[operator, union-attr]
+        half = attention.inputs.part(columns=slice(0, self.config.hidden_size))
+        query, key_value = slice(0, attention.query_size), slice(attention.query_size, None)
+        bias = (None, None) if attention.bias is None else (attention.bias[query], attention.bias[key_value])
+        return _Embedded(
+            SharedRows.of(
+                linear(take(normed, batch.rows.base) if len(self.layers) == 1 else normed, half.part(rows=query, columns=half.columns), bias=bias[0])
+            ),
+            SharedRows.of(linear(normed, half.part(rows=key_value, columns=half.columns), bias=bias[1])),
+        )
 
-    def _inputs(self, index: int, hidden: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
-        """Input of a layer's attention and its residual."""
-        layer: DraftLayer = self.layers[index]  # type: ignore[assignment]
+    def _normed(self, index: int, layer: _Layer, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's normed hidden state, and its residual."""
         if index:
-            return layer.input_layernorm(hidden), hidden
-        normed = layer.hidden_norm(hidden)
-        return torch.cat([layer.input_layernorm(embedded), normed], dim=-1), normed if self.config.norm_before_residual else hidden
+            return layer.module.input_layernorm(hidden), hidden
+        normed: Tensor = layer.module.hidden_norm(hidden)
+        return normed, normed if self.config.norm_before_residual else hidden
+
+    def _project(self, index: int, attention: Projections, x: Tensor, part: slice, addends: list[Addend]) -> Tensor:
+        """Rows ``part`` of a layer's input projection, [R, part]; in the first layer x is the hidden half and the addends are the other."""
+        if index:
+            return linear(x, attention.inputs.part(rows=part), bias=None if attention.bias is None else attention.bias[part])
+        return linear(x, attention.inputs.part(rows=part, columns=slice(self.config.hidden_size, None)), addends=addends)
 
     def _turn(self, position: Tensor) -> Turn:
         """cos and sin of RoPE positions [R]."""
@@ -185,41 +185,45 @@ class Eagle3Draft(nn.Module):
         wide = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
         return tables(inverse.to(wide), self.rope_factor, position, wide)
 
-    def _finish(self, index: int, attended: Tensor, residual: Tensor, weights: _CastLayer) -> Tensor:
+    def _finish(self, layer: _Layer, attended: Tensor, residual: Tensor) -> Tensor:
         """Output projection, residual, MLP."""
-        hidden = residual + weights.attention.output(attended)
-        gate, up = F.linear(self.layers[index].post_attention_layernorm(hidden), weights.gate_up).chunk(2, dim=-1)  # type: ignore[operator, union-attr]
-        return hidden + F.linear(F.silu(gate) * up, weights.down)
+        norm = layer.module.post_attention_layernorm
+        hidden = layer.attention.output(attended, residual)
+        return mlp_block(hidden, norm.weight, layer.gate_up, layer.down, eps=norm.eps, recompute=self.recompute)
 
-    def _first_step(self, hidden: Tensor, batch: PackedBatch, layers: list[_CastLayer]) -> tuple[Tensor, list[_Memory]]:
+    def _first_step(self, hidden: Tensor, embedded: _Embedded, batch: PackedBatch, layers: list[_Layer]) -> Tensor:
         """Step 0: keys and values of all rows in every layer; the last layer's queries and MLP for supervised rows alone."""
+        rows = batch.rows
         every = torch.arange(batch.num_tokens, device=hidden.device)
-        embedded = self._embed(batch, every, 0)
         turn = self._turn(batch.position)
-        memories = []
-        for index, weights in enumerate(layers):
-            at = batch.rows.base if index == len(layers) - 1 else every
-            x, residual = self._inputs(index, hidden, embedded)
-            memory = _Memory(*weights.attention.keys_values(x, turn))
-            memories.append(memory)
-            if at is not every:
-                x, residual, turn = x[at], residual[at], (turn[0][at], turn[1][at])
-            query = weights.attention.queries(x, turn)
-            attended = unroll_attention(query, memory.key, memory.value, None, None, rows=at, cu_seqlens=batch.cu_seqlens)
-            hidden = self._finish(index, attended, residual, weights)
-        return hidden, memories
+        conversations = Conversations.of(batch.cu_seqlens, batch.sequence)
+        for index, layer in enumerate(layers):
+            attention = layer.attention
+            query, key_value = slice(0, attention.query_size), slice(attention.query_size, None)
+            x, residual = self._normed(index, layer, hidden)
+            key, value = attention.keys_values(self._project(index, attention, x, key_value, [Addend(embedded.key_value, None)]), turn)
+            layer.memory = UnrollMemory(key, value, conversations, entries=rows.base.shape[0], slots=rows.steps - 1)
+            last = index == len(layers) - 1
+            if last:
+                x, residual = take(x, rows.base), take(residual, rows.base)
+                turn = (turn[0][rows.base], turn[1][rows.base])
+            at = rows.base if last else every
+            flat = self._project(index, attention, x, query, [Addend(embedded.query, None)])
+            attended = layer.memory.attend(attention.queries(flat, turn), Queries.of(at, rows.index[0] if last else every, batch.num_tokens))
+            hidden = self._finish(layer, attended, residual)
+        return hidden
 
-    def _later_step(
-        self, hidden: Tensor, batch: PackedBatch, layers: list[_CastLayer], memories: list[_Memory], *, at: Tensor, keep: Tensor, step: int
-    ) -> Tensor:
+    def _later_step(self, hidden: Tensor, embedded: _Embedded, batch: PackedBatch, layers: list[_Layer], step: int) -> Tensor:
         """Step k >= 1 on the rows that it supervises; hidden [R_k, H] is their output of the step before."""
-        embedded = self._embed(batch, at, step)
+        entries = batch.rows.index[step]
+        at = batch.rows.base[entries]
         turn = self._turn(batch.position[at] + step)
-        for index, (weights, memory) in enumerate(zip(layers, memories, strict=True)):
-            x, residual = self._inputs(index, hidden, embedded)
-            query, key, value = weights.attention.all(x, turn)
-            memory.narrow(keep)
-            memory.append(key, value)
-            attended = unroll_attention(query, memory.key, memory.value, memory.extra_key, memory.extra_value, rows=at, cu_seqlens=batch.cu_seqlens)
-            hidden = self._finish(index, attended, residual, weights)
+        queries = Queries.of(at, entries, batch.num_tokens)
+        addends = [Addend(embedded.query, (entries if len(layers) == 1 else at) + step), Addend(embedded.key_value, at + step)]
+        for index, layer in enumerate(layers):
+            x, residual = self._normed(index, layer, hidden)
+            query, key, value = layer.attention.all(self._project(index, layer.attention, x, slice(None), addends), turn)
+            assert layer.memory is not None
+            layer.memory.append(key, value, entries)
+            hidden = self._finish(layer, layer.memory.attend(query, queries), residual)
         return hidden

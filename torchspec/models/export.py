@@ -255,7 +255,7 @@ def _probe(config: DraftConfig, tensors: Mapping[str, Tensor], table: Tensor) ->
         cu_seqlens=torch.tensor([0, n], dtype=torch.int32),
         sample_ids=(0,),
         counts=torch.ones(1),
-        rows=UnrollRows(every, (every,), (every,)),
+        rows=UnrollRows(every, (every,), (every,), torch.ones_like(every)),
     )
     with torch.no_grad():
         return draft.lm_head(draft.norm(draft(batch)[0]))

@@ -142,9 +142,14 @@ def head_loss(
     measure = measure or weights.needs_alpha
     plan = HeadPlan(target, rows, scale[step], mixing[step], weights, eps, measure)
     loss, per_row, hit, alpha = _HeadLoss.apply(plan, norm, weight, *states)
+    return split_steps(loss, per_row, hit, alpha if measure else None, index)
+
+
+def split_steps(loss: Tensor, per_row: Tensor, hit: Tensor, alpha: Tensor | None, index: tuple[Tensor, ...]) -> HeadResult:
+    """A result from flat lists over the rows of all steps, one step after the other."""
     sizes = [entries.shape[0] for entries in index]
     sums = torch.stack([part.sum() for part in per_row.split(sizes)])
-    return HeadResult(loss, sums, hit.split(sizes), alpha.split(sizes) if measure else None)
+    return HeadResult(loss, sums, hit.split(sizes), None if alpha is None else alpha.split(sizes))
 
 
 def _pieces(sizes: list[int], low: int, high: int) -> Iterator[tuple[int, int, int, int]]:

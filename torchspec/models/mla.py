@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchspec.models.dense_attention import Projections, Turn, cast_linears
+from torchspec.models.dense_attention import Projections, Turn
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.norm import RMSNorm
 from torchspec.models.rope import rotate_pairs
+from torchspec.models.shared import Weight, linear
 
 
 class LatentAttention(nn.Module):
@@ -50,40 +51,34 @@ class LatentProjections:
 
     def __init__(self, attention: LatentAttention, dtype: torch.dtype) -> None:
         self.attention = attention
-        self.q_a, _ = cast_linears([attention.q_a_proj], dtype)
-        self.q_b, _ = cast_linears([attention.q_b_proj], dtype)
-        self.kv_a, _ = cast_linears([attention.kv_a_proj_with_mqa], dtype)
-        self.kv_b, _ = cast_linears([attention.kv_b_proj], dtype)
-        self.o, _ = cast_linears([attention.o_proj], dtype)
-        self.qkv_a = torch.cat([self.q_a, self.kv_a])
+        self.inputs = Weight.of([attention.q_a_proj.weight, attention.kv_a_proj_with_mqa.weight], dtype)
+        self.bias: Tensor | None = None
+        self.query_size = attention.q_a_proj.weight.shape[0]
+        self.q_b = Weight.of([attention.q_b_proj.weight], dtype)
+        self.kv_b = Weight.of([attention.kv_b_proj.weight], dtype)
+        self.o = Weight.of([attention.o_proj.weight], dtype)
         sizes = attention.sizes
         self.qk = sizes.qk_nope_head_dim + sizes.qk_rope_head_dim
         self.width = max(self.qk, sizes.v_head_dim)
 
-    def keys_values(self, x: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
-        return self._keys_values(F.linear(x, self.kv_a), turn)
+    def all(self, flat: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+        low_query, low_key = flat.split([self.query_size, flat.shape[1] - self.query_size], dim=-1)
+        return self.queries(low_query, turn), *self.keys_values(low_key, turn)
 
-    def queries(self, x: Tensor, turn: Turn) -> Tensor:
-        return self._queries(F.linear(x, self.q_a), turn)
+    def output(self, attended: Tensor, residual: Tensor) -> Tensor:
+        return linear(attended[..., : self.attention.sizes.v_head_dim].flatten(1), self.o, residual=residual)
 
-    def all(self, x: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
-        low_query, low_key = F.linear(x, self.qkv_a).split([self.q_a.shape[0], self.kv_a.shape[0]], dim=-1)
-        return self._queries(low_query, turn), *self._keys_values(low_key, turn)
-
-    def output(self, attended: Tensor) -> Tensor:
-        return F.linear(attended[..., : self.attention.sizes.v_head_dim].flatten(1), self.o)
-
-    def _queries(self, low: Tensor, turn: Turn) -> Tensor:
+    def queries(self, flat: Tensor, turn: Turn) -> Tensor:
         sizes = self.attention.sizes
-        heads = F.linear(self.attention.q_a_layernorm(low), self.q_b).unflatten(-1, (self.attention.heads, -1))
+        heads = linear(self.attention.q_a_layernorm(flat), self.q_b).unflatten(-1, (self.attention.heads, -1))
         plain, turned = heads.split([sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], dim=-1)
         query = torch.cat([plain, _turned(turned, turn)], dim=-1) * (self.attention.scale * math.sqrt(self.width))
         return F.pad(query, (0, self.width - self.qk))
 
-    def _keys_values(self, low: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+    def keys_values(self, flat: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
         sizes, heads = self.attention.sizes, self.attention.heads
-        latent, shared = low.split([sizes.kv_lora_rank, sizes.qk_rope_head_dim], dim=-1)
-        both = F.linear(self.attention.kv_a_layernorm(latent), self.kv_b).unflatten(-1, (heads, -1))
+        latent, shared = flat.split([sizes.kv_lora_rank, sizes.qk_rope_head_dim], dim=-1)
+        both = linear(self.attention.kv_a_layernorm(latent), self.kv_b).unflatten(-1, (heads, -1))
         plain, value = both.split([sizes.qk_nope_head_dim, sizes.v_head_dim], dim=-1)
         key = torch.cat([plain, _turned(shared[:, None], turn).expand(-1, heads, -1)], dim=-1)
         return F.pad(key, (0, self.width - self.qk)), F.pad(value, (0, self.width - sizes.v_head_dim))

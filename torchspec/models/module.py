@@ -54,6 +54,7 @@ class DraftModule(pl.LightningModule):
             its own; optimizer, schedule and data begin anew. ``--ckpt_path`` is what resumes a run.
         compute_dtype: type of matrix products; auto is bf16 where the device has instructions for it, else fp32. Masters, gradients' reduction and
             norms are fp32 in either case.
+        recompute: make the MLP's inner activations again in the backward instead of keeping them; for very long sequences.
         optimizer: made from the trainable parameters.
         lr_scheduler: made from the optimizer, stepped every optimizer step.
     """
@@ -69,6 +70,7 @@ class DraftModule(pl.LightningModule):
         init: Literal["target", "random"] = "target",
         start_from: str | None = None,
         compute_dtype: Literal["auto", "bf16", "fp32"] = "auto",
+        recompute: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -87,6 +89,7 @@ class DraftModule(pl.LightningModule):
         self.init = init
         self.start = None if start_from is None else self._read_start(start_from)
         self.compute_dtype = compute_dtype
+        self.recompute = recompute
         self.optimizer_callable = optimizer
         self.lr_scheduler_callable = lr_scheduler
         self.vocabulary: VocabularyMapping | None = None if self.start is None else self.start.vocabulary
@@ -139,6 +142,7 @@ class DraftModule(pl.LightningModule):
                 device=device,
                 init=self.init,
                 loss=self.loss,
+                recompute=self.recompute,
             )
             if self.start is not None:
                 self.start.load(self.task.draft, self.vocabulary)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from torchspec.models.norms import RMSFunction
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) in fp32, cast back, times weight (Zhang and Sennrich, arXiv 1910.07467)."""
@@ -15,6 +17,5 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight.to(x.dtype)
+        normed: Tensor = RMSFunction.apply(x.reshape(-1, x.shape[-1]), self.weight, self.eps)
+        return normed.view(x.shape)

@@ -7,17 +7,20 @@ collective.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from torchspec.batch import PackedBatch
 from torchspec.hardware import working_dtype
+from torchspec.models import kernels
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.eagle3 import Eagle3Draft
-from torchspec.models.loss import head_loss, target_distribution
+from torchspec.models.loss import head_loss, split_steps, target_distribution
+from torchspec.models.loss_fused import FusedPlan, fused_head_loss
 from torchspec.models.losses import FORWARD_KL, LossWeights, mixing
+from torchspec.models.shared import wide
 from torchspec.models.target_weights import TargetHead, read_embedding
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target
@@ -78,6 +81,7 @@ class DraftTask(nn.Module):
         device: torch.device,
         init: Literal["target", "random"],
         loss: LossWeights = FORWARD_KL,
+        recompute: bool = False,
     ) -> DraftTask:
         """A fresh task for a target; weights from torch's global random state.
 
@@ -90,9 +94,10 @@ class DraftTask(nn.Module):
             device: that it will train on; decides the type of the target head (:func:`torchspec.hardware.working_dtype`).
             init: ``random``, or ``target`` for :func:`start_from_target` (where the hidden sizes are equal).
             loss: which losses, by weight.
+            recompute: see :class:`~torchspec.models.eagle3.Eagle3Draft`.
         """
         head = TargetHead.of(target).to(working_dtype(target.dtype, device))
-        draft = Eagle3Draft(config, compute_dtype=compute_dtype)
+        draft = Eagle3Draft(config, compute_dtype=compute_dtype, recompute=recompute)
         draft.initialise()
         if not config.owns_embedding:
             draft.set_embedding(head.weight if config.vocab_size == head.weight.shape[0] and _tied(target) else read_embedding(target))
@@ -112,15 +117,18 @@ class DraftTask(nn.Module):
         steps = batch.rows.steps
         if batch.rows.base.shape[0] == 0:
             return self._nothing(steps, measure)
-        draft = self.draft
+        draft, rows = self.draft, batch.rows
         states = draft(batch)
-        mass = measure or self.loss.needs_alpha
-        target = target_distribution(self.head, batch.last[batch.rows.base + 1], self.draft_ids, dtype=draft.compute_dtype, mass=mass)
-        scale = self.step_weights.to(torch.float64 if draft.compute_dtype == torch.float64 else torch.float32) / batch.counts.clamp(min=1.0)
-        result = head_loss(
-            states, draft.norm.weight, draft.lm_head.weight, target, batch.rows.index,
-            eps=draft.norm.eps, scale=scale, weights=self.loss, mixing=mixing(self.mean_alpha), measure=measure,
-        )  # fmt: skip
+        last = batch.last[rows.base + 1]
+        scale = self.step_weights.to(wide(draft.compute_dtype)) / batch.counts.clamp(min=1.0)
+        rules: dict[str, Any] = {"eps": draft.norm.eps, "scale": scale, "weights": self.loss, "mixing": mixing(self.mean_alpha), "measure": measure}
+        if kernels.usable(states[0]):
+            plan = FusedPlan(self.head, last, self.draft_ids, rows, **rules)
+            result = split_steps(*fused_head_loss(plan, states, draft.norm.weight, draft.lm_head.weight), rows.index)
+        else:
+            mass = measure or self.loss.needs_alpha
+            target = target_distribution(self.head, last, self.draft_ids, dtype=draft.compute_dtype, mass=mass)
+            result = head_loss(states, draft.norm.weight, draft.lm_head.weight, target, rows.index, **rules)
         return self._summed(result.loss, result.loss_sum, result.hit, result.alpha, batch)
 
     @staticmethod

@@ -1,0 +1,190 @@
+"""Checks of the Triton kernels against their torch twins in fp64, at any shape, type and device. Run by ``test_kernels.py``:
+in Triton's interpreter on a CPU, and on CUDA for real where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's file is imported
+
+
+def close(name: str, ours: Tensor, exact: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
+    """Norm-wise relative error within what ``dtype`` allows; every element a number."""
+    assert torch.isfinite(ours.double()).all(), name
+    error = float((ours.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-20))
+    assert error < factor * {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype], (name, error)
+
+
+def make(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
+    """Random numbers that ``dtype`` holds exactly."""
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(DEVICE, dtype)
+
+
+def norm(rows: int, width: int, dtype: torch.dtype, *, placed: bool) -> None:
+    from torchspec.models.kernels import norm as kernel
+
+    total = rows + 3
+    x, weight = make(total, width, dtype=dtype, seed=1), make(width, dtype=torch.float32, seed=2)
+    place = torch.randperm(total, generator=torch.Generator().manual_seed(3))[:rows].to(DEVICE) if placed else None
+    source = x if placed else x[:rows]
+    d_y, more = make(rows, width, dtype=dtype, seed=4), make(*source.shape, dtype=dtype, seed=5)
+    exact = source.double().requires_grad_()
+    w = weight.to(dtype).double().requires_grad_()
+    taken = exact if place is None else exact[place]
+    expected = taken * torch.rsqrt(taken.square().mean(-1, keepdim=True) + 1e-5) * w
+    (expected * d_y.double()).sum().backward()
+    assert exact.grad is not None and w.grad is not None
+    y, inverse = kernel.forward(source, weight, 1e-5, place=place)
+    out = torch.full_like(source, 7.0)
+    d_x, d_weight = kernel.backward(d_y, source, weight.to(dtype).float(), inverse, more=more, place=place, out=out)
+    close("y", y, expected.detach(), dtype)
+    wanted = exact.grad + more.double()
+    if place is not None:
+        untouched = torch.ones(total, dtype=torch.bool, device=DEVICE).index_fill(0, place, False)
+        wanted[untouched] = 7.0
+    close("d_x", d_x, wanted, dtype)
+    close("d_weight", d_weight, w.grad, dtype)
+
+
+def swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
+    from torchspec.models.kernels import swiglu as kernel
+
+    gate_up, d_act = make(rows, 2 * width, dtype=dtype, seed=1, scale=2.0), make(rows, width, dtype=dtype, seed=2)
+    exact = gate_up.double().requires_grad_()
+    gate, up = exact.chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    (expected * d_act.double()).sum().backward()
+    assert exact.grad is not None
+    act, d_gate_up = kernel.backward(gate_up, d_act)
+    for name, ours in (("forward", kernel.forward(gate_up)), ("again", act)):
+        close(name, ours, expected.detach(), dtype)
+    close("d_gate_up", d_gate_up, exact.grad, dtype)
+
+
+def rope(rows: int, heads: int, turned: int, size: int, dtype: torch.dtype) -> None:
+    from torchspec.models.kernels import rope as kernel
+    from torchspec.models.rope import rotate
+
+    flat = make(rows, heads * size + 5, dtype=dtype, seed=1)[:, : heads * size]
+    source, angle = flat.unflatten(-1, (heads, size)), make(rows, 1, size // 2, dtype=torch.float32, seed=2, scale=3.0)
+    cos, sin = angle.cos(), angle.sin()
+    for back in (False, True):
+        result = torch.full((rows, heads, size), float("nan"), dtype=dtype, device=DEVICE)
+        kernel.rotate(source, result, cos, sin, turned=turned, back=back)
+        expected = source.double()
+        expected = torch.cat([rotate(expected[:, :turned], cos.double(), (-sin if back else sin).double()), expected[:, turned:]], dim=1)
+        close(f"back={back}", result, expected, dtype)
+
+
+def rows(number: int, total: int, width: int, dtype: torch.dtype) -> None:
+    from torchspec.models.kernels import rows as kernel
+
+    place = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:number].to(DEVICE)
+    x = make(number, width, dtype=dtype, seed=1)
+    where = torch.full((total,), -1, device=DEVICE).index_copy(0, place, torch.arange(number, device=DEVICE))
+    expected = torch.full((total, width), 2.5, dtype=dtype, device=DEVICE).index_copy(0, place, x)
+    assert torch.equal(kernel.spread(x, where, 2.5), expected)
+    start = make(total, width, dtype=torch.float32, seed=2)
+    for at in (place, None):
+        ours = start.clone()
+        kernel.add(ours, x, at)
+        close("add", ours, start.double().index_add(0, torch.arange(number, device=DEVICE) if at is None else at, x.double()), torch.float32)
+
+
+def scale(number: int, dtype: torch.dtype) -> None:
+    from torchspec.models.kernels import rows as kernel
+
+    x, factor = make(number, dtype=dtype, seed=1), torch.tensor(1.37, device=DEVICE)
+    ours = x.clone()
+    kernel.scale(ours, factor)
+    close("scale", ours, x.double() * factor.double(), dtype)
+
+
+def merge(number: int, heads: int, groups: int, size: int, slots: int, count: int, dtype: torch.dtype) -> None:
+    from torchspec.models import attention_torch
+    from torchspec.models.kernels import merge as kernel
+
+    total, entries_of, scale = number + 4, number + 2, size**-0.5
+    at = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:number].sort().values.to(DEVICE)
+    entries = torch.randperm(entries_of, generator=torch.Generator().manual_seed(1))[:number].sort().values.to(DEVICE)
+    causal, lse = make(total, heads, size, dtype=dtype, seed=1), make(heads, total, dtype=torch.float32, seed=2).t()
+    query, grad = make(number, heads, size, dtype=dtype, seed=3), make(number, heads, size, dtype=dtype, seed=4)
+    key, value = make(entries_of, slots, groups, size, dtype=dtype, seed=5), make(entries_of, slots, groups, size, dtype=dtype, seed=6)
+    out, merged = kernel.forward(causal, lse, query, key, value, rows=at, entries=entries, count=count, scale=scale)
+    k, v = key[entries, :count].double(), value[entries, :count].double()
+    expected, expected_lse = causal[at].double(), lse[at].double()
+    if count:
+        expected, expected_lse = attention_torch.merge(expected, expected_lse, query.double(), k, v, scale)
+    close("out", out, expected, dtype)
+    close("lse", merged, expected_lse, torch.float32)
+
+    d_causal = make(total, heads, size, dtype=dtype, seed=7)
+    sums = [make(*key.shape, dtype=torch.float32, seed=8), make(*key.shape, dtype=torch.float32, seed=9)]
+    wanted = [total_.double().clone() for total_ in sums]
+    d_query = d_causal[at].double()
+    if count:
+        more, d_key, d_value = attention_torch.merge_backward(grad.double(), query.double(), k, v, out.double(), merged.double(), scale)
+        d_query = d_query + more
+        wanted[0][entries, :count] += d_key
+        wanted[1][entries, :count] += d_value
+    found = kernel.backward(grad, query, out, merged, key, value, d_causal, *sums, rows=at, entries=entries, count=count, scale=scale)
+    close("d_query", found, d_query, dtype)
+    close("d_key", sums[0], wanted[0], torch.float32, 3.0)
+    close("d_value", sums[1], wanted[1], torch.float32, 3.0)
+
+
+def target(number: int, vocabulary: int, width: int, dtype: torch.dtype) -> None:
+    from torchspec.models.kernels import target as kernel
+
+    whole = make(number, vocabulary, dtype=dtype, seed=1, scale=3.0)
+    ids = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))[:width].sort().values.to(DEVICE) if width < vocabulary else None
+    kept, best, inside, total, mass = kernel.ask(whole, ids)
+    expected = whole if ids is None else whole[:, ids]
+    assert torch.equal(kept, expected)
+    assert torch.equal(expected.gather(1, best.long()[:, None])[:, 0], expected.amax(-1))
+    assert torch.equal(inside.bool(), expected.amax(-1) == whole.amax(-1))
+    close("total", total, expected.double().logsumexp(-1), torch.float32)
+    close("mass", mass, (expected.double().logsumexp(-1) - whole.double().logsumexp(-1)).exp(), torch.float32, 5.0)
+
+
+def losses(number: int, width: int, weights: dict[str, float], dtype: torch.dtype, *, pruned: bool, measure: bool) -> None:
+    from torchspec.models.kernels import loss as kernel
+    from torchspec.models.kernels import target as target_kernel
+    from torchspec.models.losses import LossWeights, RowTargets, row_losses
+
+    chosen, low, steps, states = LossWeights.of(weights), 2, 3, 2 * number
+    vocabulary = 2 * width if pruned else width
+    whole = make(number, vocabulary, dtype=dtype, seed=1, scale=2.0)
+    ids = torch.arange(0, vocabulary, 2, device=DEVICE) if pruned else None
+    asked = kernel.Asked(*target_kernel.ask(whole, ids), low)
+    place = torch.randperm(states + 1, generator=torch.Generator().manual_seed(2))[:states].to(DEVICE)
+    flat = lambda high, seed: torch.randint(0, high, (states + 1,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)  # noqa: E731
+    lists = kernel.Rows(
+        source=flat(number, 3) + low, step=flat(steps, 4), scale=make(steps, dtype=torch.float32, seed=5).abs(),
+        mixing=make(steps, dtype=torch.float32, seed=6).sigmoid(), loss=make(states + 1, dtype=torch.float32, seed=7),
+        hit=torch.full((states + 1,), 9, dtype=torch.int8, device=DEVICE), alpha=make(states + 1, dtype=torch.float32, seed=8),
+    )  # fmt: skip
+    z = make(states, width, dtype=dtype, seed=9, scale=2.0)
+    t, k = lists.source[place] - low, lists.step[place]
+    exact = RowTargets(
+        p=torch.softmax(asked.kept.double(), -1)[t], best=asked.best.long()[t], inside=asked.inside.bool()[t], mass=asked.mass.double()[t] if pruned else None,
+        scale=lists.scale.double()[k], mixing=lists.mixing.double()[k],
+    )  # fmt: skip
+    expected = row_losses(z.double().clone(), exact, chosen, gradient=True, measure=measure)
+    ours = z.clone()
+    kernel.losses(ours, place, asked, lists, vars(chosen), gradient=True, measure=measure)
+    close("loss", lists.loss[place], expected.loss, torch.float32, 20.0)
+    assert expected.gradient is not None
+    # the gradient of tv and lk has a jump where q = t: rounding puts a few elements on its other side
+    close("gradient", ours, expected.gradient, dtype, 500.0 if chosen.needs_alpha and dtype == torch.float32 else 5.0)
+    assert torch.equal(lists.hit[place].bool(), expected.hit) or dtype != torch.float32
+    if expected.alpha is not None:
+        close("alpha", lists.alpha[place], expected.alpha, torch.float32, 5.0)
+    unchanged = z.clone()
+    kernel.losses(unchanged, place, asked, lists, vars(chosen), gradient=False, measure=measure)
+    assert torch.equal(unchanged, z)

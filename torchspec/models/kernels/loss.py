@@ -1,0 +1,181 @@
+"""Every loss of ``models/losses.py`` at a row of draft logits, and its gradient written over them; twin: ``losses.row_losses``.
+
+    pass 1   lse(z), argmax z, sum p z
+    pass 2   (only where a loss or metric asks) alpha = sum min(t, q), B = sum of q where q < t, R = sum q log(q/p), the two halves of JSD
+    pass 3   d_z = scale [ a (q - p) + b (q - [v = best]) + q ( c (B - [q < t]) + d (log(q/p) - R) + e (log(q/m) - sum q log(q/m)) / 2 ) ]
+
+with q = exp(z - lse), p = exp(kept - total), t = p mass, m = (p + q) / 2; a = forward_kl + lambda lk_lambda, b = cross_entropy,
+c = tv + (1 - lambda) lk_lambda + lk_alpha / alpha, d = reverse_kl, e = jsd. A program does one row; passes after the first find it in the L2 cache for
+W up to about 60,000, since few programs run at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOW = tl.constexpr(-1e30)
+_TINY = tl.constexpr(1e-30)
+_LOG_TINY = tl.constexpr(-69.07755278982137)
+BLOCK, WARPS = 4096, 16
+"""Logits of a step through a row, and warps of a program."""
+
+
+@triton.jit
+def _losses(
+    z, kept, best, inside, total, mass, place, source, step, scale, mixing, loss, hit, alpha, low, width,
+    w_kl, w_ce, w_rkl, w_jsd, w_tv, w_lka, w_lkl,
+    GRADIENT: tl.constexpr, ALPHA: tl.constexpr, ACCEPT: tl.constexpr, REVERSE: tl.constexpr, JSD: tl.constexpr, CROSS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    where = tl.load(place + row)
+    t = (tl.load(source + where) - low).to(tl.int64)
+    k = tl.load(step + where)
+    lane = tl.arange(0, BLOCK)
+    own, other = z + row * width, kept + t * width
+    p_total = tl.load(total + t)
+    answer = tl.load(best + t)
+    valid = tl.load(inside + t) != 0
+
+    top, index = tl.full([BLOCK], _LOW, tl.float32), tl.zeros([BLOCK], tl.int32)
+    weight, dot = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        column = first + lane
+        seen = column < width
+        value = tl.load(own + column, mask=seen, other=_LOW).to(tl.float32)
+        p = tl.exp(tl.load(other + column, mask=seen, other=_LOW).to(tl.float32) - p_total)
+        higher = tl.maximum(top, value)
+        index = tl.where(value > top, column, index)
+        weight = weight * tl.exp(top - higher) + tl.where(seen, tl.exp(value - higher), 0.0)
+        dot += tl.where(seen, p * value, 0.0)
+        top = higher
+    highest = tl.max(top, axis=0)
+    guess = tl.min(tl.where(top == highest, index, 2147483647), axis=0)
+    lse = highest + tl.log(tl.sum(weight * tl.exp(top - highest), axis=0))
+    lam = tl.load(mixing + k)
+    straight = w_kl + w_lkl * lam
+    value_of = straight * (lse - tl.sum(dot, axis=0))
+    if CROSS:
+        value_of += w_ce * (lse - tl.load(own + answer).to(tl.float32))
+
+    accept, below, ratio_mean, jsd_mean, factor = 0.0, 0.0, 0.0, 0.0, 0.0
+    if ALPHA or REVERSE or JSD:
+        m = tl.load(mass + t)
+        v_alpha, v_below = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        v_ratio, v_jsd, v_other = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        for first in range(0, width, BLOCK):
+            column = first + lane
+            seen = column < width
+            log_q = tl.load(own + column, mask=seen, other=_LOW).to(tl.float32) - lse
+            log_p = tl.load(other + column, mask=seen, other=_LOW).to(tl.float32) - p_total
+            q, p = tl.exp(log_q), tl.exp(log_p)
+            log_q, log_p = tl.maximum(log_q, _LOG_TINY), tl.maximum(log_p, _LOG_TINY)
+            if ALPHA:
+                v_alpha += tl.minimum(p * m, q)
+                v_below += tl.where(q < p * m, q, 0.0)
+            if REVERSE:
+                v_ratio += q * (log_q - log_p)
+            if JSD:
+                middle = tl.log(tl.maximum((p + q) * 0.5, _TINY))
+                v_jsd += q * (log_q - middle)
+                v_other += p * (log_p - middle)
+        if ALPHA:
+            accept = tl.sum(v_alpha, axis=0)
+            below = tl.sum(v_below, axis=0)
+            tl.store(alpha + where, accept)
+        if ACCEPT:
+            safe = tl.maximum(accept, _TINY)
+            value_of += (w_tv + w_lkl * (1 - lam)) * (1 - accept) - w_lka * tl.log(safe)
+            factor = w_tv + w_lkl * (1 - lam) + w_lka / safe
+        if REVERSE:
+            ratio_mean = tl.sum(v_ratio, axis=0)
+            value_of += w_rkl * ratio_mean
+        if JSD:
+            jsd_mean = tl.sum(v_jsd, axis=0)
+            value_of += 0.5 * w_jsd * (jsd_mean + tl.sum(v_other, axis=0))
+    tl.store(loss + where, tl.where(valid, value_of, 0.0))
+    tl.store(hit + where, ((guess == answer) & valid).to(tl.int8))
+
+    if GRADIENT:
+        size = tl.where(valid, tl.load(scale + k), 0.0)
+        tl.debug_barrier()
+        for first in range(0, width, BLOCK):
+            column = first + lane
+            seen = column < width
+            log_q = tl.load(own + column, mask=seen, other=_LOW).to(tl.float32) - lse
+            log_p = tl.load(other + column, mask=seen, other=_LOW).to(tl.float32) - p_total
+            q, p = tl.exp(log_q), tl.exp(log_p)
+            d = straight * (q - p)
+            if CROSS:
+                d += w_ce * (q - tl.where(column == answer, 1.0, 0.0))
+            if ACCEPT:
+                d += q * factor * (below - tl.where(q < p * m, 1.0, 0.0))
+            if REVERSE or JSD:
+                log_q, log_p = tl.maximum(log_q, _LOG_TINY), tl.maximum(log_p, _LOG_TINY)
+            if REVERSE:
+                d += w_rkl * q * (log_q - log_p - ratio_mean)
+            if JSD:
+                d += 0.5 * w_jsd * q * (log_q - tl.log(tl.maximum((p + q) * 0.5, _TINY)) - jsd_mean)
+            tl.store(own + column, (d * size).to(z.dtype.element_ty), mask=seen)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The target at the rows of a chunk, as ``kernels.target.ask`` returns it."""
+
+    kept: Tensor
+    best: Tensor
+    inside: Tensor
+    total: Tensor
+    mass: Tensor
+    low: int
+    """Step-0 row of the first."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Flat lists over the rows of all steps, M of them."""
+
+    source: Tensor
+    """[M] step-0 row whose target each has."""
+    step: Tensor
+    """[M] its unroll step."""
+    scale: Tensor
+    """[K] fp32 factor on the gradient, by step."""
+    mixing: Tensor
+    """[K] fp32 lambda of ``lk_lambda``, by step."""
+    loss: Tensor
+    """[M] fp32, filled here: before ``scale``, 0 outside."""
+    hit: Tensor
+    """[M] int8, filled here."""
+    alpha: Tensor
+    """[M] fp32, filled here where asked for; else any tensor."""
+
+
+def losses(z: Tensor, place: Tensor, asked: Asked, rows: Rows, weights: dict[str, float], *, gradient: bool, measure: bool) -> None:
+    """Losses of a chunk.
+
+    Args:
+        z: [R, W] logits, contiguous; overwritten by the gradient where it is asked for.
+        place: [R] where each row stands in the flat lists.
+        asked: the target of the chunk.
+        rows: read and filled.
+        weights: of the losses by name, as in ``LossWeights``.
+        gradient: whether it is wanted.
+        measure: alpha even where no loss needs it.
+    """
+    number, width = z.shape
+    accept = bool(weights["tv"] or weights["lk_alpha"] or weights["lk_lambda"])
+    if not number:
+        return
+    block = min(BLOCK, triton.next_power_of_2(width))
+    _losses[(number,)](
+        z, asked.kept, asked.best, asked.inside, asked.total, asked.mass, place, rows.source, rows.step, rows.scale, rows.mixing, rows.loss, rows.hit,
+        rows.alpha, asked.low, width,
+        weights["forward_kl"], weights["cross_entropy"], weights["reverse_kl"], weights["jsd"], weights["tv"], weights["lk_alpha"], weights["lk_lambda"],
+        GRADIENT=gradient, ALPHA=measure or accept, ACCEPT=accept, REVERSE=bool(weights["reverse_kl"]), JSD=bool(weights["jsd"]),
+        CROSS=bool(weights["cross_entropy"]), BLOCK=block, num_warps=WARPS if block >= 1024 else 4,
+    )  # fmt: skip

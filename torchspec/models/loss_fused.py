@@ -1,0 +1,138 @@
+"""The loss of ``loss.py`` on a GPU: norm, head, target's head, loss and every gradient, a chunk of step-0 rows at a time.
+
+Rows of all steps are ordered by the step-0 row whose target they have, so that a chunk of step-0 rows needs its target logits once, for all of its up to K
+states, and drops them. A chunk costs three products with the draft's head, one with the target's, one read of each logit or two, and one write: the gradient
+stands where the logits stood.
+
+    target logits [c, V] -> kept [c, W]        z = norm(h'') W^T [r, W] -> d_z        dW += d_z^T x (fp32)        d_x = d_z W
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchspec.batch import UnrollRows
+from torchspec.models.losses import LossWeights
+from torchspec.models.target_weights import TargetHead
+
+_CHUNK_ELEMENTS = 600 * 2**20
+"""Draft logits of a chunk, at most: 1.2 GiB in bf16."""
+_CHUNK_ROWS = 4096
+"""Rows of a chunk over all steps, at most. On an H100 the three products of a chunk of 4096 rows took 10 % less time a row than those of 8192 (W=32000)."""
+
+
+@dataclass(frozen=True)
+class FusedPlan:
+    """What one pass needs besides tensors that have gradients."""
+
+    head: TargetHead
+    last: Tensor
+    """[R_0, D] target states before the final norm, that predict what step 0 predicts."""
+    draft_ids: Tensor | None
+    rows: UnrollRows
+    scale: Tensor
+    """[K] weight_k / count_k."""
+    mixing: Tensor
+    """[K] lambda of ``lk_lambda``."""
+    weights: LossWeights
+    eps: float
+    """Of the final norm."""
+    measure: bool
+
+
+def chunks(rows: UnrollRows, width: int) -> list[tuple[int, int, int, int]]:
+    """Cut the step-0 rows: (first, end, states before, states up to it) of each chunk, from host-side numbers alone."""
+    total = rows.depth.shape[0]
+    # entry i is a state at steps 0..depth_i - 1, with targets i..i + depth_i - 1
+    change = torch.zeros(total + 1, dtype=torch.int64)
+    change[:total] += 1
+    change.index_add_(0, torch.arange(total) + rows.depth, torch.full_like(rows.depth, -1))
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), change[:total].cumsum(0).cumsum(0)]).tolist()
+    high = max(rows.steps, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // width))
+    step = max(1, high // rows.steps)
+    step = step // 64 * 64 or step
+    return [(low, min(low + step, total), before[low], before[min(low + step, total)]) for low in range(0, total, step)]
+
+
+def fused_head_loss(plan: FusedPlan, states: list[Tensor], norm: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Loss of all steps.
+
+    Args:
+        plan: targets and rules.
+        states: K tensors [R_k, H], outputs of the layer stack before the final norm, in the compute type.
+        norm: [H] weight of the final norm.
+        weight: [W, H], the draft's head.
+
+    Returns:
+        loss, a scalar; and over the rows of all steps, one step after the other: loss before scale [M], hit [M] bool, alpha [M] where asked for.
+    """
+    loss, per_row, hit, alpha = _FusedLoss.apply(plan, norm, weight, *states)
+    return loss, per_row, hit, alpha if plan.measure or plan.weights.needs_alpha else None
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: FusedPlan, norm: Tensor, weight: Tensor, *states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from torchspec.models.kernels import loss as kernel
+        from torchspec.models.kernels import norm as norm_kernel
+        from torchspec.models.kernels import target as target_kernel
+
+        dtype, device, train = states[0].dtype, states[0].device, any(ctx.needs_input_grad)
+        ctx.sizes = [state.shape[0] for state in states]
+        total, measure = sum(ctx.sizes), plan.measure or plan.weights.needs_alpha
+        rows = kernel.Rows(
+            source=torch.cat([entries + k for k, entries in enumerate(plan.rows.index)]),
+            step=torch.cat([torch.full_like(entries, k) for k, entries in enumerate(plan.rows.index)]),
+            scale=plan.scale.float(),
+            mixing=plan.mixing.float(),
+            loss=torch.empty(total, dtype=torch.float32, device=device),
+            hit=torch.empty(total, dtype=torch.int8, device=device),
+            alpha=torch.empty(total if measure else 1, dtype=torch.float32, device=device),
+        )
+        order = torch.argsort(rows.source, stable=True)
+        every = torch.cat(states)
+        cast = weight.detach().to(dtype)
+        d_every = torch.empty_like(every) if train else None
+        d_weight: Tensor | None = None
+        d_norm = torch.zeros_like(norm, dtype=torch.float32)
+        normed = plan.head.normed(plan.last)
+        for low, high, first, end in chunks(plan.rows, cast.shape[0]):
+            asked = kernel.Asked(*target_kernel.ask(plan.head.project(normed[low:high]).contiguous(), plan.draft_ids), low)
+            place = order[first:end]
+            x, inverse = norm_kernel.forward(every, norm, plan.eps, place=place)
+            z = torch.mm(x, cast.t())
+            kernel.losses(z, place, asked, rows, vars(plan.weights), gradient=train, measure=plan.measure)
+            del asked
+            if d_every is not None:
+                d_weight = _add_product(d_weight, z, x)
+                _, part = norm_kernel.backward(torch.mm(z, cast), every, norm, inverse, place=place, out=d_every)
+                d_norm += part
+            del z, x
+        if d_every is not None and d_weight is not None:
+            ctx.found = d_norm, d_weight, d_every
+            ctx.kinds = norm.dtype, weight.dtype
+        hit = rows.hit.bool()
+        ctx.mark_non_differentiable(rows.loss, hit, rows.alpha)
+        return torch.dot(rows.loss, rows.scale[rows.step]), rows.loss, hit, rows.alpha
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from torchspec.models.kernels import rows as rows_kernel
+
+        (d_norm, d_weight, d_every), ctx.found = ctx.found, None  # scaled where they stand: once
+        for gradient in (d_norm, d_weight, d_every):
+            rows_kernel.scale(gradient, grads[0])
+        return None, d_norm.to(ctx.kinds[0]), d_weight.to(ctx.kinds[1]), *d_every.split(ctx.sizes)
+
+
+def _add_product(total: Tensor | None, d_z: Tensor, x: Tensor) -> Tensor:
+    """total + d_z^T x in fp32."""
+    if d_z.dtype == torch.float32:
+        return torch.mm(d_z.t(), x) if total is None else total.addmm_(d_z.t(), x)
+    if total is None:
+        return torch.mm(d_z.t(), x, out_dtype=torch.float32)
+    return torch.addmm(total, d_z.t(), x, out_dtype=torch.float32, out=total)

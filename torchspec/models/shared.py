@@ -1,0 +1,279 @@
+"""Tensors that every unroll step uses: weights in the compute type, and rows of activations. Their gradient is summed in fp32 (fp64 for fp64), not by
+autograd in the compute type, and handed over once.
+
+A shared tensor is a *store* (the data and the sum of its gradients) and a *token*: an empty tensor that stands for it in autograd's graph. Each use takes
+the token and adds to the store in its backward; autograd runs the token's own backward after all uses, and that hands the sum on. A backward can run once.
+
+    dW = sum over steps of d_y_k^T x_k
+
+On CUDA each term is added by the matrix product itself, into fp32; elsewhere the terms are kept and made in one product at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchspec.models import kernels
+
+_ALL = slice(None)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _WeightStore:
+    """[out, in] data of one or several stacked weights, and the sum of its gradients."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+        self._sum: Tensor | None = None
+        self._terms: dict[tuple[Any, ...], tuple[slice, slice, list[Tensor], list[Tensor]]] = {}
+
+    def add(self, rows: slice, columns: slice, d_y: Tensor, x: Tensor) -> None:
+        """Add d_y^T x to a part of the gradient; d_y is [R, rows], x [R, columns]."""
+        if self.data.is_cuda:
+            self._add_now(rows, columns, d_y, x)
+            return
+        key = (rows.start, rows.stop, columns.start, columns.stop)
+        _, _, outs, ins = self._terms.setdefault(key, (rows, columns, [], []))
+        outs.append(d_y)
+        ins.append(x)
+
+    def _add_now(self, rows: slice, columns: slice, d_y: Tensor, x: Tensor) -> None:
+        narrow = d_y.dtype in (torch.bfloat16, torch.float16)
+        if self._sum is None and rows == _ALL and columns == _ALL:
+            self._sum = torch.mm(d_y.t(), x, out_dtype=torch.float32) if narrow else torch.mm(d_y.t(), x)
+            return
+        if self._sum is None:
+            self._sum = torch.zeros(self.data.shape, dtype=wide(self.data.dtype), device=self.data.device)
+        part = self._sum[rows, columns]
+        if narrow:
+            torch.addmm(part, d_y.t(), x, out_dtype=torch.float32, out=part)
+        else:
+            part.addmm_(d_y.t(), x)
+
+    def collect(self) -> Tensor:
+        """The sum, once."""
+        found, self._sum = self._sum, None
+        if found is not None:
+            return found
+        terms, self._terms = list(self._terms.values()), {}
+        if len(terms) == 1 and terms[0][:2] == (_ALL, _ALL):
+            return _product(terms[0][2], terms[0][3])
+        total = torch.zeros(self.data.shape, dtype=self.data.dtype if len(terms) == 1 else wide(self.data.dtype), device=self.data.device)
+        for rows, columns, outs, ins in terms:
+            total[rows, columns] += _product(outs, ins)
+        return total
+
+
+def _product(outs: list[Tensor], ins: list[Tensor]) -> Tensor:
+    """Sum of the d_y^T x, as one product."""
+    return torch.mm((torch.cat(outs) if len(outs) > 1 else outs[0]).t(), torch.cat(ins) if len(ins) > 1 else ins[0])
+
+
+class _Stack(torch.autograd.Function):
+    """Parameters to the token of their store."""
+
+    @staticmethod
+    def forward(ctx: Any, store: _WeightStore, *parts: Tensor) -> Tensor:
+        ctx.store, ctx.kinds = store, [(part.shape[0], part.dtype) for part in parts]
+        return store.data.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.store.collect().split([size for size, _ in ctx.kinds])
+        return None, *[piece.to(kind) for piece, (_, kind) in zip(found, ctx.kinds, strict=True)]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight, or a rectangle of it, during one forward pass."""
+
+    store: _WeightStore
+    token: Tensor
+    rows: slice
+    columns: slice
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor], dtype: torch.dtype) -> Weight:
+        """Weights [out_i, in] with one input stacked to [sum out_i, in], in ``dtype``."""
+        if len(parts) == 1:
+            data = parts[0].detach().to(dtype)
+        else:
+            data = parts[0].new_empty(sum(part.shape[0] for part in parts), parts[0].shape[1], dtype=dtype)
+            for place, part in zip(data.split([part.shape[0] for part in parts]), parts, strict=True):
+                place.copy_(part.detach())
+        store = _WeightStore(data)
+        return cls(store, _Stack.apply(store, *parts), _ALL, _ALL)
+
+    def part(self, *, rows: slice = _ALL, columns: slice = _ALL) -> Weight:
+        """A rectangle of the whole weight."""
+        return replace(self, rows=rows, columns=columns)
+
+    @property
+    def data(self) -> Tensor:
+        """[out, in] in the compute type."""
+        return self.store.data[self.rows, self.columns]
+
+    def add_gradient(self, d_y: Tensor, x: Tensor) -> None:
+        """Add the gradient that a product with input x [R, in] and output gradient d_y [R, out] gives."""
+        self.store.add(self.rows, self.columns, d_y, x)
+
+
+class _RowStore:
+    """[M, C] activations and the sum of their gradients."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+        self._sum: Tensor | None = None
+
+    def add(self, place: Tensor | None, grad: Tensor) -> None:
+        """Add to the gradient of rows ``place`` (distinct), or of all."""
+        if self._sum is None and place is None:
+            self._sum = grad.to(wide(grad.dtype), copy=True)
+            return
+        if self._sum is None:
+            self._sum = torch.zeros(self.data.shape, dtype=wide(grad.dtype), device=grad.device)
+        if kernels.usable(grad):
+            from torchspec.models.kernels import rows
+
+            rows.add(self._sum, grad, place)
+        elif place is None:
+            self._sum += grad
+        else:
+            self._sum.index_add_(0, place, grad.to(self._sum.dtype))
+
+    def collect(self) -> Tensor:
+        """The sum, once, in the data's type."""
+        found, self._sum = self._sum, None
+        return torch.zeros_like(self.data) if found is None else found.to(self.data.dtype)
+
+
+class _Keep(torch.autograd.Function):
+    """Rows to the token of their store."""
+
+    @staticmethod
+    def forward(ctx: Any, store: _RowStore, value: Tensor) -> Tensor:
+        ctx.store = store
+        return value.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.store.collect()
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """Rows of activations that several steps read."""
+
+    store: _RowStore
+    token: Tensor
+
+    @classmethod
+    def of(cls, value: Tensor) -> SharedRows:
+        """Share [M, C]."""
+        store = _RowStore(value.detach())
+        return cls(store, _Keep.apply(store, value))
+
+
+@dataclass(frozen=True)
+class Addend:
+    """Rows ``place`` (distinct; None for all) of shared rows, to be added to a product's result."""
+
+    rows: SharedRows
+    place: Tensor | None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, token: Tensor, bias: Tensor | None, residual: Tensor | None, weight: Weight, stores: list[tuple[_RowStore, Tensor | None]],
+        *tokens: Tensor,
+    ) -> Tensor:  # fmt: skip
+        # the weight's own token is not kept here: it would tie the graph into a circle
+        ctx.weight, ctx.stores, ctx.bias = (weight.store, weight.rows, weight.columns), stores, bias is not None
+        ctx.save_for_backward(x)
+        data = weight.data
+        if stores:
+            start = _side_by_side(stores, x.shape[0])
+            y = torch.addmm(start, x, data.t(), out=start)
+        elif residual is not None:
+            y = torch.addmm(residual, x, data.t())
+        else:
+            return F.linear(x, data, bias)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), d_y = ctx.saved_tensors, grads[0].contiguous()
+        store, rows, columns = ctx.weight
+        d_x = torch.mm(d_y, store.data[rows, columns]) if ctx.needs_input_grad[0] else None
+        store.add(rows, columns, d_y, x)
+        first = 0
+        for shared, place in ctx.stores:
+            shared.add(place, d_y[:, first : first + shared.data.shape[1]])
+            first += shared.data.shape[1]
+        empty = d_y.new_empty(0)
+        d_bias = d_y.sum(0) if ctx.bias else None
+        return d_x, empty, d_bias, d_y if ctx.needs_input_grad[3] else None, None, None, *[empty] * len(ctx.stores)
+
+
+def _side_by_side(stores: list[tuple[_RowStore, Tensor | None]], number: int) -> Tensor:
+    """The stores' rows next to each other, [R, sum of their widths]; a new tensor."""
+    first, data = 0, stores[0][0].data
+    start = data.new_empty(number, sum(store.data.shape[1] for store, _ in stores))
+    for store, place in stores:
+        into = start[:, first : first + store.data.shape[1]]
+        if place is None:
+            into.copy_(store.data)
+        elif len(stores) == 1:
+            torch.index_select(store.data, 0, place, out=start)
+        else:
+            into.copy_(store.data[place])
+        first += store.data.shape[1]
+    return start
+
+
+def linear(x: Tensor, weight: Weight, *, bias: Tensor | None = None, residual: Tensor | None = None, addends: Sequence[Addend] = ()) -> Tensor:
+    """x W^T, plus what is given.
+
+    Args:
+        x: [R, in].
+        weight: [out, in].
+        bias: [out].
+        residual: [R, out], with a gradient of its own. Not together with addends.
+        addends: shared rows; side by side they are [R, out].
+
+    Returns:
+        [R, out] in the compute type.
+    """
+    assert residual is None or not addends
+    y: Tensor = _Linear.apply(x, weight.token, bias, residual, weight, [(a.rows.store, a.place) for a in addends], *[a.rows.token for a in addends])
+    return y
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.total = x.shape[0]
+        return x.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (place,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.total, *grads[0].shape[1:]).index_copy_(0, place, grads[0]), None
+
+
+def take(x: Tensor, place: Tensor) -> Tensor:
+    """``x[place]`` for distinct rows, whose backward needs no sum."""
+    taken: Tensor = _Take.apply(x, place)
+    return taken
