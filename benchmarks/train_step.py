@@ -71,11 +71,11 @@ def make_batch(config: DraftConfig, lengths: list[int], *, steps: int, dtype: to
     return batch.to(device)
 
 
-def make_task(config: DraftConfig, *, steps: int, dtype: torch.dtype, device: torch.device, recompute: bool) -> DraftTask:
+def make_task(config: DraftConfig, *, steps: int, dtype: torch.dtype, device: torch.device, recompute: bool, fp8: bool) -> DraftTask:
     """Random weights at the scale of a fresh draft."""
     torch.manual_seed(0)
     with torch.device(device):
-        draft = Eagle3Draft(config, compute_dtype=dtype, recompute=recompute).to(device)
+        draft = Eagle3Draft(config, compute_dtype=dtype, recompute=recompute, fp8=fp8).to(device)
         draft.initialise()
         weight = torch.randn(config.vocab_size, config.target_hidden_size, dtype=dtype) * 0.02
         table = torch.randn(config.vocab_size, config.hidden_size, dtype=dtype) * 0.02
@@ -243,6 +243,7 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=3, help="steps before them")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of products; a CPU without bf16 instructions takes fp32")
     parser.add_argument("--recompute", action="store_true", help="make the MLP's inner activations again in the backward")
+    parser.add_argument("--matmul", choices=("bf16", "fp8"), default="bf16", help="products of the MLP and the head")
     parser.add_argument("--reference", action="store_true", help="also time a plain version (dense only)")
     parser.add_argument("--profile", type=int, default=0, metavar="ROWS", help="then print the kernels that take most of a step")
     args = parser.parse_args()
@@ -263,10 +264,10 @@ def main() -> None:
                 "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
                 "matmul_tflops": round(rate / 1e12, 2),
                 "tokens": tokens, "conversations": len(lengths), "W": width, "V": args.vocab, "K": args.unroll_steps, "dtype": str(dtype)[6:],
-                "recompute": args.recompute,
+                "recompute": args.recompute, "matmul": args.matmul,
             }  # fmt: skip
             facts = {"case": case, "rate": rate, "flops": step_flops(config, batch)}
-            task = make_task(config, steps=args.unroll_steps, dtype=dtype, device=device, recompute=args.recompute)
+            task = make_task(config, steps=args.unroll_steps, dtype=dtype, device=device, recompute=args.recompute, fp8=args.matmul == "fp8")
             measure("torchspec", task, lambda task=task, batch=batch: task(batch).loss, args, batch, facts)  # type: ignore[misc]
             if args.reference and args.lengths == "dense":
                 plain = PlainStep(task, dtype=dtype)

@@ -96,6 +96,21 @@ def rows(number: int, total: int, width: int, dtype: torch.dtype) -> None:
         close("add", ours, start.double().index_add(0, torch.arange(number, device=DEVICE) if at is None else at, x.double()), torch.float32)
 
 
+def quantise(rows: int, width: int, dtype: torch.dtype, *, factor: bool) -> None:
+    from torchspec.models.kernels import fp8 as kernel
+
+    x = make(rows, width, dtype=dtype, seed=1)
+    x[:1] = 0
+    by = make(width, dtype=torch.float32, seed=2) if factor else None
+    y, s = kernel.quantise(x, by)
+    exact = x.double() if by is None else x.double() * by.double()
+    assert torch.isfinite(y.float()).all() and (s > 0).all()
+    step = exact.abs() / 16 + s.double() / 512  # half a step of three mantissa bits, or of the smallest number
+    assert ((y.double() * s.double() - exact).abs() <= step * 1.01).all()
+    if rows > 1:
+        assert y[1:].float().abs().amax(-1).eq(448).all()
+
+
 def scale(number: int, dtype: torch.dtype) -> None:
     from torchspec.models.kernels import rows as kernel
 

@@ -15,9 +15,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.parametrize(("heads", "groups", "size"), [(4, 4, 64), (8, 2, 128), (9, 3, 64), (4, 1, 96)])
 @pytest.mark.parametrize("extra", [0, 1, 6])
 @pytest.mark.parametrize("share", [1.0, 0.6])
-def test_flash_equals_blocked(heads: int, groups: int, size: int, extra: int, share: float) -> None:
+@pytest.mark.parametrize("lengths", [[1, 300, 17, 600], [2100]], ids=["pack", "one long conversation"])
+def test_flash_equals_blocked(lengths: list[int], heads: int, groups: int, size: int, extra: int, share: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    lengths = [1, 300, 17, 600]
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     total = int(cu[-1])
     rows = torch.nonzero(torch.rand(total, generator=generator) < share)[:, 0]
@@ -89,3 +89,24 @@ def test_half_precision_stays_half_on_cuda() -> None:
     from torchspec.hardware import working_dtype
 
     assert working_dtype(torch.bfloat16, "cuda:0") == torch.bfloat16
+
+
+def test_fp8_is_near_bf16() -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no 8-bit products scaled by row")
+    config = draft_config(head_dim=16, hidden_size=64, target_hidden_size=64, intermediate_size=128, initializer_range=0.1).with_draft_vocabulary(32)
+    conversations = [conversation(config, [0] + [1] * 100, seed) for seed in range(4)]
+    losses, gradients = [], []
+    for fp8 in (False, True):
+        made = task(config, draft_ids=list(range(3, 35)), step_weights=[1.0, 0.8, 0.6], dtype=torch.bfloat16)
+        made.head.to(torch.bfloat16)
+        made.draft.fp8 = fp8
+        made.to("cuda")
+        output = made(pack(config, conversations, 3, dtype=torch.bfloat16).to("cuda"))
+        output.loss.backward()
+        losses.append(output.loss.item())
+        gradients.append({name: p.grad.flatten() for name, p in made.draft.named_parameters()})
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    for name, narrow in gradients[1].items():
+        assert torch.nn.functional.cosine_similarity(gradients[0][name], narrow, dim=0) > 0.98, name
+    assert any((gradients[0][name] != narrow).any() for name, narrow in gradients[1].items())

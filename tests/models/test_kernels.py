@@ -47,6 +47,13 @@ def test_rows(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [False, True])
+@pytest.mark.parametrize("shape", sizes([(3, 37), (1, 4), (0, 8)], [(65, 32000), (301, 12288)]))
+def test_quantise(shape: tuple[int, int], factor: bool, dtype: torch.dtype) -> None:
+    cases.quantise(*shape, dtype, factor=factor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_scale(dtype: torch.dtype) -> None:
     for number in (1, 5000, 8192):
         cases.scale(number, dtype)

@@ -50,11 +50,11 @@ class DraftLayer(nn.Module):
 class _Layer:
     """A layer during one forward pass: weights in the compute type, fused where one product serves, and what its attention has seen."""
 
-    def __init__(self, layer: DraftLayer, dtype: torch.dtype) -> None:
+    def __init__(self, layer: DraftLayer, dtype: torch.dtype, *, fp8: bool) -> None:
         self.module = layer
         self.attention: Projections = layer.self_attn.cast(dtype)
-        self.gate_up = Weight.of([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight], dtype)
-        self.down = Weight.of([layer.mlp.down_proj.weight], dtype)
+        self.gate_up = Weight.of([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight], dtype, fp8=fp8)
+        self.down = Weight.of([layer.mlp.down_proj.weight], dtype, fp8=fp8)
         self.memory: UnrollMemory | None = None
 
 
@@ -76,14 +76,16 @@ class Eagle3Draft(nn.Module):
         config: its architecture.
         compute_dtype: type of activations and of the cast weights.
         recompute: make the MLP's inner activations again in the backward instead of keeping them.
+        fp8: 8-bit products in the MLP and the head (:mod:`torchspec.models.fp8`).
     """
 
     inverse_frequencies: Tensor
 
-    def __init__(self, config: DraftConfig, *, compute_dtype: torch.dtype = torch.float32, recompute: bool = False) -> None:
+    def __init__(self, config: DraftConfig, *, compute_dtype: torch.dtype = torch.float32, recompute: bool = False, fp8: bool = False) -> None:
         super().__init__()
         self.config = config
         self.recompute = recompute
+        self.fp8 = fp8
         self.compute_dtype = compute_dtype
         hidden, width, n = config.hidden_size, config.target_hidden_size, len(config.aux_layers)
         if config.owns_embedding:
@@ -125,7 +127,7 @@ class Eagle3Draft(nn.Module):
         """
         rows = batch.rows
         check_reach(self.config, int(batch.cu_seqlens.diff().max()) + rows.steps - 1 if batch.num_tokens else 0)
-        layers = [_Layer(layer, self.compute_dtype) for layer in self.layers]  # type: ignore[arg-type]
+        layers = [_Layer(layer, self.compute_dtype, fp8=self.fp8) for layer in self.layers]  # type: ignore[arg-type]
         hidden = self._project_aux(batch.aux)
         embedded = self._embed(batch, layers[0].attention)
         outputs: list[Tensor] = []

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchspec.batch import UnrollRows
 from torchspec.models.losses import LossWeights
+from torchspec.models.shared import Weight
 from torchspec.models.target_weights import TargetHead
 
 _CHUNK_ELEMENTS = 600 * 2**20
@@ -42,6 +43,8 @@ class FusedPlan:
     eps: float
     """Of the final norm."""
     measure: bool
+    fp8: bool = False
+    """8-bit products with the draft's head."""
 
 
 def chunks(rows: UnrollRows, width: int) -> list[tuple[int, int, int, int]]:
@@ -95,21 +98,21 @@ class _FusedLoss(torch.autograd.Function):
         )
         order = torch.argsort(rows.source, stable=True)
         every = torch.cat(states)
-        cast = weight.detach().to(dtype)
-        d_every = torch.empty_like(every) if train else None
+        store = Weight.of([weight.detach()], dtype, fp8=plan.fp8).store
+        d_every = every if train else None  # a row's gradient takes its place when its chunk is done
         d_weight: Tensor | None = None
         d_norm = torch.zeros_like(norm, dtype=torch.float32)
         normed = plan.head.normed(plan.last)
-        for low, high, first, end in chunks(plan.rows, cast.shape[0]):
+        for low, high, first, end in chunks(plan.rows, weight.shape[0]):
             asked = kernel.Asked(*target_kernel.ask(plan.head.project(normed[low:high]).contiguous(), plan.draft_ids), low)
             place = order[first:end]
             x, inverse = norm_kernel.forward(every, norm, plan.eps, place=place)
-            z = torch.mm(x, cast.t())
+            z = store.forward(x)
             kernel.losses(z, place, asked, rows, vars(plan.weights), gradient=train, measure=plan.measure)
             del asked
             if d_every is not None:
                 d_weight = _add_product(d_weight, z, x)
-                _, part = norm_kernel.backward(torch.mm(z, cast), every, norm, inverse, place=place, out=d_every)
+                _, part = norm_kernel.backward(store.backward(z), every, norm, inverse, place=place, out=d_every)
                 d_norm += part
             del z, x
         if d_every is not None and d_weight is not None:

@@ -60,10 +60,11 @@ class _Block(torch.autograd.Function):
         ctx: Any, h: Tensor, norm: Tensor, gate_up_token: Tensor, down_token: Tensor, gate_up_weight: Weight, down_weight: Weight, eps: float, recompute: bool
     ) -> Tensor:
         z, inverse = rms_forward(h, norm, eps)
-        gate_up = torch.mm(z, gate_up_weight.data.t())
+        gate_up = gate_up_weight.store.forward(z)
         ctx.stores, ctx.eps = (gate_up_weight.store, down_weight.store), eps
         ctx.save_for_backward(h, norm, inverse, None if recompute else gate_up)
-        return torch.addmm(h, swiglu(gate_up), down_weight.data.t())
+        act = swiglu(gate_up)
+        return torch.addmm(h, act, down_weight.data.t()) if not down_weight.store.narrow else down_weight.store.forward(act).add_(h)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -72,13 +73,13 @@ class _Block(torch.autograd.Function):
         every, d_out = slice(None), grads[0].contiguous()
         z, _ = rms_forward(h, norm, ctx.eps)
         if gate_up is None:
-            gate_up = torch.mm(z, first.data.t())
-        act, d_gate_up = swiglu_backward(gate_up, torch.mm(d_out, last.data))
+            gate_up = first.forward(z)
+        act, d_gate_up = swiglu_backward(gate_up, last.backward(d_out))
         del gate_up
         last.add(every, every, d_out, act)
         del act
         first.add(every, every, d_gate_up, z)
-        d_h, d_norm = rms_backward(torch.mm(d_gate_up, first.data), h, norm, inverse, more=d_out)
+        d_h, d_norm = rms_backward(first.backward(d_gate_up), h, norm, inverse, more=d_out)
         empty = h.new_empty(0)
         return d_h, d_norm.to(norm.dtype), empty, empty, None, None, None, None
 

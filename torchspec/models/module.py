@@ -55,6 +55,8 @@ class DraftModule(pl.LightningModule):
         compute_dtype: type of matrix products; auto is bf16 where the device has instructions for it, else fp32. Masters, gradients' reduction and
             norms are fp32 in either case.
         recompute: make the MLP's inner activations again in the backward instead of keeping them; for very long sequences.
+        matmul: ``fp8`` makes the MLP's and the head's forward products and their input gradients 8-bit ones on a Hopper or later GPU; weight gradients,
+            attention and the target stay as compute_dtype has them.
         optimizer: made from the trainable parameters.
         lr_scheduler: made from the optimizer, stepped every optimizer step.
     """
@@ -71,6 +73,7 @@ class DraftModule(pl.LightningModule):
         start_from: str | None = None,
         compute_dtype: Literal["auto", "bf16", "fp32"] = "auto",
         recompute: bool = False,
+        matmul: Literal["bf16", "fp8"] = "bf16",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -90,6 +93,7 @@ class DraftModule(pl.LightningModule):
         self.start = None if start_from is None else self._read_start(start_from)
         self.compute_dtype = compute_dtype
         self.recompute = recompute
+        self.matmul = matmul
         self.optimizer_callable = optimizer
         self.lr_scheduler_callable = lr_scheduler
         self.vocabulary: VocabularyMapping | None = None if self.start is None else self.start.vocabulary
@@ -142,6 +146,7 @@ class DraftModule(pl.LightningModule):
                 device=device,
                 init=self.init,
                 loss=self.loss,
+                fp8=self.matmul == "fp8",
                 recompute=self.recompute,
             )
             if self.start is not None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchspec.models import kernels
+from torchspec.models.fp8 import Fp8Weight
 
 _ALL = slice(None)
 
@@ -32,10 +33,24 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 class _WeightStore:
     """[out, in] data of one or several stacked weights, and the sum of its gradients."""
 
-    def __init__(self, data: Tensor) -> None:
+    def __init__(self, data: Tensor, *, fp8: bool = False) -> None:
         self.data = data
+        self._fp8 = Fp8Weight(data) if fp8 and Fp8Weight.takes(data) else None
         self._sum: Tensor | None = None
         self._terms: dict[tuple[Any, ...], tuple[slice, slice, list[Tensor], list[Tensor]]] = {}
+
+    @property
+    def narrow(self) -> bool:
+        """Whether products are 8-bit ones."""
+        return self._fp8 is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T with the whole weight."""
+        return torch.mm(x, self.data.t()) if self._fp8 is None else self._fp8.forward(x)
+
+    def backward(self, d_y: Tensor) -> Tensor:
+        """d_y W with the whole weight."""
+        return torch.mm(d_y, self.data) if self._fp8 is None else self._fp8.backward(d_y)
 
     def add(self, rows: slice, columns: slice, d_y: Tensor, x: Tensor) -> None:
         """Add d_y^T x to a part of the gradient; d_y is [R, rows], x [R, columns]."""
@@ -103,15 +118,15 @@ class Weight:
     columns: slice
 
     @classmethod
-    def of(cls, parts: Sequence[Tensor], dtype: torch.dtype) -> Weight:
-        """Weights [out_i, in] with one input stacked to [sum out_i, in], in ``dtype``."""
+    def of(cls, parts: Sequence[Tensor], dtype: torch.dtype, *, fp8: bool = False) -> Weight:
+        """Weights [out_i, in] with one input stacked to [sum out_i, in], in ``dtype``; with ``fp8`` products with the whole of it are 8-bit ones."""
         if len(parts) == 1:
             data = parts[0].detach().to(dtype)
         else:
             data = parts[0].new_empty(sum(part.shape[0] for part in parts), parts[0].shape[1], dtype=dtype)
             for place, part in zip(data.split([part.shape[0] for part in parts]), parts, strict=True):
                 place.copy_(part.detach())
-        store = _WeightStore(data)
+        store = _WeightStore(data, fp8=fp8)
         return cls(store, _Stack.apply(store, *parts), _ALL, _ALL)
 
     def part(self, *, rows: slice = _ALL, columns: slice = _ALL) -> Weight:

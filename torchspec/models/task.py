@@ -17,6 +17,7 @@ from torchspec.hardware import working_dtype
 from torchspec.models import kernels
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.eagle3 import Eagle3Draft
+from torchspec.models.fp8 import check
 from torchspec.models.loss import head_loss, split_steps, target_distribution
 from torchspec.models.loss_fused import FusedPlan, fused_head_loss
 from torchspec.models.losses import FORWARD_KL, LossWeights, mixing
@@ -82,6 +83,7 @@ class DraftTask(nn.Module):
         init: Literal["target", "random"],
         loss: LossWeights = FORWARD_KL,
         recompute: bool = False,
+        fp8: bool = False,
     ) -> DraftTask:
         """A fresh task for a target; weights from torch's global random state.
 
@@ -94,10 +96,12 @@ class DraftTask(nn.Module):
             device: that it will train on; decides the type of the target head (:func:`torchspec.hardware.working_dtype`).
             init: ``random``, or ``target`` for :func:`start_from_target` (where the hidden sizes are equal).
             loss: which losses, by weight.
-            recompute: see :class:`~torchspec.models.eagle3.Eagle3Draft`.
+            recompute, fp8: see :class:`~torchspec.models.eagle3.Eagle3Draft`.
         """
+        if fp8:
+            check(device)
         head = TargetHead.of(target).to(working_dtype(target.dtype, device))
-        draft = Eagle3Draft(config, compute_dtype=compute_dtype, recompute=recompute)
+        draft = Eagle3Draft(config, compute_dtype=compute_dtype, recompute=recompute, fp8=fp8)
         draft.initialise()
         if not config.owns_embedding:
             draft.set_embedding(head.weight if config.vocab_size == head.weight.shape[0] and _tied(target) else read_embedding(target))
@@ -123,7 +127,7 @@ class DraftTask(nn.Module):
         scale = self.step_weights.to(wide(draft.compute_dtype)) / batch.counts.clamp(min=1.0)
         rules: dict[str, Any] = {"eps": draft.norm.eps, "scale": scale, "weights": self.loss, "mixing": mixing(self.mean_alpha), "measure": measure}
         if kernels.usable(states[0]):
-            plan = FusedPlan(self.head, last, self.draft_ids, rows, **rules)
+            plan = FusedPlan(self.head, last, self.draft_ids, rows, fp8=draft.fp8, **rules)
             result = split_steps(*fused_head_loss(plan, states, draft.norm.weight, draft.lm_head.weight), rows.index)
         else:
             mass = measure or self.loss.needs_alpha

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchspec.models.kernels import power_of_two
 
-_PROGRAMS = 264
+_PROGRAMS = 396
 """Programs of the backward: each sums the weight's gradient over its rows."""
 
 

@@ -33,8 +33,9 @@ def _add(total, place, x, width, x_stride, t_stride, PLACED: tl.constexpr, BLOCK
 @triton.jit
 def _scale(x, factor, total, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(x + at, mask=at < total).to(tl.float32) * tl.load(factor).to(tl.float32)
-    tl.store(x + at, values.to(x.dtype.element_ty), mask=at < total)
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        tl.store(x + at, (tl.load(x + at, mask=at < total).to(tl.float32) * by).to(x.dtype.element_ty), mask=at < total)
 
 
 def spread(x: Tensor, where: Tensor, fill: float = 0.0) -> Tensor:
@@ -69,6 +70,6 @@ def add(total: Tensor, x: Tensor, place: Tensor | None) -> None:
 
 
 def scale(x: Tensor, factor: Tensor) -> None:
-    """``x *= factor`` in fp32, for contiguous ``x`` and a scalar on its device."""
+    """``x *= factor`` in fp32, for contiguous ``x`` and a scalar on its device. A factor of 1 moves no memory."""
     if x.numel():
         _scale[(triton.cdiv(x.numel(), 4096),)](x, factor, x.numel(), BLOCK=4096, num_warps=8)
