@@ -78,3 +78,18 @@ def test_bf16_is_near_fp32() -> None:
         cosine = torch.nn.functional.cosine_similarity(a.grad.flatten(), b.grad.flatten(), dim=0)
         assert cosine > 0.97, (name, cosine)
         assert b.grad.dtype == torch.float32
+
+
+def test_validation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ``no_grad`` the head's pass makes the same loss without the products of its backward."""
+    import torchspec.models.loss as loss_module
+
+    made, conversations = made_for("plain", None)
+    batch = pack(made.draft.config, conversations, STEPS)
+    wanted: list[bool] = []
+    plain = loss_module.row_losses
+    monkeypatch.setattr(loss_module, "row_losses", lambda *args, gradient, measure: wanted.append(gradient) or plain(*args, gradient=gradient, measure=measure))
+    trained = made(batch).loss
+    with torch.no_grad():
+        assert made(batch).loss.item() == trained.item()
+    assert wanted == [True, False]

@@ -108,6 +108,8 @@ class HeadPlan:
     eps: float
     """Of the final norm."""
     measure: bool
+    train: bool
+    """Gradients are wanted. (Inside a function's forward autograd says what could have one, not whether it will be asked for.)"""
 
 
 def head_loss(
@@ -140,7 +142,7 @@ def head_loss(
     step = torch.cat([torch.full_like(entries, k) for k, entries in enumerate(index)])
     rows = torch.cat([entries + k for k, entries in enumerate(index)])
     measure = measure or weights.needs_alpha
-    plan = HeadPlan(target, rows, scale[step], mixing[step], weights, eps, measure)
+    plan = HeadPlan(target, rows, scale[step], mixing[step], weights, eps, measure, torch.is_grad_enabled())
     loss, per_row, hit, alpha = _HeadLoss.apply(plan, norm, weight, *states)
     return split_steps(loss, per_row, hit, alpha if measure else None, index)
 
@@ -169,7 +171,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, plan: HeadPlan, norm: Tensor, weight: Tensor, *states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         target, dtype, device = plan.target, states[0].dtype, states[0].device
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        train = any(ctx.needs_input_grad)
+        train = plan.train and any(ctx.needs_input_grad)
         sizes = [state.shape[0] for state in states]
         total = sum(sizes)
         cast = weight.to(dtype)

@@ -43,6 +43,8 @@ class FusedPlan:
     eps: float
     """Of the final norm."""
     measure: bool
+    train: bool
+    """Gradients are wanted."""
     fp8: bool = False
     """8-bit products with the draft's head."""
 
@@ -84,7 +86,7 @@ class _FusedLoss(torch.autograd.Function):
         from torchspec.models.kernels import norm as norm_kernel
         from torchspec.models.kernels import target as target_kernel
 
-        dtype, device, train = states[0].dtype, states[0].device, any(ctx.needs_input_grad)
+        dtype, device, train = states[0].dtype, states[0].device, plan.train and any(ctx.needs_input_grad)
         ctx.sizes = [state.shape[0] for state in states]
         total, measure = sum(ctx.sizes), plan.measure or plan.weights.needs_alpha
         rows = kernel.Rows(

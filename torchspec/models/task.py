@@ -127,7 +127,7 @@ class DraftTask(nn.Module):
         scale = self.step_weights.to(wide(draft.compute_dtype)) / batch.counts.clamp(min=1.0)
         rules: dict[str, Any] = {"eps": draft.norm.eps, "scale": scale, "weights": self.loss, "mixing": mixing(self.mean_alpha), "measure": measure}
         if kernels.usable(states[0]):
-            plan = FusedPlan(self.head, last, self.draft_ids, rows, fp8=draft.fp8, **rules)
+            plan = FusedPlan(self.head, last, self.draft_ids, rows, train=torch.is_grad_enabled(), fp8=draft.fp8, **rules)
             result = split_steps(*fused_head_loss(plan, states, draft.norm.weight, draft.lm_head.weight), rows.index)
         else:
             mass = measure or self.loss.needs_alpha
