@@ -71,7 +71,7 @@ def make_batch(config: DraftConfig, lengths: list[int], *, steps: int, dtype: to
     return batch.to(device)
 
 
-def make_task(config: DraftConfig, *, steps: int, dtype: torch.dtype, device: torch.device, recompute: bool, fp8: bool) -> DraftTask:
+def make_task(config: DraftConfig, *, steps: int, dtype: torch.dtype, device: torch.device, recompute: bool = False, fp8: bool = False) -> DraftTask:
     """Random weights at the scale of a fresh draft."""
     torch.manual_seed(0)
     with torch.device(device):
