@@ -51,15 +51,20 @@ def not_exactly_once(
                 failed[entry["epoch"], entry["sample"]] += 1
     found = [f"wrong states: {entry}" for entry in ledger if entry["wrong"]]
     trained = Counter((entry["epoch"], sample) for entry in ledger if entry["kind"] == "train" for sample in entry["samples"])
+    packs: dict[int, list[int]] = {}
+    checked: dict[int, list[int]] = {}
+    for entry in ledger:
+        if entry["kind"] == "train":
+            packs.setdefault(entry["epoch"], []).append(entry["pack"])
+        elif entry["kind"] == "validate":
+            checked.setdefault(entry["epoch"], []).extend(entry["samples"])
     for epoch in range(epochs):
         for sample in range(len(train.lengths)):
             times, named = trained[epoch, sample], failed[epoch, sample]
             if times + min(named, 1) != 1 or (sample in poison and times):
                 found.append(f"epoch {epoch} sample {sample}: trained {times} times, named as failed {named} times")
-        packs = [entry["pack"] for entry in ledger if entry["kind"] == "train" and entry["epoch"] == epoch]
-        if packs != list(range(len(train.plan(epoch)))):
-            found.append(f"epoch {epoch}: {len(packs)} packs, or not in the plan's order")
-        checked = [sample for entry in ledger if entry["kind"] == "validate" and entry["epoch"] == epoch for sample in entry["samples"]]
-        if checked and sorted(checked) != list(range(validation)):
-            found.append(f"validation of epoch {epoch}: {len(checked)} samples")
+        if packs.get(epoch, []) != list(range(len(train.plan(epoch)))):
+            found.append(f"epoch {epoch}: {len(packs.get(epoch, []))} packs, or not in the plan's order")
+        if epoch in checked and sorted(checked[epoch]) != list(range(validation)):
+            found.append(f"validation of epoch {epoch}: {len(checked[epoch])} samples")
     return found

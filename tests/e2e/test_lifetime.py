@@ -68,8 +68,8 @@ def resumes(folder: Path, world: dict[str, Path], *words: str) -> None:
     ("what", "store", "says"),
     [
         ("torchspec.engines.coordinator", "shm", "coordinator"),
-        ("mooncake_master", "mooncake", "mooncake store died"),
-        ("torchspec.transfer.segment", "mooncake", "mooncake store died"),
+        ("mooncake_master", "mooncake", "store"),
+        ("torchspec.transfer.segment", "mooncake", "store"),
     ],
     ids=["coordinator", "master", "segment holder"],
 )
