@@ -26,6 +26,7 @@ from tests.models.exports import save_plain_target
 from tests.models.packs import conversation, draft_config, task
 from tests.models.packs import pack as pack_of
 from tests.tiny import CHATML, save_tokenizer
+from torchspec.callbacks.last import LastCheckpoint
 from torchspec.data.conversations import Conversation
 from torchspec.data.plan import Plan
 from torchspec.data.prompts import Prompts
@@ -196,7 +197,7 @@ class _Scores(Callback):
 
 
 def test_defect_15_rotation_keeps_the_best_checkpoint(target: Target, tmp_path: Path) -> None:
-    saved = ModelCheckpoint(monitor="score", mode="max", save_last=True, save_on_exception=True)  # as configs/quickstart.yaml has it
+    saved, newest = ModelCheckpoint(monitor="score", mode="max"), LastCheckpoint(every_n_train_steps=4)  # as configs/quickstart.yaml has it
     trainer = fit(
         tmp_path,
         module(target),
@@ -204,11 +205,13 @@ def test_defect_15_rotation_keeps_the_best_checkpoint(target: Target, tmp_path: 
         validate=True,
         val_check_interval=2,
         enable_checkpointing=True,
-        callbacks=[_Scores([0.1, 0.9, 0.5, 0.7, 0.2]), saved],
+        callbacks=[_Scores([0.1, 0.9, 0.5, 0.7, 0.2]), saved, newest],
     )
     assert trainer.global_step == 10
     best = Path(saved.best_model_path)
     assert best.is_file() and torch.load(best, weights_only=True)["global_step"] == 4
+    assert torch.load(newest.last_model_path, weights_only=True)["global_step"] == 10
+    assert {path.name for path in best.parent.glob("*.ckpt")} == {best.name, "last.ckpt"}
 
 
 class _Data:

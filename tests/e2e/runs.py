@@ -44,10 +44,7 @@ def config(folder: Path, target: Path | str, train: Path | str, validate: Path |
                 {"class_path": "torchspec.callbacks.acceptance.AcceptanceLength", "init_args": {"num_speculative_tokens": 3}},
                 {"class_path": "torchspec.callbacks.pipeline.PipelineMetrics"},
                 {"class_path": "torchspec.callbacks.export.ExportDraft"},
-                {
-                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                    "init_args": {"save_last": True, "save_on_exception": True, "every_n_train_steps": 2},
-                },
+                {"class_path": "torchspec.callbacks.last.LastCheckpoint", "init_args": {"every_n_train_steps": 2}},
             ],
         },
         "data": {

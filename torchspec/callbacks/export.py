@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from torchspec.errors import UserError
 from torchspec.models.export import ExportOptions, export_checkpoint
 
 
@@ -37,6 +39,12 @@ class ExportDraft(pl.Callback):
         self.options = ExportOptions(form=format, dtype=dtype, target_name=target_name)
         self.log_artifact = log_artifact
 
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        if stage == "fit" and self.which == "best" and self._best(trainer) is None:
+            raise UserError(
+                "callbacks.ExportDraft.which", "best", "needs a ModelCheckpoint with a monitor", "add one, for example of val/acceptance_length, or use last"
+            )
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.fast_dev_run or trainer.global_step == 0:  # type: ignore[attr-defined]
             return
@@ -50,13 +58,17 @@ class ExportDraft(pl.Callback):
         trainer.strategy.barrier("export")
 
     def _checkpoint(self, trainer: pl.Trainer) -> Path:
-        saved = trainer.checkpoint_callback
-        best = getattr(saved, "best_model_path", "")
-        if self.which == "best" and best:
-            return Path(best)
+        best = self._best(trainer) if self.which == "best" else None
+        if best is not None and best.best_model_path:
+            return Path(best.best_model_path)
         path = Path(trainer.default_root_dir) / "export.ckpt"
         trainer.save_checkpoint(path, weights_only=True)  # every rank: a sharded save is collective
         return path
+
+    @staticmethod
+    def _best(trainer: pl.Trainer) -> ModelCheckpoint | None:
+        """The callback that keeps the best checkpoint."""
+        return next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None), None)
 
     def folder(self, trainer: pl.Trainer) -> Path:
         """Where the draft of this run goes."""
