@@ -82,8 +82,8 @@ class _Store:
             self._sums[1].add_(d_value)
 
     def collect(self) -> tuple[Tensor, Tensor]:
-        """Gradients of the step-0 keys and values, once."""
-        found, self._sums = self._sums, None
+        """Gradients of the step-0 keys and values. Autograd comes here after every step, so the sums of a further backward begin anew."""
+        found, self._sums, self._extra_sums = self._sums, None, None
         if found is None:
             return torch.zeros_like(self.key), torch.zeros_like(self.value)
         return found[0].to(self.key.dtype), found[1].to(self.value.dtype)

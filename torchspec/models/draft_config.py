@@ -84,6 +84,10 @@ class DraftConfig:
     """Latent attention (DeepSeek) of these sizes instead of the ordinary one; ``head_dim`` is then nope + rope, and every head has a key of its own."""
 
     def __post_init__(self) -> None:
+        for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_position_embeddings"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"draft.{name}", value, "is no size", "use 1 or more")
         if self.norm_before_fc and self.fc_norm:
             raise UserError("draft.fc_norm", True, "excludes norm_before_fc", "set one of them")
         if self.num_heads % self.num_kv_heads:
@@ -95,9 +99,6 @@ class DraftConfig:
             raise UserError("draft.head_dim", self.rotary_dim, "is odd", "RoPE needs an even one")
         if not 0 < self.draft_vocab_size <= self.vocab_size:
             raise UserError("draft.draft_vocab_size", self.draft_vocab_size, f"is not in 1..{self.vocab_size}", "use at most the target's vocabulary")
-        for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"draft.{name}", getattr(self, name), "is below 1", "use 1 or more")
         check_rope(self.rope_parameters, latent=self.mla is not None)
         if self.mla is not None:
             self._check_latent(self.mla)

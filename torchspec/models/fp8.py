@@ -14,14 +14,21 @@ from torch import Tensor
 
 from torchspec.errors import UserError
 from torchspec.models import kernels
+from torchspec.models.draft_config import DraftConfig
+
+_MULTIPLE = 16
+"""What the product's kernel wants both sizes of a weight to be multiples of."""
 
 
-def check(device: torch.device) -> None:
-    """Refuse devices without 8-bit products.
+def check(device: torch.device, config: DraftConfig) -> None:
+    """Refuse what would not be made in 8 bits.
 
     Raises:
-        UserError: no CUDA device of compute capability 9.0 or more.
+        UserError: sizes that the products do not take, or no CUDA device of compute capability 9.0 or more.
     """
+    for name in ("hidden_size", "intermediate_size", "draft_vocab_size"):
+        if (size := getattr(config, name)) % _MULTIPLE:
+            raise UserError("model.matmul", "fp8", f"wants sizes that are multiples of {_MULTIPLE}, and draft.{name} is {size}", "change it, or use bf16")
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         raise UserError("model.matmul", "fp8", f"needs a GPU with 8-bit matrix products scaled by row (Hopper or later), this is {device}", "use bf16")
 
@@ -47,17 +54,13 @@ def quantise(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 class Fp8Weight:
-    """A weight [N, K], rounded by row and kept both ways round (products want the summed dimension contiguous); N and K are multiples of 16."""
+    """A weight [N, K], rounded by row and kept both ways round (products want the summed dimension contiguous); :func:`check` has seen to N and K."""
 
     def __init__(self, data: Tensor) -> None:
+        assert data.shape[0] % _MULTIPLE == 0 and data.shape[1] % _MULTIPLE == 0
         self.data, self.scale = quantise(data)
         self.turned = self.data.view(torch.uint8).t().contiguous().view(torch.float8_e4m3fn)
         self.one = torch.ones(1, data.shape[1], dtype=torch.float32, device=data.device)
-
-    @staticmethod
-    def takes(data: Tensor) -> bool:
-        """Whether the product's kernel takes these sizes."""
-        return data.shape[0] % 16 == 0 and data.shape[1] % 16 == 0
 
     def forward(self, x: Tensor) -> Tensor:
         """[R, K] to x W^T [R, N]."""

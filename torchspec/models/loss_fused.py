@@ -128,7 +128,11 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from torchspec.models.kernels import rows as rows_kernel
 
-        (d_norm, d_weight, d_every), ctx.found = ctx.found, None  # scaled where they stand: once
+        if ctx.found is None:
+            raise RuntimeError(
+                "the fused loss scales its gradients where they stand and keeps no second copy: backward over a loss runs once, also with retain_graph"
+            )
+        (d_norm, d_weight, d_every), ctx.found = ctx.found, None
         for gradient in (d_norm, d_weight, d_every):
             rows_kernel.scale(gradient, grads[0])
         return None, d_norm.to(ctx.kinds[0]), d_weight.to(ctx.kinds[1]), *d_every.split(ctx.sizes)

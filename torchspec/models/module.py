@@ -49,14 +49,16 @@ class DraftModule(pl.LightningModule):
         step_weights: weight of each step's loss; None means 0.8^k.
         loss: weight of each loss in the sum, for example ``{forward_kl: 1.0, tv: 0.5}``; None means forward KL alone. Known ones: forward_kl, cross_entropy,
             reverse_kl, jsd, tv, lk_alpha, lk_lambda (models/losses.py has the formulas).
-        init: ``target`` starts from the target's head and final norm with fc passing the last aux state on; ``random`` starts from noise.
+        init: ``target`` starts from the target's head and final norm with fc passing the last aux state on; ``random`` starts from noise, and so does any
+            draft whose hidden size is not the target's: none of its tensors has the target's shape.
         start_from: start from these weights instead: a checkpoint of ours, or a published draft (directory, file or hub id). Architecture and vocabulary are
             its own; optimizer, schedule and data begin anew. ``--ckpt_path`` is what resumes a run.
         compute_dtype: type of matrix products; auto is bf16 where the device has instructions for it, else fp32. Masters, gradients' reduction and
-            norms are fp32 in either case.
+            norms are fp32 in either case. On a GPU attention has a fast kernel for bf16 and heads of a multiple of 8, at most 256; others (and fp32) take a
+            plain torch path that waits for the device at each call.
         recompute: make the MLP's inner activations again in the backward instead of keeping them; for very long sequences.
         matmul: ``fp8`` makes the MLP's and the head's forward products and their input gradients 8-bit ones on a Hopper or later GPU; weight gradients,
-            attention and the target stay as compute_dtype has them.
+            attention and the target stay as compute_dtype has them. Wants hidden, intermediate and draft vocabulary size to be multiples of 16.
         optimizer: made from the trainable parameters.
         lr_scheduler: made from the optimizer, stepped every optimizer step.
     """

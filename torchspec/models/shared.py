@@ -2,7 +2,8 @@
 autograd in the compute type, and handed over once.
 
 A shared tensor is a *store* (the data and the sum of its gradients) and a *token*: an empty tensor that stands for it in autograd's graph. Each use takes
-the token and adds to the store in its backward; autograd runs the token's own backward after all uses, and that hands the sum on. A backward can run once.
+the token and adds to the store in its backward; autograd runs the token's own backward after all uses, and that hands the sum on. A further backward over
+the same graph (``retain_graph=True``) begins new sums.
 
     dW = sum over steps of d_y_k^T x_k
 
@@ -35,7 +36,7 @@ class _WeightStore:
 
     def __init__(self, data: Tensor, *, fp8: bool = False) -> None:
         self.data = data
-        self._fp8 = Fp8Weight(data) if fp8 and Fp8Weight.takes(data) else None
+        self._fp8 = Fp8Weight(data) if fp8 else None
         self._sum: Tensor | None = None
         self._terms: dict[tuple[Any, ...], tuple[slice, slice, list[Tensor], list[Tensor]]] = {}
 

@@ -94,12 +94,12 @@ class DraftTask(nn.Module):
             step_weights: [K] w_k.
             compute_dtype: of the draft.
             device: that it will train on; decides the type of the target head (:func:`torchspec.hardware.working_dtype`).
-            init: ``random``, or ``target`` for :func:`start_from_target` (where the hidden sizes are equal).
+            init: ``random``, or ``target`` for :func:`start_from_target` where the hidden sizes are equal (elsewhere it is ``random`` too).
             loss: which losses, by weight.
             recompute, fp8: see :class:`~torchspec.models.eagle3.Eagle3Draft`.
         """
         if fp8:
-            check(device)
+            check(device, config)
         head = TargetHead.of(target).to(working_dtype(target.dtype, device))
         draft = Eagle3Draft(config, compute_dtype=compute_dtype, recompute=recompute, fp8=fp8)
         draft.initialise()
