@@ -1,4 +1,4 @@
-"""Checks of the Triton kernels against their torch twins in fp64, at any shape, type and device. Run by ``test_kernels.py``:
+"""Checks of the Triton kernels against their torch twins in fp64, at any shape, type and device. Run by ``kernel_grid.py``:
 in Triton's interpreter on a CPU, and on CUDA for real where there is a GPU."""
 
 from __future__ import annotations

@@ -80,6 +80,23 @@ def target_states(target: Path, sequences: list[list[int]], aux_layers: tuple[in
     return found
 
 
+def unrolled(base: Tensor, steps: int) -> UnrollRows:
+    """Rows of an unroll of ``steps`` steps at each of ``base`` [P]: a turn of that many tokens, of which the first alone lasts to the end.
+
+    Rows of a turn follow each other (``UnrollRows``), so each proposal has ``steps`` of them; from step 1 on only its first is computed.
+    """
+    count = len(base)
+    every, first = torch.arange(count * steps), steps * torch.arange(count)
+    depth = torch.ones_like(every)
+    depth[first] = steps
+    return UnrollRows(
+        base=(base[:, None] + torch.arange(steps)).flatten(),
+        index=(every, *[first] * (steps - 1)),
+        keep=(every, *[first] * (steps > 1), *[torch.arange(count)] * (steps - 2)),
+        depth=depth,
+    )
+
+
 def our_drafts(draft: Eagle3Draft, ids_of_rows: Tensor | None, prefixes: list[list[int]], states: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Greedy proposals.
 
@@ -100,20 +117,19 @@ def our_drafts(draft: Eagle3Draft, ids_of_rows: Tensor | None, prefixes: list[li
         ids[start : start + len(prefix)] = torch.tensor(prefix)
         aux[start : start + len(prefix) - 1] = rows[: len(prefix) - 1]
     base = torch.tensor([int(start) + len(prefix) - 2 for start, prefix in zip(cu[:-1], prefixes, strict=True)])
-    every = torch.arange(count)
     tokens, logits = [], []
     for step in range(K):
         batch = PackedBatch(
             input_ids=ids,
             position=torch.cat([torch.arange(length) for length in lengths]),
-            sequence=torch.repeat_interleave(every, torch.tensor(lengths)),
+            sequence=torch.repeat_interleave(torch.arange(count), torch.tensor(lengths)),
             turn=torch.zeros_like(ids),
             aux=aux,
             last=torch.zeros(len(ids), draft.config.target_hidden_size),
             cu_seqlens=torch.from_numpy(cu.astype(np.int32)),
             sample_ids=tuple(range(count)),
             counts=torch.ones(step + 1),
-            rows=UnrollRows(base, (every,) * (step + 1), (every,) * (step + 1)),
+            rows=unrolled(base, step + 1),
         )
         with torch.no_grad():
             z = draft.lm_head(draft.norm(draft(batch)[step]))

@@ -1,0 +1,120 @@
+"""Triton kernels against their torch twins: in the interpreter on small shapes, and on a GPU over a grid of real ones.
+
+``test_kernels.py`` runs these tests in a process of their own; by hand: ``pytest tests/models/kernel_grid.py``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.models import kernel_cases as cases
+from tests.models.differences import PRUNED, STEPS, WEIGHTS, made_for
+from tests.models.packs import pack
+from tests.models.variants import VARIANTS
+from torchspec.models import kernels
+
+pytest.importorskip("triton")
+REAL = cases.DEVICE.type == "cuda"
+DTYPES = [torch.float32, torch.bfloat16] if REAL else [torch.float32]
+LOSSES = ["forward_kl", "cross_entropy", "reverse_kl", "jsd", "tv", "lk_alpha", "lk_lambda"]
+
+
+def sizes(small: list[tuple[int, ...]], real: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    return [*small, *real] if REAL else small
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("shape", sizes([(1, 5), (7, 24), (0, 8)], [(301, 576), (1000, 4096), (77, 7168), (5000, 128)]))
+def test_norm(shape: tuple[int, int], placed: bool, dtype: torch.dtype) -> None:
+    cases.norm(*shape, dtype, placed=placed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", sizes([(1, 3), (5, 24), (0, 8)], [(513, 1536), (257, 12288), (3, 14337)]))
+def test_swiglu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    cases.swiglu(*shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", sizes([(3, 3, 2, 8), (1, 4, 4, 10), (0, 2, 2, 4)], [(301, 32, 32, 128), (77, 9, 9, 64), (50, 24, 20, 80), (65, 40, 0, 96)]))
+def test_rope(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    cases.rope(*shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", sizes([(3, 5, 7), (1, 1, 3), (0, 4, 4)], [(500, 700, 4096), (1000, 1001, 6144), (64, 64, 1025)]))
+def test_rows(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    cases.rows(*shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [False, True])
+@pytest.mark.parametrize("shape", sizes([(3, 37), (1, 4), (0, 8)], [(65, 32000), (301, 12288)]))
+def test_quantise(shape: tuple[int, int], factor: bool, dtype: torch.dtype) -> None:
+    cases.quantise(*shape, dtype, factor=factor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale(dtype: torch.dtype) -> None:
+    for number in (1, 5000, 8192):
+        cases.scale(number, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize(
+    "shape", sizes([(3, 4, 2, 8), (1, 3, 1, 6), (0, 2, 2, 4)], [(301, 32, 8, 128), (129, 9, 3, 64), (65, 8, 8, 80), (65, 24, 3, 96), (33, 14, 2, 192)])
+)
+def test_merge(shape: tuple[int, int, int, int], count: int, dtype: torch.dtype) -> None:
+    cases.merge(*shape, 3, count, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", sizes([(3, 37, 37), (2, 40, 11), (0, 8, 8)], [(65, 151936, 151936), (65, 151936, 32000), (33, 49152, 8191)]))
+def test_target(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    cases.target(*shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("weights", [*[{name: 1.0} for name in LOSSES], {name: 0.3 + 0.1 * i for i, name in enumerate(LOSSES)}], ids=lambda w: "+".join(w))
+def test_losses(weights: dict[str, float], pruned: bool, dtype: torch.dtype) -> None:
+    for shape in sizes([(4, 29)], [(65, 32000), (17, 50257)]):
+        for measure in (False, True):
+            cases.losses(*shape, weights, dtype, pruned=pruned, measure=measure)
+
+
+STEPS_SEEN = [("plain", PRUNED, False), ("plain", None, True), ("Qwen3, norm_before_residual", None, False)]
+"""Variants that the interpreter has time for."""
+if REAL:
+    STEPS_SEEN += [(variant, draft_ids, False) for variant in VARIANTS for draft_ids in (None, PRUNED)]
+
+
+@pytest.mark.parametrize(("variant", "draft_ids", "recompute"), STEPS_SEEN)
+def test_whole_step(variant: str, draft_ids: list[int] | None, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step with every kernel in fp32 against the torch path in fp64: loss, metrics and gradients."""
+    slow, conversations = made_for(variant, draft_ids)
+    batch = pack(slow.draft.config, conversations, STEPS)
+    expected = slow(batch, measure=True)
+    expected.loss.backward()
+    fast, _ = made_for(variant, draft_ids)
+    fast.draft.compute_dtype, fast.draft.recompute = torch.float32, recompute
+    fast.float().to(cases.DEVICE)
+    monkeypatch.setattr(kernels, "usable", lambda t: t.dtype != torch.float64)
+    narrow = pack(fast.draft.config, conversations, STEPS, dtype=torch.float32).to(cases.DEVICE)
+    found = fast(narrow, measure=True)
+    (found.loss * 3.0).backward()
+    assert len(WEIGHTS) == STEPS
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    for name, values in expected.sums.items():
+        torch.testing.assert_close(found.sums[name].double().cpu(), values.double(), rtol=1e-4, atol=1e-5)
+    for (name, p), q in zip(slow.draft.named_parameters(), fast.draft.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None
+        difference = float((q.grad.double().cpu() / 3.0 - p.grad).norm() / p.grad.norm())
+        assert difference < 2e-4, (name, difference)
+
+
+def test_nothing_without_cuda() -> None:
+    assert not kernels.usable(torch.zeros(2))
