@@ -1,10 +1,13 @@
-"""Plant each failure of ``tests/defects`` in a copy of the package and show that its test fails: a JSON line a defect, last ``planted``, ``caught``.
+"""Plant errors in a copy of the package and show that the tests fail: a JSON line an error, last ``planted``, ``caught``.
+
+Two kinds: the sixteen failures of ``tests/defects``, and slips in the kernels' torch twins (what a CPU computes with, and what the kernels themselves are
+tested against), which the fp64 references must notice.
 
 A mutation is one change of source text in one file. The copy lies in a temporary folder; the tests run against it in a process of their own, first as it
-is (they must pass), then with each mutation (the defect's tests must fail, and not for an error of collection).
+is (they must pass), then with each mutation (its tests must fail, and not for an error of collection).
 
-    python benchmarks/mutations.py            # all, minutes
-    python benchmarks/mutations.py 1 7 13     # some
+    python benchmarks/mutations.py                  # all, minutes
+    python benchmarks/mutations.py 1 7 13 twins     # some
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,18 +30,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Mutation:
-    """A failure, as a change of one place."""
+    """An error, as a change of one place."""
 
-    defect: int
+    of: int | str
+    """Number of the failure, or ``twins``."""
     what: str
     file: str
     """Under ``torchspec/``."""
     before: str
     """Occurs exactly once."""
     after: str
+    tests: tuple[str, ...] = ()
+    """Node ids of the tests that must notice; left out for a failure, whose tests are named after it."""
 
 
-MUTATIONS = (
+DEFECTS = (
     Mutation(1, "RoPE base read with a default", "models/rope_parameters.py",
              'parameters["rope_theta"] = getattr(config, "rope_theta", None)', 'parameters["rope_theta"] = getattr(config, "rope_theta", 10000.0)'),
     Mutation(2, "resume loses the optimizer's moments", "models/module.py",
@@ -72,6 +79,13 @@ MUTATIONS = (
     Mutation(14, "gradients reduced in the compute type", "models/parallelize.py", "reduce_dtype=torch.float32", "reduce_dtype=compute_dtype"),
     Mutation(14, "the head's gradient accumulated in the compute type", "models/loss.py",
              "d_weight = torch.zeros_like(cast, dtype=wide)", "d_weight = torch.zeros_like(cast)"),
+    Mutation(14, "biases' gradients summed over the steps in the compute type", "models/dense_attention.py",
+             "part.bias.to(wide(dtype))", "part.bias.to(dtype)"),
+    Mutation(14, "the output bias's gradient summed over the steps in the compute type", "models/dense_attention.py",
+             "o_proj.bias.to(wide(dtype))", "o_proj.bias.to(dtype)"),
+    Mutation(14, "norms' gradients summed over the steps in the gathered type", "models/norm.py",
+             "self.weight.to(wide(self.weight.dtype))", "self.weight"),
+    Mutation(14, "a token's gradients summed in the table's type", "models/embedding.py", "grads[0].to(wide(ctx.kind))", "grads[0]"),
     Mutation(15, "first step at rate 0", "models/schedules.py", "(step + 1) / (warmup + 1)", "step / (warmup + 1)"),
     Mutation(15, "decay that divides by nothing", "models/schedules.py",
              "(progress - (1.0 - self.decay)) / self.decay", "(progress - (1.0 - self.decay)) / (self.decay - self.decay)"),
@@ -81,17 +95,61 @@ MUTATIONS = (
 )  # fmt: skip
 
 
+_UNROLL = ("tests/models/test_unroll.py::test_equals_the_reference[plain-full]",)
+_PRUNED = ("tests/models/test_unroll.py::test_equals_the_reference[plain-pruned]",)
+_LOSSES = ("tests/models/test_losses.py::test_equals_the_textbook",)
+
+TWINS = (
+    Mutation("twins", "a query sees the key after it", "models/attention_torch.py", "> rows[:, None]", "> rows[:, None] + 1", _UNROLL),
+    Mutation("twins", "causal backward without delta", "models/attention_torch.py", ".sub_(by_group(delta[first:end, :, None]))", "", _UNROLL),
+    Mutation("twins", "merged log-sum-exp leaves out the later keys", "models/attention_torch.py",
+             "torch.logaddexp(lse, torch.logsumexp(score, dim=-1))", "lse", _UNROLL),
+    Mutation("twins", "later keys' scores without the scale", "models/attention_torch.py",
+             '_wide(extra_key)).flatten(1, 2) * scale', '_wide(extra_key)).flatten(1, 2)', _UNROLL),
+    Mutation("twins", "backward of the merge without delta", "models/attention_torch.py", "g, ev) - delta)", "g, ev))", _UNROLL),
+    Mutation("twins", "the slot's gradient of the wrong step", "models/attention.py", "total[entries, ctx.slot]", "total[entries, ctx.slot - 1]", _UNROLL),
+    Mutation("twins", "a second backward adds to the later keys' sums of the first", "models/attention.py",
+             "found, self._sums, self._extra_sums = self._sums, None, None", "found, self._sums = self._sums, None",
+             ("tests/models/test_backward_again.py::test_gradients_double",)),
+    Mutation("twins", "norm's backward without the projection", "models/norms.py", "d_unit - unit * (d_unit * unit).mean(-1, keepdim=True)", "d_unit", _UNROLL),
+    Mutation("twins", "norm's weight gradient before the unit", "models/norms.py", "(d_y.to(kind) * unit).sum(0)", "(d_y.to(kind) * x).sum(0)", _UNROLL),
+    Mutation("twins", "SwiGLU's backward with the sigmoid alone", "models/mlp.py",
+             "torch.ops.aten.silu_backward(d_act * up, gate)", "d_act * up * torch.sigmoid(gate)", _UNROLL),
+    Mutation("twins", "RoPE turned the other way in one half", "models/rope.py", "low * cos - high * sin", "low * cos + high * sin", _UNROLL),
+    Mutation("twins", "shared rows keep the last step's gradient", "models/shared.py",
+             "index_add_(0, place, grad.to", "index_copy_(0, place, grad.to", _UNROLL),
+    Mutation("twins", "a weight's gradient of the first step alone", "models/shared.py",
+             "torch.cat(outs) if len(outs) > 1 else outs[0]).t(), torch.cat(ins) if len(ins) > 1 else ins[0]", "outs[0]).t(), ins[0]", _UNROLL),
+    Mutation("twins", "a state's target of the step before", "models/loss.py", "torch.cat([entries + k for k", "torch.cat([entries for k", _UNROLL),
+    Mutation("twins", "the likeliest token inside taken for the likeliest", "models/loss.py",
+             "inside[low:high] = highest == whole.amax(dim=-1)", "pass", _PRUNED),
+    Mutation("twins", "mass of the draft's vocabulary left out", "models/losses.py",
+             "p.to(wide) if target.mass is None else", "p.to(wide) if True else", _LOSSES),
+    Mutation("twins", "gradient of tv on the other side", "models/losses.py", "below = (q < true)", "below = (q > true)", _LOSSES),
+    Mutation("twins", "gradient of a curved loss without its mean", "models/losses.py", "weight * (g - mean[:, None])", "weight * g", _LOSSES),
+    Mutation("twins", "8-bit rows use half of their range", "models/fp8.py", "/ 448.0", "/ 224.0", ("tests/models/test_kernels.py::test_quantise",)),
+)  # fmt: skip
+
+MUTATIONS = DEFECTS + TWINS
+
+
 def occurrences(mutation: Mutation, root: Path = ROOT) -> int:
     """How often the text to change is in its file."""
     return (root / "torchspec" / mutation.file).read_text().count(mutation.before)
 
 
-def run_tests(root: Path, defects: set[int]) -> tuple[int, str]:
-    """Exit code and output of pytest on the tests of some defects, of the copy in ``root``.
+def selections(mutations: Sequence[Mutation]) -> list[list[str]]:
+    """What pytest is told, one list a run, to run the tests that must notice some mutations."""
+    words = sorted({f"test_defect_{mutation.of:02d}" for mutation in mutations if not mutation.tests})
+    nodes = sorted({node for mutation in mutations for node in mutation.tests})
+    return [*([["tests/defects", "-k", " or ".join(words)]] if words else []), *([nodes] if nodes else [])]
+
+
+def run_tests(root: Path, selection: list[str]) -> tuple[int, str]:
+    """Exit code and output of pytest on some tests of the copy in ``root``.
 
     In a fork, so that torch and its like, which this process holds already, need not be imported again; nothing of ours is imported here.
     """
-    words = " or ".join(f"test_defect_{defect:02d}" for defect in sorted(defects))
     with tempfile.TemporaryFile("w+") as sink:
         child = os.fork()
         if child == 0:
@@ -102,7 +160,7 @@ def run_tests(root: Path, defects: set[int]) -> tuple[int, str]:
                 sys.path.insert(0, str(root))
                 import pytest
 
-                code = int(pytest.main(["tests/defects", "-q", "-p", "no:cacheprovider", "-k", words]))
+                code = int(pytest.main([*selection, "-q", "-p", "no:cacheprovider", "--ignore=tests/defects/test_mutations.py"]))
                 sys.stdout.flush()
             except BaseException:
                 traceback.print_exc()
@@ -120,10 +178,11 @@ def failed_tests(output: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("defects", nargs="*", type=int, help="numbers of defects; all when left out")
+    parser.add_argument("which", nargs="*", choices=sorted({str(mutation.of) for mutation in MUTATIONS}), help="numbers of failures, twins; all when left out")
     args = parser.parse_args()
-    chosen = [mutation for mutation in MUTATIONS if not args.defects or mutation.defect in args.defects]
+    chosen = [mutation for mutation in MUTATIONS if not args.which or str(mutation.of) in args.which]
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}  # tiny tensors: threads would only wait for each other
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which the modules below do
     sys.dont_write_bytecode = True
     import lightning.pytorch  # noqa: F401  # for the forks
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -134,9 +193,10 @@ def main() -> None:
         for name in ("torchspec", "tests"):
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", root)
-        code, output = run_tests(root, {mutation.defect for mutation in chosen})
-        if code:
-            sys.exit(f"the tests fail before anything is planted:\n{output[-3000:]}")
+        for selection in selections(chosen):
+            code, output = run_tests(root, selection)
+            if code:
+                sys.exit(f"the tests fail before anything is planted:\n{output[-3000:]}")
         for mutation in chosen:
             if occurrences(mutation, root) != 1:
                 sys.exit(f"{mutation.file} does not hold once: {mutation.before}")
@@ -144,13 +204,13 @@ def main() -> None:
             file = root / "torchspec" / mutation.file
             text = file.read_text()
             file.write_text(text.replace(mutation.before, mutation.after))
-            code, output = run_tests(root, {mutation.defect})
+            code, output = run_tests(root, *selections([mutation]))
             file.write_text(text)
             failed = failed_tests(output)
             found = code == 1 and bool(failed)
             caught += found
             seconds = round(time.monotonic() - started, 1)
-            line = {"defect": mutation.defect, "planted": mutation.what, "file": mutation.file, "failed": failed, "caught": found, "seconds": seconds}
+            line = {"of": mutation.of, "planted": mutation.what, "file": mutation.file, "failed": failed, "caught": found, "seconds": seconds}
             print(json.dumps(line), flush=True)
             if not found:
                 print(output[-2000:], file=sys.stderr)

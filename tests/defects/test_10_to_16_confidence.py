@@ -25,6 +25,7 @@ from tests.models.differences import PRUNED, WEIGHTS
 from tests.models.exports import save_plain_target
 from tests.models.packs import conversation, draft_config, task
 from tests.models.packs import pack as pack_of
+from tests.models.variants import VARIANTS
 from tests.tiny import CHATML, save_tokenizer
 from torchspec.callbacks.last import LastCheckpoint
 from torchspec.data.conversations import Conversation
@@ -32,9 +33,12 @@ from torchspec.data.plan import Plan
 from torchspec.data.prompts import Prompts
 from torchspec.data.render import Renderer
 from torchspec.engines.engine import OnPolicy
+from torchspec.models.dense_attention import DenseAttention
 from torchspec.models.metrics import StepSums
+from torchspec.models.norm import RMSNorm
 from torchspec.models.parallelize import parallelize
 from torchspec.models.schedules import WSD, Constant, Cosine, Linear
+from torchspec.models.shared import linear
 from torchspec.target import Target
 from torchspec.transfer import StoreServer
 
@@ -169,6 +173,38 @@ def test_defect_14_gradients_are_accumulated_and_reduced_in_fp32(monkeypatch: py
     monkeypatch.setattr("torch.distributed.broadcast", lambda *_, **__: None)
     parallelize(made, mesh=SimpleNamespace(get_group=lambda: None), compute_dtype=torch.bfloat16)
     assert given["mp_policy"].reduce_dtype == torch.float32
+
+
+def test_defect_14_small_terms_of_many_steps_do_not_stop_growing() -> None:
+    """300 steps that each add 1 to the gradient of a bias (of a master) or of a norm (of a bf16 copy, as FSDP gathers it): in bf16 the sum stops at 256."""
+    config = draft_config(attention_bias=True)
+    attention, norm = DenseAttention(config, 32), RMSNorm(16, 1e-6).bfloat16()
+    projections, used = attention.cast(torch.bfloat16), norm.cast()
+    ones, total = torch.ones(1, 16, dtype=torch.bfloat16), torch.zeros(())
+    for _ in range(300):
+        flat = linear(torch.zeros(1, 32, dtype=torch.bfloat16), projections.inputs, bias=projections.bias)
+        output = projections.output(torch.zeros(1, 4, 8, dtype=torch.bfloat16), ones)
+        total = total + flat.float().sum() + output.float().sum() + used(ones).float().sum()
+    total.backward()
+    for name, parameter in [*((name, p) for name, p in attention.named_parameters() if name.endswith("bias")), ("norm", norm.weight)]:
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad.float(), torch.full(parameter.shape, 300.0), msg=name)
+
+
+@pytest.mark.parametrize("variant", ["attention_bias", "Qwen3 (qk_norm)", "MLA", "H < D, own embedding", "two layers", "norm_before_residual"])
+def test_defect_14_bf16_copies_have_the_gradients_of_their_masters_rounded_once(variant: str) -> None:
+    """What FSDP gathers in bf16: each parameter's gradient over all steps is summed wide, so it is exactly the fp32 master's, rounded."""
+    config = draft_config(**VARIANTS[variant])
+    masters, copies = (task(config, draft_ids=None, step_weights=WEIGHTS, dtype=torch.bfloat16) for _ in range(2))
+    batch = pack_of(config, [conversation(config, [0] + [1] * 40, seed) for seed in range(3)], 3, dtype=torch.bfloat16)
+    for master, copy in zip(masters.draft.parameters(), copies.draft.parameters(), strict=True):
+        copy.data = copy.data.bfloat16()
+        master.data = copy.data.float()
+    for made in (masters, copies):
+        made(batch).loss.backward()
+    for (name, master), copy in zip(masters.draft.named_parameters(), copies.draft.parameters(), strict=True):
+        assert master.grad is not None and copy.grad is not None and (master.dtype, copy.dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(master.grad.bfloat16(), copy.grad), name
 
 
 @pytest.mark.parametrize("kind", [Constant, Linear, Cosine, WSD])

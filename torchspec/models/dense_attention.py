@@ -16,7 +16,7 @@ from torchspec.models import kernels
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.norm import RMSNorm
 from torchspec.models.rope import rotate
-from torchspec.models.shared import Weight, linear
+from torchspec.models.shared import Weight, linear, wide
 
 Turn = tuple[Tensor, Tensor]
 """cos and sin of the rows, [R, 1, d/2] in fp32 (fp64 where the draft computes in it); see ``rope.tables``."""
@@ -32,7 +32,7 @@ class Projections(Protocol):
     inputs: Weight
     """[query part + key-value part, width]."""
     bias: Tensor | None
-    """Of ``inputs``."""
+    """Of ``inputs``, in the type that sums are kept in: so autograd sums its gradients over the steps."""
     query_size: int
     """Rows of the query part."""
 
@@ -76,11 +76,12 @@ class DenseProjections:
         self.attention = attention
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
         self.inputs = Weight.of([part.weight for part in parts], dtype)
-        biases = [part.bias.to(dtype) for part in parts if part.bias is not None]
+        biases = [part.bias.to(wide(dtype)) for part in parts if part.bias is not None]
         self.bias = torch.cat(biases) if biases else None
         self.query_size = attention.q_proj.weight.shape[0]
         self.o = Weight.of([attention.o_proj.weight], dtype)
-        self.o_bias = None if attention.o_proj.bias is None else attention.o_proj.bias.to(dtype)
+        self.o_bias = None if attention.o_proj.bias is None else attention.o_proj.bias.to(wide(dtype))
+        self.norms = [attention.q_norm.cast(), attention.k_norm.cast()] if hasattr(attention, "q_norm") else [None, None]
 
     def queries(self, flat: Tensor, turn: Turn) -> Tensor:
         return self._heads(flat, (flat.shape[1],), turn)[0]
@@ -99,12 +100,11 @@ class DenseProjections:
 
     def _heads(self, flat: Tensor, sizes: tuple[int, ...], turn: Turn) -> list[Tensor]:
         """Query, key and value parts, as far as there are any, as heads [R, heads, d]; the first two after norm (Qwen3 style) and RoPE."""
-        attention, size = self.attention, self.attention.head_dim
-        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-        if kernels.usable(flat) and norms == [None, None]:
+        size = self.attention.head_dim
+        if kernels.usable(flat) and self.norms == [None, None]:
             return list(_Heads.apply(flat, sizes, size, *turn))
         heads = [part.unflatten(-1, (-1, size)) for part in flat.split(sizes, dim=-1)]
-        for i, norm in enumerate(norms[: len(heads)]):
+        for i, norm in enumerate(self.norms[: len(heads)]):
             if sizes[i]:
                 heads[i] = turned(heads[i] if norm is None else norm(heads[i]), turn)
         return heads

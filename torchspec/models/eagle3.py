@@ -19,13 +19,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchspec.batch import PackedBatch
 from torchspec.models.attention import Conversations, Queries, UnrollMemory
 from torchspec.models.dense_attention import DenseAttention, Projections, Turn
 from torchspec.models.draft_config import DraftConfig
+from torchspec.models.embedding import lookup
 from torchspec.models.mla import LatentAttention
 from torchspec.models.mlp import MLP, mlp_block
 from torchspec.models.norm import RMSNorm
@@ -51,7 +51,8 @@ class _Layer:
     """A layer during one forward pass: weights in the compute type, fused where one product serves, and what its attention has seen."""
 
     def __init__(self, layer: DraftLayer, dtype: torch.dtype, *, fp8: bool) -> None:
-        self.module = layer
+        self.norm, self.mlp_norm = layer.input_layernorm.cast(), layer.post_attention_layernorm.cast()
+        self.hidden_norm = layer.hidden_norm.cast() if hasattr(layer, "hidden_norm") else None
         self.attention: Projections = layer.self_attn.cast(dtype)
         self.gate_up = Weight.of([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight], dtype, fp8=fp8)
         self.down = Weight.of([layer.mlp.down_proj.weight], dtype, fp8=fp8)
@@ -129,7 +130,8 @@ class Eagle3Draft(nn.Module):
         check_reach(self.config, int(batch.cu_seqlens.diff().max()) + rows.steps - 1 if batch.num_tokens else 0)
         layers = [_Layer(layer, self.compute_dtype, fp8=self.fp8) for layer in self.layers]  # type: ignore[arg-type]
         hidden = self._project_aux(batch.aux)
-        embedded = self._embed(batch, layers[0].attention)
+        embedded = self._embed(batch, layers[0])
+        norm = self.norm.cast()
         outputs: list[Tensor] = []
         for step in range(rows.steps):
             if step == 0:
@@ -138,7 +140,7 @@ class Eagle3Draft(nn.Module):
                 hidden = self._later_step(take(hidden, rows.keep[step]), embedded, batch, layers, step)
             outputs.append(hidden)
             if self.config.norm_output:
-                hidden = self.norm(hidden)
+                hidden = norm(hidden)
         return outputs
 
     # -- pieces
@@ -153,11 +155,11 @@ class Eagle3Draft(nn.Module):
             aux = torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], dim=-1)
         return linear(aux, Weight.of([self.fc.weight], self.compute_dtype))
 
-    def _embed(self, batch: PackedBatch, attention: Projections) -> _Embedded:
+    def _embed(self, batch: PackedBatch, first: _Layer) -> _Embedded:
         """Project the embedding of the token after each row; past the pack's end any token serves, no supervised row reads it."""
         ids = torch.cat([batch.input_ids[1:], batch.input_ids[-1:]])
         table = self.embed_tokens.weight if self.config.owns_embedding else self.embedding_table
-        normed = self.layers[0].input_layernorm(F.embedding(ids, table).to(self.compute_dtype))  # type: ignore[operator, union-attr]
+        normed, attention = first.norm(lookup(table, ids).to(self.compute_dtype)), first.attention  # type: ignore[arg-type]
         half = attention.inputs.part(columns=slice(0, self.config.hidden_size))
         query, key_value = slice(0, attention.query_size), slice(attention.query_size, None)
         bias = (None, None) if attention.bias is None else (attention.bias[query], attention.bias[key_value])
@@ -168,11 +170,11 @@ class Eagle3Draft(nn.Module):
             SharedRows.of(linear(normed, half.part(rows=key_value, columns=half.columns), bias=bias[1])),
         )
 
-    def _normed(self, index: int, layer: _Layer, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _normed(self, layer: _Layer, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's normed hidden state, and its residual."""
-        if index:
-            return layer.module.input_layernorm(hidden), hidden
-        normed: Tensor = layer.module.hidden_norm(hidden)
+        if layer.hidden_norm is None:
+            return layer.norm(hidden), hidden
+        normed = layer.hidden_norm(hidden)
         return normed, normed if self.config.norm_before_residual else hidden
 
     def _project(self, index: int, attention: Projections, x: Tensor, part: slice, addends: list[Addend]) -> Tensor:
@@ -189,9 +191,8 @@ class Eagle3Draft(nn.Module):
 
     def _finish(self, layer: _Layer, attended: Tensor, residual: Tensor) -> Tensor:
         """Output projection, residual, MLP."""
-        norm = layer.module.post_attention_layernorm
         hidden = layer.attention.output(attended, residual)
-        return mlp_block(hidden, norm.weight, layer.gate_up, layer.down, eps=norm.eps, recompute=self.recompute)
+        return mlp_block(hidden, layer.mlp_norm.weight, layer.gate_up, layer.down, eps=layer.mlp_norm.eps, recompute=self.recompute)
 
     def _first_step(self, hidden: Tensor, embedded: _Embedded, batch: PackedBatch, layers: list[_Layer]) -> Tensor:
         """Step 0: keys and values of all rows in every layer; the last layer's queries and MLP for supervised rows alone."""
@@ -202,7 +203,7 @@ class Eagle3Draft(nn.Module):
         for index, layer in enumerate(layers):
             attention = layer.attention
             query, key_value = slice(0, attention.query_size), slice(attention.query_size, None)
-            x, residual = self._normed(index, layer, hidden)
+            x, residual = self._normed(layer, hidden)
             key, value = attention.keys_values(self._project(index, attention, x, key_value, [Addend(embedded.key_value, None)]), turn)
             layer.memory = UnrollMemory(key, value, conversations, entries=rows.base.shape[0], slots=rows.steps - 1)
             last = index == len(layers) - 1
@@ -223,7 +224,7 @@ class Eagle3Draft(nn.Module):
         queries = Queries.of(at, entries, batch.num_tokens)
         addends = [Addend(embedded.query, (entries if len(layers) == 1 else at) + step), Addend(embedded.key_value, at + step)]
         for index, layer in enumerate(layers):
-            x, residual = self._normed(index, layer, hidden)
+            x, residual = self._normed(layer, hidden)
             query, key, value = layer.attention.all(self._project(index, layer.attention, x, slice(None), addends), turn)
             assert layer.memory is not None
             layer.memory.append(key, value, entries)

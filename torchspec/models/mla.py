@@ -57,6 +57,7 @@ class LatentProjections:
         self.q_b = Weight.of([attention.q_b_proj.weight], dtype)
         self.kv_b = Weight.of([attention.kv_b_proj.weight], dtype)
         self.o = Weight.of([attention.o_proj.weight], dtype)
+        self.query_norm, self.key_norm = attention.q_a_layernorm.cast(), attention.kv_a_layernorm.cast()
         sizes = attention.sizes
         self.qk = sizes.qk_nope_head_dim + sizes.qk_rope_head_dim
         self.width = max(self.qk, sizes.v_head_dim)
@@ -70,7 +71,7 @@ class LatentProjections:
 
     def queries(self, flat: Tensor, turn: Turn) -> Tensor:
         sizes = self.attention.sizes
-        heads = linear(self.attention.q_a_layernorm(flat), self.q_b).unflatten(-1, (self.attention.heads, -1))
+        heads = linear(self.query_norm(flat), self.q_b).unflatten(-1, (self.attention.heads, -1))
         plain, turned = heads.split([sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], dim=-1)
         query = torch.cat([plain, _turned(turned, turn)], dim=-1) * (self.attention.scale * math.sqrt(self.width))
         return F.pad(query, (0, self.width - self.qk))
@@ -78,7 +79,7 @@ class LatentProjections:
     def keys_values(self, flat: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
         sizes, heads = self.attention.sizes, self.attention.heads
         latent, shared = flat.split([sizes.kv_lora_rank, sizes.qk_rope_head_dim], dim=-1)
-        both = linear(self.attention.kv_a_layernorm(latent), self.kv_b).unflatten(-1, (heads, -1))
+        both = linear(self.key_norm(latent), self.kv_b).unflatten(-1, (heads, -1))
         plain, value = both.split([sizes.qk_nope_head_dim, sizes.v_head_dim], dim=-1)
         key = torch.cat([plain, _turned(shared[:, None], turn).expand(-1, heads, -1)], dim=-1)
         return F.pad(key, (0, self.width - self.qk)), F.pad(value, (0, self.width - sizes.v_head_dim))

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from torchspec.models.norms import RMSFunction
+from torchspec.models.shared import wide
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm during one forward pass, used any number of times."""
+
+    weight: Tensor
+    """[C] in the type that sums are kept in."""
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., C] in the type of ``x``."""
+        normed: Tensor = RMSFunction.apply(x.reshape(-1, x.shape[-1]), self.weight, self.eps)
+        return normed.view(x.shape)
 
 
 class RMSNorm(nn.Module):
@@ -16,6 +33,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
+    def cast(self) -> Norm:
+        """For one forward pass. The weight may be a bf16 copy (FSDP gathers such): widened once here, the gradients of all uses are summed wide and rounded
+        once."""
+        return Norm(self.weight.to(wide(self.weight.dtype)), self.eps)
+
     def forward(self, x: Tensor) -> Tensor:
-        normed: Tensor = RMSFunction.apply(x.reshape(-1, x.shape[-1]), self.weight, self.eps)
-        return normed.view(x.shape)
+        return self.cast()(x)

@@ -80,8 +80,8 @@ def parallelize(task: nn.Module, *, mesh: Any | None, compute_dtype: torch.dtype
     """Shard the task over ``mesh``, in place.
 
     The root alone is wrapped: the draft's layer runs K times a step, and one all-gather and one reduce-scatter a step then serve all of them. Parameters
-    stay fp32 (masters);
-    gathered copies are ``compute_dtype``; gradients are reduced in fp32.
+    stay fp32 (masters); gathered copies are ``compute_dtype``. A copy's gradient is summed over the unroll steps in fp32, rounded to the copy's type once,
+    and reduced in fp32.
 
     Args:
         task: the module whose forward holds the whole loss.

@@ -215,17 +215,17 @@ class _Linear(torch.autograd.Function):
         *tokens: Tensor,
     ) -> Tensor:  # fmt: skip
         # the weight's own token is not kept here: it would tie the graph into a circle
-        ctx.weight, ctx.stores, ctx.bias = (weight.store, weight.rows, weight.columns), stores, bias is not None
+        ctx.weight, ctx.stores, ctx.bias = (weight.store, weight.rows, weight.columns), stores, None if bias is None else bias.dtype
         ctx.save_for_backward(x)
-        data = weight.data
+        data, added = weight.data, None if bias is None else bias.to(x.dtype)
         if stores:
             start = _side_by_side(stores, x.shape[0])
             y = torch.addmm(start, x, data.t(), out=start)
         elif residual is not None:
             y = torch.addmm(residual, x, data.t())
         else:
-            return F.linear(x, data, bias)
-        return y if bias is None else y.add_(bias)
+            return F.linear(x, data, added)
+        return y if added is None else y.add_(added)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -238,7 +238,7 @@ class _Linear(torch.autograd.Function):
             shared.add(place, d_y[:, first : first + shared.data.shape[1]])
             first += shared.data.shape[1]
         empty = d_y.new_empty(0)
-        d_bias = d_y.sum(0) if ctx.bias else None
+        d_bias = None if ctx.bias is None else d_y.sum(0, dtype=ctx.bias)
         return d_x, empty, d_bias, d_y if ctx.needs_input_grad[3] else None, None, None, *[empty] * len(ctx.stores)
 
 
@@ -264,7 +264,7 @@ def linear(x: Tensor, weight: Weight, *, bias: Tensor | None = None, residual: T
     Args:
         x: [R, in].
         weight: [out, in].
-        bias: [out].
+        bias: [out], in the type that its gradient is to have.
         residual: [R, out], with a gradient of its own. Not together with addends.
         addends: shared rows; side by side they are [R, out].
 
