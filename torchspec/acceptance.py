@@ -98,6 +98,10 @@ def measure(
         "requests": fitting,
         "sampling": {"temperature": temperature, "max_tokens": max_new_tokens, "seed": seed if temperature > 0 else None},
     }
+    if not _cuda() and (getattr(facts.hf_config, "kv_lora_rank", None) is not None or _is_latent(draft)):
+        from torchspec.engines.vllm.options import right_operators_for_latent_attention
+
+        common["engine_args"] |= right_operators_for_latent_attention(common["engine_args"])
     speculative = {"method": "eagle3", "model": draft, "num_speculative_tokens": num_speculative_tokens}
     logs = Path(output).resolve().parent if output else Path(tempfile.mkdtemp(prefix="torchspec-acceptance-"))
     try:
@@ -205,6 +209,18 @@ def read_requests(prompts: str, target: Target, *, limit: int | None) -> tuple[l
     return requests, bad
 
 
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _is_latent(draft: str) -> bool:
+    """Whether the draft in this directory has MLA."""
+    file = Path(draft) / "config.json"
+    return file.is_file() and '"kv_lora_rank"' in file.read_text()
+
+
 def _check(draft: str, *, num_speculative_tokens: int, max_new_tokens: int, limit: int | None, temperature: float, engine_args: dict[str, Any] | None) -> None:
     """Refuse what can be seen to be wrong before a model is loaded."""
     for field, value, good in (
@@ -216,11 +232,9 @@ def _check(draft: str, *, num_speculative_tokens: int, max_new_tokens: int, limi
         if not good:
             raise UserError(field, value, "is too small", "give at least 0" if field == "temperature" else "give at least 1")
     if temperature > 0:
-        import torch
-
         from torchspec.engines.vllm.options import refuse_random_on_cpu
 
-        refuse_random_on_cpu(temperature, device="cuda" if torch.cuda.is_available() else "cpu", field="temperature")
+        refuse_random_on_cpu(temperature, device="cuda" if _cuda() else "cpu", field="temperature")
     for key in OWNED:
         if key in (engine_args or {}):
             raise UserError(f"engine_args.{key}", (engine_args or {})[key], "is set by the measurement itself", "use the option of the command")

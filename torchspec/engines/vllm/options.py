@@ -109,15 +109,22 @@ def model_arguments(target: Target, config: EngineConfig, *, max_length: int | N
     }
     if target.takes_images and not images:
         arguments["language_model_only"] = True
-    compilation = arguments.get("compilation_config") or {}
-    if on_cpu and getattr(target.hf_config, "kv_lora_rank", None) is not None and isinstance(compilation, Mapping):
-        # latent attention (MLA): RoPE of vLLM 0.32's CPU operators is wrong for its 3-dimensional queries, states came out 70 % off; PyTorch's are right
-        arguments["compilation_config"] = {**compilation, "custom_ops": ["none"]}
+    if on_cpu and getattr(target.hf_config, "kv_lora_rank", None) is not None:
+        arguments |= right_operators_for_latent_attention(arguments)
     if max_length is not None:
         arguments["max_model_len"] = max_length
     if config.deterministic:
         arguments["max_num_seqs"] = 1  # a record depends on what shares its batch
     return arguments
+
+
+def right_operators_for_latent_attention(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``compilation_config`` with which vLLM's CPU build runs MLA.
+
+    RoPE of vLLM 0.32's CPU operators is wrong for its 3-dimensional queries (states came out 70 % off); PyTorch's is right.
+    """
+    compilation = arguments.get("compilation_config") or {}
+    return {"compilation_config": {**compilation, "custom_ops": ["none"]}} if isinstance(compilation, Mapping) else {}
 
 
 def capture_arguments(target: Target, aux_layers: tuple[int, ...], **connector: Any) -> dict[str, Any]:
