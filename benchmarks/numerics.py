@@ -100,10 +100,10 @@ def transformers() -> Iterator[Check]:
 def speculators() -> Iterator[Check]:
     """Unroll of every variant that the format can say; losses where definitions agree."""
     from tests.models.differences import PRUNED
-    from tests.models.exports import export_variant, save_plain_target
+    from tests.models.exports import save_plain_target
     from tests.models.variants import VARIANTS
     from tests.parity.losses import OWN_UNDER_PRUNING, THEIRS, against_eager
-    from tests.parity.speculators import conversation_for, largest_difference
+    from tests.parity.speculators import conversation_for, exported, largest_difference
     from torchspec.errors import UserError
 
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +111,7 @@ def speculators() -> Iterator[Check]:
         for variant in VARIANTS:
             for vocabulary, ids in (("full", None), ("pruned", PRUNED)):
                 try:
-                    made = export_variant(variant, target, Path(folder) / "draft", form="speculators", draft_ids=ids)
+                    made = exported(variant, target, Path(folder) / "draft", draft_ids=ids)
                 except UserError:
                     continue  # the format cannot say it; tests/parity/test_speculators.py lists these
                 yield Check.of("speculators", variant, largest_difference(made, conversation_for(made)), vocabulary=vocabulary, of="unroll, 4 steps")

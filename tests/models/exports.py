@@ -65,9 +65,11 @@ def random_draft(config: DraftConfig, target: Target, *, seed: int = 0) -> Eagle
     return draft
 
 
-def export_variant(variant: str, target: Target, folder: Path, *, form: Any = "vllm", draft_ids: list[int] | None = None, **options: Any) -> Exported:
-    """A random draft of a variant, written with ``export_draft``."""
-    config = draft_config(**VARIANTS[variant]).with_draft_vocabulary(len(draft_ids) if draft_ids else 40)
+def export_variant(
+    variant: str, target: Target, folder: Path, *, form: Any = "vllm", draft_ids: list[int] | None = None, spread: float = 0.3, **options: Any
+) -> Exported:
+    """A random draft of a variant, its matrices with a standard deviation of ``spread``, written with ``export_draft``."""
+    config = draft_config(**VARIANTS[variant], initializer_range=spread).with_draft_vocabulary(len(draft_ids) if draft_ids else 40)
     draft = random_draft(config, target)
     vocabulary = None if draft_ids is None else VocabularyMapping(torch.tensor(draft_ids), config.vocab_size)
     made = Exported(draft, vocabulary, folder)
