@@ -62,8 +62,8 @@ DEFECTS = (
     Mutation(6, "SGLang's ids in our counting", "models/serving_formats.py", "[i - 1 for i in config.aux_layers]", "[i for i in config.aux_layers]"),
     Mutation(7, "d2t holds ids", "models/vocabulary.py", "return self.draft_ids - torch.arange(self.size)", "return self.draft_ids"),
     Mutation(7, "pruned head exported without its mapping", "models/export.py", 'tensors["d2t"] = vocabulary.d2t.contiguous()', "pass"),
-    Mutation(8, "random embeddings", "models/export.py", "read_embedding(target).to(kind)", "torch.randn_like(read_embedding(target)).to(kind)"),
-    Mutation(8, "type not honoured", "models/export.py", '.detach().to("cpu", kind)', '.detach().to("cpu", torch.float32)'),
+    Mutation(8, "random embeddings", "models/export.py", "read_embedding(target).to(kind).contiguous()", "torch.randn_like(read_embedding(target)).to(kind)"),
+    Mutation(8, "type not honoured", "models/export.py", '.detach().to("cpu", kind).contiguous()', '.detach().to("cpu", torch.float32)'),
     Mutation(8, "missing tensors not noticed", "models/export.py", "if missing or unknown:", "if unknown:"),
     Mutation(9, "norm_output for logits alone", "models/eagle3.py", "if self.config.norm_output:", "if False:"),
     Mutation(10, "end-of-turn token not supervised", "data/render.py", "return i + 1\n", "return i\n"),
@@ -127,7 +127,7 @@ TWINS = (
              "p.to(wide) if target.mass is None else", "p.to(wide) if True else", _LOSSES),
     Mutation("twins", "gradient of tv on the other side", "models/losses.py", "below = (q < true)", "below = (q > true)", _LOSSES),
     Mutation("twins", "gradient of a curved loss without its mean", "models/losses.py", "weight * (g - mean[:, None])", "weight * g", _LOSSES),
-    Mutation("twins", "8-bit rows use half of their range", "models/fp8.py", "/ 448.0", "/ 224.0", ("tests/models/test_kernels.py::test_quantise",)),
+    Mutation("twins", "8-bit rows use half of their range", "models/fp8.py", "/ 448.0", "/ 224.0", ("tests/models/kernel_grid.py::test_quantise",)),
 )  # fmt: skip
 
 MUTATIONS = DEFECTS + TWINS

@@ -34,6 +34,7 @@ def test_rows_follow_the_rule(masks: list[list[int]], steps: int) -> None:
     cu = np.cumsum([0, *map(len, masks)])
     turn = turns(flat, cu)
     rows = unroll_rows(turn, cu, steps)
+    assert rows.consecutive()
     expected = rule(masks, steps)
     for k in range(steps):
         assert set(rows.base[rows.index[k]].tolist()) == expected[k]

@@ -52,6 +52,11 @@ class UnrollRows:
         """The same rows with ``fn`` applied to each tensor but ``depth``."""
         return UnrollRows(fn(self.base), tuple(fn(t) for t in self.index), tuple(fn(t) for t in self.keep), self.depth)
 
+    def consecutive(self) -> bool:
+        """Whether ``base[j] + k == base[j + k]`` for every entry j of every step k, as :func:`unroll_rows` has it. Waits for the device that holds them."""
+        last = self.base.shape[0] - 1
+        return all(bool((entries + k <= last).all()) and torch.equal(self.base[entries] + k, self.base[entries + k]) for k, entries in enumerate(self.index))
+
 
 @dataclass(frozen=True)
 class PackedBatch:

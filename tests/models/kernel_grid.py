@@ -94,7 +94,7 @@ if REAL:
 
 @pytest.mark.parametrize(("variant", "draft_ids", "recompute"), STEPS_SEEN)
 def test_whole_step(variant: str, draft_ids: list[int] | None, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The step with every kernel in fp32 against the torch path in fp64: loss, metrics and gradients."""
+    """The step with every kernel in fp32 against the torch path in fp64: loss, metrics and gradients. A second backward is refused."""
     slow, conversations = made_for(variant, draft_ids)
     batch = pack(slow.draft.config, conversations, STEPS)
     expected = slow(batch, measure=True)
@@ -105,7 +105,7 @@ def test_whole_step(variant: str, draft_ids: list[int] | None, recompute: bool, 
     monkeypatch.setattr(kernels, "usable", lambda t: t.dtype != torch.float64)
     narrow = pack(fast.draft.config, conversations, STEPS, dtype=torch.float32).to(cases.DEVICE)
     found = fast(narrow, measure=True)
-    (found.loss * 3.0).backward()
+    (found.loss * 3.0).backward(retain_graph=True)
     assert len(WEIGHTS) == STEPS
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
     for name, values in expected.sums.items():
@@ -114,6 +114,8 @@ def test_whole_step(variant: str, draft_ids: list[int] | None, recompute: bool, 
         assert p.grad is not None and q.grad is not None
         difference = float((q.grad.double().cpu() / 3.0 - p.grad).norm() / p.grad.norm())
         assert difference < 2e-4, (name, difference)
+    with pytest.raises(RuntimeError, match="runs once"):
+        found.loss.backward()
 
 
 def test_nothing_without_cuda() -> None:

@@ -173,6 +173,23 @@ def test_card_and_tokenizer(tmp_path: Path) -> None:
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {f.name for f in (tmp_path / "draft").iterdir()}
 
 
+@pytest.mark.parametrize("name", ["fc.weight", "layers.0.mlp.up_proj.weight", "embed_tokens.weight"])
+def test_what_is_written_is_compared_with_what_was_trained(name: str, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with what the exporter was about to write: a slip before that is noticed too."""
+    import torchspec.models.export as export_module
+
+    write = export_module.write_tensors
+
+    def slip(folder: Path, tensors: dict[str, torch.Tensor], **options: Any) -> None:
+        tensors[name] = tensors[name].flip(1)
+        write(folder, tensors, **options)
+
+    monkeypatch.setattr(export_module, "write_tensors", slip)
+    with pytest.raises(UserError, match="embed_tokens that is not the target's" if "embed" in name else "logits that differ"):
+        export_variant("plain", target, tmp_path / "draft")
+    assert not (tmp_path / "draft").exists()
+
+
 def test_a_folder_of_something_else_is_left_alone(target: Target, tmp_path: Path) -> None:
     (tmp_path / "draft").mkdir()
     (tmp_path / "draft" / "thesis.tex").write_text("years of work")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -60,6 +62,19 @@ def test_last_row_of_a_record_is_never_read() -> None:
         for c in given
     ]
     assert made(pack(config, given, STEPS)).loss.item() == made(pack(config, spoiled, STEPS)).loss.item()
+
+
+def test_rows_that_are_not_consecutive_are_refused() -> None:
+    """Step k takes embeddings and targets from entry j + k: a pack whose rows of a turn have a hole would get others'."""
+    config = draft_config()
+    made = task(config, draft_ids=None, step_weights=WEIGHTS)
+    batch = pack(config, [conversation(config, [0] + [1] * 9, 0)], STEPS)
+    rows = batch.rows
+    assert rows.consecutive()
+    holes = [replace(rows, base=rows.base + (rows.base > 3)), replace(rows, index=(rows.index[0], *[rows.index[0]] * (STEPS - 1)))]
+    for spoiled in holes:
+        with pytest.raises(AssertionError, match="not consecutive"):
+            made(replace(batch, rows=spoiled))
 
 
 def test_bf16_is_near_fp32() -> None:

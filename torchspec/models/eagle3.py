@@ -123,10 +123,15 @@ class Eagle3Draft(nn.Module):
     def forward(self, batch: PackedBatch) -> list[Tensor]:
         """Unroll over the supervised rows of a pack.
 
+        Args:
+            batch: its ``rows`` are consecutive inside a turn: ``base[j] + k == base[j + k]`` for every entry j of step k (asserted on a CPU). Embeddings
+                and targets of step k are those of entry j + k.
+
         Returns:
             K tensors: the layer stack's output h'' of step k at rows ``base[index[k]]``, [R_k, H] in the compute type, before the final norm.
         """
         rows = batch.rows
+        assert rows.base.is_cuda or rows.consecutive(), "rows that some step supervises are not consecutive: use unroll_rows"
         check_reach(self.config, int(batch.cu_seqlens.diff().max()) + rows.steps - 1 if batch.num_tokens else 0)
         layers = [_Layer(layer, self.compute_dtype, fp8=self.fp8) for layer in self.layers]  # type: ignore[arg-type]
         hidden = self._project_aux(batch.aux)

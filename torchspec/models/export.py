@@ -2,8 +2,8 @@
 
 ``serving_formats.py`` says what each server's ``config.json`` holds and what it would serve wrongly; tensors go by the draft's own names, with the target's
 embedding table and, for a pruned vocabulary, ``d2t`` (offsets: target id = draft id + d2t[draft id]) and ``t2d``. Servers are silent about a missing
-tensor, so what was written is read back by ``import_draft`` (exact names), its architecture compared, and its logits compared with those of the trained
-draft. A directory appears whole or not at all.
+tensor, so what was written is read back by ``import_draft`` (exact names), its architecture and vocabulary compared, and its logits compared with those of
+the trained weights cast to the export's type. A directory appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from torchspec.batch import PackedBatch, UnrollRows
+from torchspec.batch import PackedBatch, unroll_rows
 from torchspec.errors import UserError
 from torchspec.models.checkpoint import read_draft_weights, read_entries, read_facts
 from torchspec.models.draft_config import DraftConfig
@@ -166,7 +167,7 @@ def export_draft(
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     try:
         _write(partial, described, card, tensors, target, options)
-        difference = _self_check(partial, config, tensors, vocabulary, target)
+        difference = _self_check(partial, config, weights, kind, vocabulary, target)
         if directory.exists():
             shutil.rmtree(directory)
         partial.rename(directory)
@@ -213,8 +214,10 @@ def _save_generation_settings(target: Target, folder: Path) -> None:
     settings.save_pretrained(folder)
 
 
-def _self_check(folder: Path, config: DraftConfig, written: dict[str, Tensor], vocabulary: VocabularyMapping | None, target: Target) -> float:
-    """Read the files back alone and compare logits of both on the same random states; returns the largest difference."""
+def _self_check(
+    folder: Path, config: DraftConfig, weights: dict[str, Tensor], kind: torch.dtype, vocabulary: VocabularyMapping | None, target: Target
+) -> float:
+    """Read the files back alone and compare logits with those of the trained weights in the export's type; returns the largest difference."""
 
     def broken(what: str) -> UserError:
         return UserError("export directory", str(folder.parent), what, "report this: it is a defect of the exporter")
@@ -226,9 +229,9 @@ def _self_check(folder: Path, config: DraftConfig, written: dict[str, Tensor], v
     found = None if again.vocabulary is None else again.vocabulary.draft_ids
     if (pruned is None) != (found is None) or (pruned is not None and found is not None and not torch.equal(pruned, found)):
         raise broken("holds a wrong vocabulary mapping")
-    tables = [written["embed_tokens.weight"], again.weights["embed_tokens.weight"] if again.embedding is None else again.embedding]
-    logits = [_probe(config, tensors, table) for tensors, table in zip((written, again.weights), tables, strict=True)]
-    difference = float((logits[0] - logits[1]).abs().max())
+    trained = {name: tensor.detach().to("cpu", kind) for name, tensor in weights.items()}
+    ours = _probe(config, trained, None if config.owns_embedding else read_embedding(target).to(kind))
+    difference = float((ours - _probe(config, again.weights, again.embedding)).abs().max())
     if not difference == 0.0:
         raise UserError(
             "export directory", str(folder.parent), f"reloads with logits that differ by {difference}", "check the disk; if it is whole, report this"
@@ -236,26 +239,26 @@ def _self_check(folder: Path, config: DraftConfig, written: dict[str, Tensor], v
     return difference
 
 
-def _probe(config: DraftConfig, tensors: Mapping[str, Tensor], table: Tensor) -> Tensor:
-    """Logits [4, W] of the first step of the draft on fixed random inputs, fp32."""
+def _probe(config: DraftConfig, tensors: Mapping[str, Tensor], table: Tensor | None) -> Tensor:
+    """Logits of two steps of the draft over six fixed random rows, fp32; ``table`` is the target's embedding where the draft has none."""
     draft = Eagle3Draft(config)
-    if not config.owns_embedding:
+    if table is not None:
         draft.set_embedding(table.float())
     draft.load_state_dict({name: tensors[name].float() for name, _ in draft.named_parameters()}, strict=True)
     generator = torch.Generator().manual_seed(0)
-    n = 4
-    every = torch.arange(n)
+    n, steps = 6, 2
+    one_turn, bounds = np.zeros(n, dtype=np.int64), np.array([0, n])
     batch = PackedBatch(
         input_ids=torch.randint(0, config.vocab_size, (n,), generator=generator),
-        position=every,
+        position=torch.arange(n),
         sequence=torch.zeros(n, dtype=torch.int64),
-        turn=torch.zeros(n, dtype=torch.int64),
+        turn=torch.from_numpy(one_turn),
         aux=torch.randn(n, len(config.aux_layers) * config.target_hidden_size, generator=generator),
         last=torch.zeros(n, config.target_hidden_size),
-        cu_seqlens=torch.tensor([0, n], dtype=torch.int32),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         sample_ids=(0,),
-        counts=torch.ones(1),
-        rows=UnrollRows(every, (every,), (every,), torch.ones_like(every)),
+        counts=torch.ones(steps),
+        rows=unroll_rows(one_turn, bounds, steps),
     )
     with torch.no_grad():
-        return draft.lm_head(draft.norm(draft(batch)[0]))
+        return draft.lm_head(draft.norm(torch.cat(draft(batch))))
