@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torchspec.errors import UserError
 from torchspec.processes import kill_group
 from torchspec.target import Target, TargetConfig
 
-OWNED = ("model", "tokenizer", "speculative_config", "disable_log_stats", "dtype")
+OWNED = ("model", "revision", "trust_remote_code", "tokenizer", "speculative_config", "disable_log_stats", "dtype", "seed")
 """Engine options that the measurement sets itself."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LAST_ERROR = re.compile(r"^(?:\([^)]*\)\s*|\[rank\d+\]:\s*)?(?:ERROR\b.*?\s)?([\w.]*(?:Error|Exception|Interrupt)\b: .*)$")
@@ -43,7 +44,11 @@ def measure(
     output: str | None = None,
     engine_args: dict[str, Any] | None = None,
     compare: bool = True,
+    revision: str | None = None,
     dtype: str = "auto",
+    trust_remote_code: bool = False,
+    messages_key: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Serve a draft in vLLM, count what it accepts, print a table and a JSON line.
@@ -60,6 +65,8 @@ def measure(
         engine_args: further arguments of ``vllm.LLM``, for example ``{"max_num_seqs": 1}``.
         compare: also run without the draft, for the speed-up and for the share of equal answers.
         dtype: type the target runs in: auto (its own; float32 on a CPU without instructions for that), bfloat16, float16 or float32.
+        revision, dtype, trust_remote_code: of the target, as in ``data.target``.
+        messages_key, template_args: as in ``data``: requests must be rendered as training rendered its conversations.
         seed: of the sampling.
 
     Returns:
@@ -70,10 +77,10 @@ def measure(
         UserError: no vLLM, a draft or prompt file that cannot be used, or vLLM's own failure with its words and its log.
     """
     _check(draft, num_speculative_tokens=num_speculative_tokens, max_new_tokens=max_new_tokens, limit=limit, temperature=temperature, engine_args=engine_args)
-    facts = Target(TargetConfig(path=target, dtype=dtype))
+    facts = Target(TargetConfig(target, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code))
     try:
         facts.dtype  # noqa: B018 - reads the target's configuration
-        requests, skipped = read_requests(prompts, facts, limit=limit)
+        requests, skipped = read_requests(prompts, facts, limit=limit, messages_key=messages_key, template_args=template_args)
     except UserError as error:
         if error.field.startswith("data.target."):  # the key of a training config; here it is an option of its own
             raise UserError(error.field.removeprefix("data.").removesuffix(".path"), error.value, error.problem, error.fix) from error
@@ -90,6 +97,8 @@ def measure(
     common: dict[str, Any] = {
         "engine_args": {
             "model": target,
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
             "dtype": str(_served_dtype(facts)).removeprefix("torch."),
             "max_model_len": min(longest, max(map(len, fitting)) + max_new_tokens + num_speculative_tokens + 1),
             "seed": seed,
@@ -174,8 +183,10 @@ def _served_dtype(target: Target) -> Any:
     return working_dtype(target.dtype, "cpu")
 
 
-def read_requests(prompts: str, target: Target, *, limit: int | None) -> tuple[list[list[int]], int]:
-    """Token ids of each request, and how many rows had none.
+def read_requests(
+    prompts: str, target: Target, *, limit: int | None, messages_key: str | None = None, template_args: Mapping[str, Any] | None = None
+) -> tuple[list[list[int]], int]:
+    """Token ids of each request, and how many rows had none; ``messages_key`` and ``template_args`` as those of training's data.
 
     Raises:
         UserError: no such file, no usable row, or a target without a chat template.
@@ -185,13 +196,13 @@ def read_requests(prompts: str, target: Target, *, limit: int | None) -> tuple[l
     from torchspec.data.sources import find_sources, read_rows
 
     sources = find_sources(prompts, config_key="prompts")
-    renderer = Renderer(target.tokenizer(), name=target.config.path)
+    renderer = Renderer(target.tokenizer(), name=target.config.path, variables=template_args)
     requests: list[list[int]] = []
     bad, reason = 0, "it is empty"
     for source in sources:
         for text, place in read_rows(source, config_key="prompts"):
             try:
-                row = parse(text, need_answer=False)
+                row = parse(text, messages_key=messages_key, need_answer=False)
                 if row.input_ids is not None:
                     first = (row.loss_mask or []).index(1) if 1 in (row.loss_mask or []) else len(row.input_ids)
                     found = [row.input_ids[:first]] if first else []

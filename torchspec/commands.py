@@ -108,6 +108,12 @@ def acceptance(
     output: str | None = None,
     engine_args: dict[str, Any] | None = None,
     compare: bool = True,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    messages_key: str | None = None,
+    template_args: dict[str, Any] | None = None,
+    seed: int = 0,
 ) -> None:
     """Serve a draft in vLLM and measure its acceptance length and speed.
 
@@ -122,6 +128,12 @@ def acceptance(
         output: JSON file for the result.
         engine_args: further engine arguments of vLLM, as JSON.
         compare: also serve without the draft, for the speed-up.
+        revision: branch, tag or commit of a target that is a hub id.
+        dtype: auto, bfloat16, float16 or float32, as data.target.dtype.
+        trust_remote_code: run modelling code that ships with the target.
+        messages_key: column of the messages, as data.messages_key.
+        template_args: variables for the chat template, as data.template_args, such as {"enable_thinking": false}.
+        seed: of the sampling.
     """
     from torchspec.acceptance import measure
 
@@ -136,6 +148,12 @@ def acceptance(
         output=output,
         engine_args=engine_args,
         compare=compare,
+        revision=revision,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        messages_key=messages_key,
+        template_args=template_args,
+        seed=seed,
     )
 
 

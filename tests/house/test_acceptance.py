@@ -129,6 +129,11 @@ def test_requests_end_where_training_starts_to_supervise(target: Path, tmp_path:
     ]
     assert requests[3] == [5, 6]
     assert len(read_requests(str(file), facts, limit=2)[0]) == 2
+    polite = shutil.copytree(target, tmp_path / "polite")
+    tokenizer.chat_template = "{{ greeting }}" + str(tokenizer.chat_template)
+    tokenizer.save_pretrained(polite)
+    greeted, _ = read_requests(str(file), Target(TargetConfig(str(polite))), limit=1, template_args={"greeting": "the"})
+    assert tokenizer.decode(greeted[0]) == "the" + tokenizer.decode(requests[0])
 
 
 def test_mistakes_are_named_before_vllm_loads(target: Path, draft: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from tests.e2e.runs import wait_for
 from tests.tiny import save_conversations, save_target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,3 +102,25 @@ def test_the_plain_loop_learns_and_reports(tmp_path: Path) -> None:
     assert report["loss_end"] < report["loss_start"]
     assert report["tokens_per_s"] == pytest.approx(report["tokens"] / report["seconds"], rel=0.05)
     assert report["steps"] > 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_running_part_end_in_order(number: signal.Signals, tmp_path: Path) -> None:
+    """As in a terminal, SIGINT goes to both processes; SIGTERM to the quickstart alone."""
+    part = (
+        "import pathlib, signal, sys, time\n"
+        "def end(n, _):\n    time.sleep(1.0)\n    pathlib.Path(sys.argv[1], 'ended').write_text(str(n))\n    sys.exit(128 + n)\n"
+        "signal.signal(signal.SIGINT, end)\nsignal.signal(signal.SIGTERM, end)\n"
+        "pathlib.Path(sys.argv[1], 'runs').touch()\ntime.sleep(60)\n"
+    )
+    (tmp_path / "part.py").write_text(part)
+    start = f"import sys; sys.path.insert(0, {str(PREPARE.parent)!r}); import quickstart; quickstart.run(sys.executable, sys.argv[1], sys.argv[2])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", start, str(tmp_path / "part.py"), str(tmp_path)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for((tmp_path / "runs").exists, timeout=30.0, what="the part")
+    os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number, errors
+    assert (tmp_path / "ended").read_text() == str(int(number))
+    assert "Traceback" not in errors

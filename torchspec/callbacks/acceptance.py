@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -19,6 +19,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torchspec.callbacks.export import ExportDraft
 from torchspec.errors import UserError
 from torchspec.models.metrics import serving_walk
+
+if TYPE_CHECKING:
+    from torchspec.data.datamodule import DraftDataModule
 
 
 class AcceptanceLength(pl.Callback):
@@ -121,15 +124,22 @@ class AcceptanceLength(pl.Callback):
 
         exporter = self._exporter(trainer)
         assert exporter is not None
-        trainer.datamodule.close()  # type: ignore[attr-defined]  # the engines' memory is needed now
+        data: DraftDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data.close()  # the engines' memory is needed now
+        target, options = data.target.config, data.corpus.options
         report = measure(
-            pl_module.target.config.path,
+            target.path,
             str(exporter.folder(trainer)),
             prompts=self.serve_prompts,
             num_speculative_tokens=self.k,
             limit=self.serve_limit,
             max_new_tokens=self.serve_max_new_tokens,
             engine_args=self.serve_engine_args,
+            revision=target.revision,
+            dtype=target.dtype,
+            trust_remote_code=target.trust_remote_code,
+            messages_key=options.messages_key,
+            template_args=options.template_args,
             output=str(Path(trainer.default_root_dir) / "vllm_acceptance.json"),
         )
         for logger in trainer.loggers:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 
@@ -23,6 +24,7 @@ class PipelineMetrics(pl.Callback):
         self._trained_s = 0.0
         self._since: float | None = None
         self._tokens = 0
+        self._all_tokens: int | None = None
         self._first_step = 0
         self._last: dict[str, float] = {}
         self._observer: Any | None = None
@@ -57,11 +59,10 @@ class PipelineMetrics(pl.Callback):
         pl_module.log("tokens/s", self._last["tokens_per_s"], prog_bar=True, logger=False, rank_zero_only=True)
 
     def measure(self, trainer: pl.Trainer) -> dict[str, float]:
-        """The state of the pipeline now; token rates are over all ranks (every rank trains as many packs)."""
-        world = trainer.world_size
+        """The state of the pipeline now; token rates are over all ranks, which train as many packs each: until the end all count as this one."""
         stats = trainer.datamodule.loader_stats("train")  # type: ignore[attr-defined]
         seconds = max(self._seconds(), 1e-9)
-        trained = self._tokens * world
+        trained = self._tokens * trainer.world_size if self._all_tokens is None else self._all_tokens
         values = {
             "tokens_per_s": trained / seconds,
             "data_wait_s": stats.wait_s,
@@ -94,6 +95,8 @@ class PipelineMetrics(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._pause()
+        counted = trainer.strategy.reduce(torch.tensor(self._tokens, dtype=torch.float64, device=pl_module.device), reduce_op="sum")
+        self._all_tokens = int(counted)
         if trainer.is_global_zero and self._tokens:
             summary = self.summary(trainer)
             path = Path(trainer.default_root_dir) / "pipeline.json"
@@ -111,7 +114,7 @@ class PipelineMetrics(pl.Callback):
         engines = values.get("engine_capacity_tokens_per_s", 0.0)
         return {
             **values,
-            "tokens": self._tokens * trainer.world_size,
+            "tokens": self._all_tokens,
             "train_seconds": seconds,
             "steps": trainer.global_step - self._first_step,
             "bottleneck": "engines" if 0.0 < engines < values["trainer_capacity_tokens_per_s"] else "trainers",
