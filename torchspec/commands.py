@@ -32,7 +32,8 @@ def export(
         format: vllm, speculators or sglang; a draft that the format's server would run wrongly is refused.
         dtype: type of the tensors; auto takes the target's.
         draft_vocab_size: cut a draft of the whole vocabulary to so many tokens; needs token_counts.
-        token_counts: conversation file, folder or hub id whose answers decide which tokens stay.
+        token_counts: what decides which tokens stay: conversation file, folder or hub id whose answers are counted, or the .safetensors file that
+            `vocabulary` wrote.
         max_shard_size: largest file; a bigger draft is written in shards.
         tokenizer: also write the target's tokenizer and generation settings.
         target_name: hub id to name the target by, where it is a local copy.

