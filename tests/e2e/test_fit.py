@@ -53,6 +53,8 @@ def test_a_run_trains_logs_saves_and_exports(whole: Path) -> None:
     assert origin["config"]["data"]["max_length"] == 128 and origin["config"]["model"]["unroll_steps"] == 3 and set(origin["data"]) == {"train", "validate"}
     assert torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["Provenance"]["record"] == origin
     assert not (whole / "failed_samples.jsonl").exists()
+    card = (whole / "draft" / "README.md").read_text()
+    assert "| data | train.jsonl, 120 conversations |" in card and "| loss | forward_kl 1 |" in card and "| optimizer | " in card
 
 
 def test_each_rank_has_a_log(whole: Path) -> None:

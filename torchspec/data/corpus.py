@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -134,6 +134,20 @@ class Corpus:
     def loaded(self) -> dict[str, TokenizedDataset]:
         """The sets that were used so far."""
         return dict(self._data)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The training data, as plain values: names of the sources as given, their weights, and sizes."""
+        given, loaded = self.sources["train"], self._data.get("train")
+        assert given is not None
+        named = {given: 1.0} if isinstance(given, str) else given if isinstance(given, Mapping) else dict.fromkeys(given, 1.0)
+        return {
+            "train": [[name, float(weight)] for name, weight in named.items()],
+            "conversations": None if loaded is None else len(loaded),
+            "max_length": self.options.max_length,
+            "tokens_per_step": self.max_tokens * self.packs_per_step,
+            "on_policy": self.on_policy is not None,
+        }
 
     # -- plans
 

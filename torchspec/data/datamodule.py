@@ -171,6 +171,11 @@ class DraftDataModule(pl.LightningDataModule):
         """Content hashes of the data, for provenance."""
         return {stage: data.content for stage, data in self.corpus.loaded.items()}
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """The training data for a checkpoint's facts, as plain values."""
+        return self.corpus.described
+
     def token_counts(self) -> torch.Tensor:
         """[V] int64, supervised occurrences of each token in the training set."""
         return self.corpus.token_counts()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torchspec import __version__
+from torchspec.models import recipe
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.serving_formats import Format
 from torchspec.target import Target
@@ -27,7 +28,7 @@ def model_card(
         dtype: of the tensors.
         parameters: number of trained values.
         target_name: hub id of the target, where it is known by another name than ``target.config.path``.
-        training: facts by their name (``unroll_steps``, ``step_weights``, ``optimizer_steps``, ``epochs``); what is missing is left out.
+        training: facts by their name (``unroll_steps``, ``step_weights``, ``optimizer_steps``, ``epochs``, ``recipe``); what is missing is left out.
     """
     facts = dict(training or {})
     name = target_name or target.config.path
@@ -79,7 +80,7 @@ def _training(facts: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("optimizer steps", f"{facts['optimizer_steps']:,}"))
     if facts.get("epochs") is not None:
         rows.append(("epochs begun", str(facts["epochs"])))
-    return rows
+    return rows + recipe.rows(facts.get("recipe") or {})
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:

@@ -26,6 +26,7 @@ from torchspec.models.losses import LossWeights
 from torchspec.models.metrics import StepSums
 from torchspec.models.muon import mark_hidden_matrices
 from torchspec.models.parallelize import parallelize, sync_gradients
+from torchspec.models.recipe import recipe
 from torchspec.models.schedules import Schedule
 from torchspec.models.start import Start, read_start
 from torchspec.models.task import DraftTask, StepOutput
@@ -256,6 +257,7 @@ class DraftModule(pl.LightningModule):
             "unroll_steps": self.unroll_steps,
             "step_weights": list(self.step_weights),
             "draft_ids": None if self.vocabulary is None else self.vocabulary.draft_ids.clone(),
+            "recipe": recipe(loss=self.loss, init=self.init, start_from=None if self.start is None else self.start.source, trainer=self._trainer),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
