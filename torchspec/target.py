@@ -6,9 +6,6 @@ own configuration, never typed by the user. Weights are not touched here: ``mode
 
 from __future__ import annotations
 
-import hashlib
-import json
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -16,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchspec.errors import UserError
+from torchspec.fingerprint import of_directory, of_hub_cache
 from torchspec.transfer.spec import RecordSpec
 
 if TYPE_CHECKING:
@@ -118,26 +116,22 @@ class Target:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash that changes when the target's weights or configuration do.
+        """Changes when the target's weights or configuration do, on every machine the same.
 
-        A local directory: SHA-256 of config.json and of each safetensors header and file size (a header lists names, shapes,
-        types and offsets). A hub id: the resolved commit.
+        A local directory: a hash of its configuration and of samples of its weights (see :mod:`torchspec.fingerprint` for what it sees). A hub id, or a
+        snapshot in the hub's cache: the id and the resolved commit.
+
+        Raises:
+            UserError: the directory holds no configuration.
         """
         path = Path(self.config.path)
         if not path.is_dir():
             commit = getattr(self.full_hf_config, "_commit_hash", None)
             return f"{self.config.path}@{commit or self.config.revision or 'main'}"
-        digest = hashlib.sha256()
-        described = json.loads((path / "config.json").read_text())
-        for volatile in ("transformers_version", "_name_or_path"):
-            described.pop(volatile, None)
-        digest.update(json.dumps(described, sort_keys=True).encode())
-        for file in sorted(path.glob("*.safetensors")):
-            with file.open("rb") as handle:
-                (length,) = struct.unpack("<Q", handle.read(8))
-                digest.update(handle.read(min(length, 100_000_000)))
-            digest.update(str(file.stat().st_size).encode())
-        return f"sha256:{digest.hexdigest()[:32]}"
+        try:
+            return of_hub_cache(path) or of_directory(path)
+        except (OSError, ValueError) as error:
+            raise UserError("data.target.path", self.config.path, f"cannot be read ({error})", "give a model directory in Transformers' format") from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The target's tokenizer.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -17,15 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engines.parts import read_record, save_tiny, spec_of, wait_until
-from torchspec.engines.connection import Closed, Connection
+from torchspec.engines.connection import Closed, Framer
 from torchspec.engines.engine import EngineConfig, Job
-from torchspec.engines.messages import Stop
+from torchspec.engines.messages import Challenge, Failed, Finished, Lease
 from torchspec.engines.vllm.cache import HiddenStateCache
 from torchspec.engines.vllm.capture import CapturingEngine
 from torchspec.engines.vllm.options import OWNED, check_arguments, check_version
-from torchspec.engines.vllm.orders import TOKEN_VARIABLE, BadOrder, Destination, Introduce, Order, Wrote, prove, read_destination, read_order
+from torchspec.engines.vllm.orders import PARAMETER, TOKEN_VARIABLE, BadOrder, Destination, Introduce, Order, Wrote, read_destination, read_order
 from torchspec.engines.vllm.reports import ReportServer
-from torchspec.engines.vllm.sink import Capture, Ring, Sink
+from torchspec.engines.vllm.sink import Capture, Ring, Sink, _introduced
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
 from torchspec.transfer import StoreServer, open_store
@@ -177,7 +179,8 @@ def test_places_of_written_records_are_used_again(server: StoreServer, inbox: In
 def test_reports_need_the_token_and_garbage_is_refused(inbox: Inbox, server: StoreServer, caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_connection(("127.0.0.1", inbox.port)) as stranger:
         stranger.sendall(b"\xff" * 64)
-        assert stranger.recv(1) == b""
+        while stranger.recv(4096):  # a challenge, and the end
+            pass
     sink = make_sink(server.address, inbox, token="wrong")
     cache = HiddenStateCache(torch.randn(10, LAYERS, BLOCK, HIDDEN), layers=LAYERS, block_size=BLOCK)
     sink.copy(capture_of("a", 5, [1]), cache)
@@ -197,13 +200,16 @@ def test_nobody_listening_is_said(server: StoreServer, inbox: Inbox) -> None:
 def test_orders_are_checked(monkeypatch: pytest.MonkeyPatch, server: StoreServer) -> None:
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     run = Destination(server.address, SPEC, ("127.0.0.1", 1)).to_dict()
-    order = Order(key="k", tail=[3], answer=False, ids="", run=run, proof=prove("secret", "k"))
+    order = Order(key="k", tail=[3], answer=False, ids="", run=run).signed("secret")
     assert read_order(order.to_dict()) == order
     assert read_destination(order.run) == Destination(server.address, SPEC, ("127.0.0.1", 1))
     with pytest.raises(BadOrder, match="token"):
-        read_order(dataclasses.replace(order, proof=prove("guess", "k")).to_dict())
-    with pytest.raises(BadOrder, match="token"):  # the proof is of one key
-        read_order(dataclasses.replace(order, key="another").to_dict())
+        read_order(order.signed("guess").to_dict())
+    elsewhere = {**run, "report": ["127.0.0.1", 2]}
+    for changed in ({"key": "another"}, {"tail": []}, {"ids": "0" * 32}, {"run": elsewhere}, {"run": {**run, "alone": True}}, {"tail": [], "answer": True}):
+        with pytest.raises(BadOrder, match="token"):  # the proof is of the whole order: a logged one is of no use to send states elsewhere
+            read_order(dataclasses.replace(order, **changed).to_dict())
+    assert read_order(json.loads(json.dumps(order.to_dict()))) == order
     with pytest.raises(BadOrder, match="2 tokens after the prompt"):
         read_order(dataclasses.replace(order, tail=[1, 2]).to_dict())
     with pytest.raises(BadOrder, match="1 tokens after the prompt"):  # what follows is for the target to say
@@ -218,7 +224,7 @@ def test_orders_are_checked(monkeypatch: pytest.MonkeyPatch, server: StoreServer
             read_destination({**run, **wrong})
     monkeypatch.delenv(TOKEN_VARIABLE)
     with pytest.raises(BadOrder, match="token"):  # no token, no service
-        read_order(dataclasses.replace(order, proof=prove("", "k")).to_dict())
+        read_order(order.signed("").to_dict())
 
 
 @pytest.mark.parametrize("name", sorted(OWNED))
@@ -237,14 +243,17 @@ def test_versions() -> None:
 
 
 class Absent(CapturingEngine):
-    """An engine without a vLLM."""
+    """An engine without a vLLM: the connector's part is played by the test, and what ``ask`` answers is given."""
+
+    said: dict[str, Any]
 
     def launch(self) -> dict[str, Any]:
         self.token = "secret"
+        self.said = {}
         return {}
 
-    async def ask(self, ids: list[int], parameters: dict[str, Any], key: str) -> dict[str, Any] | None:
-        raise AssertionError("not asked here")
+    async def ask(self, ids: list[int], pictures: list[Any], parameters: dict[str, Any], key: str, sampling: Any) -> dict[str, Any] | None:
+        return {PARAMETER: self.said}
 
     def gone(self) -> bool:
         return False
@@ -253,16 +262,82 @@ class Absent(CapturingEngine):
         pass
 
 
-def test_a_record_that_comes_after_its_lease_was_settled_is_deleted(server: StoreServer, tmp_path: Path) -> None:
+@pytest.fixture
+def absent(server: StoreServer, tmp_path: Path) -> Iterator[Absent]:
     target = save_tiny(tmp_path / "target")
     engine = Absent(Job(TargetConfig(str(target)), spec_of(target), server.address, EngineConfig(), max_length=64, device="cpu"))
     engine.start()
+    yield engine
+    engine.close()
+
+
+def lease_of(key: str) -> Lease:
+    return Lease(0, key, "train", 0, struct.pack("<3i", 5, 6, 7))
+
+
+def test_a_record_that_comes_after_its_lease_was_settled_is_deleted(absent: Absent, server: StoreServer) -> None:
+    absent.said = {"error": "refused"}
+    absent.submit([lease_of("late")])
+    assert absent.poll(10.0) == ([], [Failed(0, "refused")])
     store = open_store(server.address)
     store.put(["late"], [torch.zeros(64, dtype=torch.uint8)])
-    reports = Connection(tuple(engine._run["report"]), Stop)
-    reports.send(Introduce(token="secret"))
+    reports = _introduced(tuple(absent._run["report"]), "secret")
     reports.send(Wrote(key="late", nbytes=64, rows=1))
     wait_until(lambda: store.exists(["late"]) == [False], timeout=10, what="the deletion")
     reports.close()
     store.close()
-    engine.close()
+
+
+def test_a_record_that_is_owed_is_not_deleted_when_it_is_reported_twice(absent: Absent, server: StoreServer) -> None:
+    """A gateway that answers 502 for a request that was carried out has it carried out twice."""
+    store = open_store(server.address)
+    store.put(["owed", "never leased"], [torch.zeros(64, dtype=torch.uint8)] * 2)
+    reports = _introduced(tuple(absent._run["report"]), "secret")
+    absent.submit([lease_of("owed")])
+    wait_until(lambda: "owed" in absent._reports, timeout=10, what="the request")
+    reports.send(Wrote(key="owed", nbytes=64, rows=2))
+    assert absent.poll(10.0) == ([Finished(0, 64, 2)], [])
+    for key in ("owed", "never leased", "owed"):
+        reports.send(Wrote(key=key, nbytes=64, rows=2))
+    absent.said = {"error": "refused"}
+    absent.submit([lease_of("marker")])
+    assert absent.poll(10.0)[1]
+    store.put(["marker"], [torch.zeros(64, dtype=torch.uint8)])
+    reports.send(Wrote(key="marker", nbytes=64, rows=2))  # settled after those above
+    wait_until(lambda: store.exists(["marker"]) == [False] and not absent._deletions, timeout=10, what="the deletion")
+    assert store.exists(["owed", "never leased"]) == [True, True]
+    reports.close()
+    store.close()
+
+
+def test_the_secret_is_sent_to_nobody(server: StoreServer) -> None:
+    """What a sink says to whoever challenges it is worth nothing elsewhere; to one who does not challenge it says nothing."""
+    heard = bytearray()
+
+    def listen(listener: socket.socket, first: bytes) -> None:
+        with listener, listener.accept()[0] as thief:
+            thief.sendall(first)
+            thief.settimeout(5.0)
+            while data := thief.recv(4096):
+                heard.extend(data)
+
+    challenging = Framer(Introduce).encode(Challenge(nonce=b"n" * 32))
+    for first, what in ((challenging, None), (b"", "does not take reports")):
+        heard.clear()
+        listener = socket.create_server(("127.0.0.1", 0))
+        thread = threading.Thread(target=listen, args=(listener, first))
+        address = listener.getsockname()
+        thread.start()
+        if what is None:
+            _introduced(address, "the secret").close()
+        else:
+            with pytest.raises(Closed, match=what):
+                _introduced(address, "the secret")
+        thread.join()
+        assert b"the secret" not in heard and bool(heard) is (what is None)
+
+
+def test_values_that_make_another_model_of_the_target_are_refused() -> None:
+    with pytest.raises(UserError, match="random weights"):
+        check_arguments(EngineConfig(engine_args={"load_format": "dummy"}))
+    check_arguments(EngineConfig(engine_args={"load_format": "safetensors"}))

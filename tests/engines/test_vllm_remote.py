@@ -78,13 +78,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     process.wait()
 
 
-def engine_for(served: Served, server: StoreServer, aux: tuple[int, ...] = AUX, **engine_args: object) -> RemoteVLLMEngine:
-    config = EngineConfig(batch_samples=8, batch_tokens=64, start_timeout=4.0, engine_args={"url": served.url, **engine_args})
+def engine_for(served: Served, server: StoreServer, aux: tuple[int, ...] = AUX, deterministic: bool = False, **engine_args: object) -> RemoteVLLMEngine:
+    arguments = {"url": served.url, **engine_args}
+    config = EngineConfig(batch_samples=8, batch_tokens=64, start_timeout=4.0, deterministic=deterministic, engine_args=arguments)
     return RemoteVLLMEngine(Job(TargetConfig(str(served.target)), spec_of(served.target, aux), server.address, config, max_length=MAX_LENGTH, device="cpu"))
 
 
 @pytest.mark.slow
-def test_a_server_of_somebody_else(served: Served, server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_of_somebody_else(served: Served, server: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records equal Transformers' states; strangers, other states and a lost server are told apart."""
     from transformers import AutoModelForCausalLM
 
@@ -117,6 +118,12 @@ def test_a_server_of_somebody_else(served: Served, server: StoreServer, monkeypa
     stranger.close()
 
     monkeypatch.setenv(TOKEN_VARIABLE, "shared secret")
+    elsewhere = Served(served.url, save_target(tmp_path / "target", layers=4, seed=1))  # of the same sizes: nothing but its weights differ
+    for wrong, what in ((engine_for(elsewhere, server), "this vLLM runs sha256:"), (engine_for(served, server, deterministic=True), "--max-num-seqs 1")):
+        wrong.start()
+        _, (refused,) = work_off(wrong, leases_of(samples[1:2]))
+        assert what in refused.reason
+        wrong.close()
     other = engine_for(served, server, aux=(1, 3))
     other.start()
     _, (refused,) = work_off(other, leases_of(samples[1:2]))

@@ -1,7 +1,8 @@
 """Writes the records of finished batches in a thread of its own, so that the target computes the next batch meanwhile.
 
 The thread copies states from the device into a registered buffer of the store (on CUDA: on a stream of its own), seals the records and puts them. A batch
-whose put fails is put again record by record, so that one bad record does not take its neighbours along.
+whose put fails is put again record by record, so that one bad record does not take its neighbours along. No error ends the thread: each becomes the failure of
+the leases that it concerns.
 """
 
 from __future__ import annotations
@@ -109,30 +110,31 @@ class RecordWriter:
             while (job := self._jobs.get()) is not None:
                 batch, ready = job
                 started = time.monotonic()
-                if ready is not None:
-                    self._stream.wait_event(ready)
-                written = self._write(batch)
+                try:
+                    if ready is not None:
+                        self._stream.wait_event(ready)
+                    written = self._write(batch)
+                except Exception as error:  # of whatever kind: it is these records' failure, and the next batch is written
+                    log.exception("%d records were not written", len(batch.leases))
+                    written = Written(failed=[Failed(lease.id, one_line(error)) for lease in batch.leases])
                 written.seconds = time.monotonic() - started
                 self._results.put(written)
                 del job, batch
 
     def _write(self, batch: Captured) -> Written:
-        try:
-            values = self._fill(batch)
-        except (RuntimeError, ValueError) as error:
-            return Written(failed=[Failed(lease.id, one_line(error)) for lease in batch.leases])
+        values = self._fill(batch)
         done = [Finished(lease.id, value.numel(), ids.numel()) for lease, value, ids in zip(batch.leases, values, batch.ids, strict=True)]
         try:
             put_when_room(self._store, [lease.key for lease in batch.leases], values)
             return Written(finished=done)
-        except StoreError as error:
-            log.warning("put of %d records failed (%s): one by one", len(values), error)
+        except Exception as error:
+            log.warning("put of %d records failed (%s): one by one", len(values), one_line(error))
         written = Written()
         for lease, value, result in zip(batch.leases, values, done, strict=True):
             try:
                 put_when_room(self._store, [lease.key], [value])
                 written.finished.append(result)
-            except StoreError as error:
+            except Exception as error:
                 written.failed.append(Failed(lease.id, one_line(error)))
         return written
 

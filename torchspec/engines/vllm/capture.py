@@ -10,13 +10,14 @@ import asyncio
 import logging
 import time
 from abc import abstractmethod
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from torchspec.engines.engine import EngineStats, Job, Sampling
 from torchspec.engines.messages import Failed, Finished, Lease
 from torchspec.engines.vllm.asynchronous import AsynchronousEngine
 from torchspec.engines.vllm.options import check_arguments
-from torchspec.engines.vllm.orders import PARAMETER, Destination, Order, Wrote, ids_digest, prove
+from torchspec.engines.vllm.orders import PARAMETER, Destination, Order, Wrote, ids_digest
 from torchspec.engines.vllm.reports import ReportServer
 from torchspec.errors import UserError
 from torchspec.images import BadImage, read_picture, unexpanded
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _REPORT_WAIT = 120.0
 """Seconds for a record to be written after vLLM answered (a full store is waited for, a minute)."""
+_REMEMBERED = 65536
+"""Keys of leases that were settled without a record: one that is written so many leases later stays until the run ends."""
 
 
 class CapturingEngine(AsynchronousEngine[Finished]):
@@ -54,11 +57,12 @@ class CapturingEngine(AsynchronousEngine[Finished]):
         super().__init__(job)
         self.spec = self.target.record_spec(job.spec.aux_layers, tokenizer=job.spec.tokenizer)
         self.token = ""
-        """Shown to the connector, and by it."""
+        """Proved to the connector, and by it."""
         self.report_host = "127.0.0.1"
         """Address under which the connector reaches this process."""
         self._server: ReportServer | None = None
         self._reports: dict[str, asyncio.Future[Wrote]] = {}
+        self._abandoned: OrderedDict[str, None] = OrderedDict()
         self._deletions: set[asyncio.Task[None]] = set()
         self._write_s = 0.0  # of the loop's thread; the others are of the worker's
         self._run: dict[str, Any] = {}
@@ -80,7 +84,7 @@ class CapturingEngine(AsynchronousEngine[Finished]):
         self._thread.start()
         self._server = ReportServer(token=self.token, on_report=self._settle)
         port = asyncio.run_coroutine_threadsafe(self._server.start(self.report_host), self._loop).result()
-        self._run = Destination(self.job.store, self.spec, (self.report_host, port)).to_dict()
+        self._run = Destination(self.job.store, self.spec, (self.report_host, port), alone=self.job.config.deterministic).to_dict()
         return {**info, "num_layers": self.target.num_layers}
 
     def tokens_of(self, done: Finished) -> int:
@@ -101,10 +105,16 @@ class CapturingEngine(AsynchronousEngine[Finished]):
     async def work(self, lease: Lease, ids: list[int]) -> Finished | Failed:
         report: asyncio.Future[Wrote] = self._loop.create_future()
         self._reports[lease.key] = report
+        result: Finished | Failed | None = None
         try:
-            return await self._request(lease, ids, report)
+            result = await self._request(lease, ids, report)
+            return result
         finally:
             self._reports.pop(lease.key, None)
+            if not isinstance(result, Finished):
+                self._abandoned[lease.key] = None
+                if len(self._abandoned) > _REMEMBERED:
+                    self._abandoned.popitem(last=False)
 
     async def _request(self, lease: Lease, ids: list[int], report: asyncio.Future[Wrote]) -> Finished | Failed:
         go_on = lease.go_on
@@ -116,7 +126,7 @@ class CapturingEngine(AsynchronousEngine[Finished]):
             except BadImage as error:
                 return Failed(lease.id, str(error), retry=False)
             given, check = unexpanded(given, [(image.at, image.tokens) for image in lease.images]), ids_digest(ids)
-        order = Order(key=lease.key, tail=tail, answer=go_on is not None, ids=check, run=self._run, proof=prove(self.token, lease.key))
+        order = Order(key=lease.key, tail=tail, answer=go_on is not None, ids=check, run=self._run).signed(self.token)
         said = await self.ask(given, pictures, {PARAMETER: order.to_dict()}, lease.key, self.sampling(go_on))
         answer = (said or {}).get(PARAMETER) or {}
         if "error" in answer:
@@ -141,11 +151,15 @@ class CapturingEngine(AsynchronousEngine[Finished]):
         return report.result()
 
     def _settle(self, report: Wrote) -> None:
-        """Hand a report to whom waits for it."""
+        """Hand a report to whom waits for it.
+
+        A record of a lease that was settled without it is deleted: its credit is back, and nobody else would. Any other report that nobody waits for is of a
+        record that is owed: a request that was sent twice (``remote.py``) may be carried out, and reported, twice.
+        """
         waiting = self._reports.get(report.key)
         if waiting is not None and not waiting.done():
             waiting.set_result(report)
-        elif not report.error:  # its lease was settled without it, and its credit is back: nobody else would delete it
+        elif not report.error and report.key in self._abandoned:
             self._deletions.add(task := asyncio.create_task(asyncio.to_thread(self._delete, report.key)))
             task.add_done_callback(self._deletions.discard)
 

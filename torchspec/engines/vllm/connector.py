@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,12 +26,12 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from torchspec.engines.connection import Closed
 from torchspec.engines.parent import die_with
 from torchspec.engines.record_writer import one_line
+from torchspec.engines.vllm import conditions
 from torchspec.engines.vllm.cache import HiddenStateCache, find_group
 from torchspec.engines.vllm.options import check_version
 from torchspec.engines.vllm.orders import PARAMETER, TOKEN_VARIABLE, BadOrder, Order, ids_digest, read_destination, read_order
 from torchspec.engines.vllm.sink import Capture, Sink
 from torchspec.errors import UserError
-from torchspec.target import Target, TargetConfig
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("vllm.torchspec")
 _FORGET = 30.0
 """Seconds without another try after an engine was not to be reached: a try holds up the model."""
+_REMEMBERED = 65536
+"""Orders that are known again when they come a second time."""
 
 
 @dataclass
@@ -55,21 +57,23 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
     """See the module. Arguments are vLLM's.
 
     Raises:
-        UserError: this vLLM is not one that it can serve.
+        UserError: this vLLM is not one that it can serve, or its states would be wrong (``conditions.py``).
     """
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         extra = vllm_config.kv_transfer_config.get_from_extra_config
         check_version(vllm.__version__, allow_unknown=bool(extra("allow_unknown_version", False)))
+        conditions.check(vllm_config)
         if role == KVConnectorRole.SCHEDULER and (owner := extra("owner", None)) is not None:
             die_with(owner)  # the engine core must not outlive the worker that started it
         draft = vllm_config.speculative_config.draft_model_config.hf_config if vllm_config.speculative_config else None
         self._layer_ids = tuple(getattr(draft, "eagle_aux_hidden_state_layer_ids", ()))
         self._group, self._block_size = find_group(kv_cache_config)
-        self._fingerprint: str | None = extra("target", None)
         self._max_tokens = int(vllm_config.model_config.max_model_len)
         # in the scheduler
+        self._target = conditions.check_target(vllm_config, promised=extra("target", None)) if role == KVConnectorRole.SCHEDULER else None
+        self._accepted: OrderedDict[str, None] = OrderedDict()
         self._pending: list[tuple[Capture, dict[str, Any]]] = []
         self._checked: dict[str, str] = {}
         # in the model runner
@@ -101,9 +105,14 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         except Exception as error:  # whatever an order says, vLLM goes on
             log.exception("an order could not be followed")
             return False, {PARAMETER: {"error": one_line(error)}}
+        if order.key in self._accepted:
+            return False, {PARAMETER: {"accepted": order.key}}  # sent again after its answer was lost: a record is written once
         rows = len(ids) - (1 if order.answer else len(order.tail))
         if request.num_computed_tokens < rows:
             return False, {PARAMETER: {"error": f"ended ({request.status.name}) after {request.num_computed_tokens} of {rows} tokens"}}
+        self._accepted[order.key] = None
+        if len(self._accepted) > _REMEMBERED:
+            self._accepted.popitem(last=False)
         self._pending.append((Capture(request.request_id, order.key, ids, rows, list(block_ids)), order.run))
         return True, {PARAMETER: {"accepted": order.key}}
 
@@ -136,18 +145,21 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         """Refuse an order for other states than this server has. A run is looked at once."""
         text = json.dumps(run, sort_keys=True)
         if text not in self._checked:
-            spec = read_destination(run).spec
-            model = self._vllm_config.model_config
-            target = Target(TargetConfig(path=model.model, revision=model.revision, trust_remote_code=model.trust_remote_code))
+            destination = read_destination(run)
+            spec = destination.spec
+            model, target = self._vllm_config.model_config, self._target
+            assert target is not None, "orders are read in the scheduler"
             problem = ""
             if not {*spec.aux_layers, target.num_layers} <= set(self._layer_ids):
                 problem = f"wants hidden states {[*spec.aux_layers, target.num_layers]}, this vLLM was started with {list(self._layer_ids)}"
             elif spec.hidden_size != target.hidden_size:
                 problem = f"wants states of width {spec.hidden_size}, the target {model.model} has {target.hidden_size}"
-            elif spec.target != (fingerprint := self._fingerprint or target.fingerprint):
-                problem = f"is of the target {spec.target}, this vLLM runs {fingerprint} ({model.model})"
+            elif spec.target != target.fingerprint:
+                problem = f"is of the target {spec.target}, this vLLM runs {target.fingerprint} ({model.model})"
             elif str(model.dtype).removeprefix("torch.") not in (spec.dtype, "float32"):
                 problem = f"wants states in {spec.dtype}, this vLLM computes in {str(model.dtype).removeprefix('torch.')}: start it with --dtype {spec.dtype}"
+            elif destination.alone and (most := self._vllm_config.scheduler_config.max_num_seqs) > 1:
+                problem = f"is deterministic, this vLLM runs up to {most} requests in a step: start it with --max-num-seqs 1"
             self._checked[text] = problem
         if self._checked[text]:
             raise BadOrder(f"the run {self._checked[text]}")
@@ -160,6 +172,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         names = list(get_layers_from_vllm_config(self._vllm_config, CacheOnlyAttentionLayer, list(kv_caches)))
         if len(names) != 1:
             raise UserError("data.engine", "vllm", f"has {len(names)} layers that keep hidden states", "use a version listed in docs/engines.md")
+        conditions.check_cache(kv_caches[names[0]], self._vllm_config.model_config.dtype)
         self._cache = HiddenStateCache(kv_caches[names[0]], layers=len(self._layer_ids), block_size=self._block_size)
         log.info("hidden states %s are in a cache of %s, blocks of %d tokens", list(self._layer_ids), list(kv_caches[names[0]].shape), self._block_size)
 

@@ -34,11 +34,16 @@ OWNED = {
     "data_parallel_size": "use data.engines.workers: each worker is a replica",
     "language_model_only": "it follows from data.media",
     "kv_cache_dtype": "a quantised cache would quantise the hidden states",
+    "hf_overrides": "the target's own configuration describes it",
+    "hf_config_path": "the target's own configuration describes it",
+    "quantization": "states of a target that vLLM quantises are not the target's; give a quantised target where that is served",
 }
 """Arguments that are refused in ``data.engines.engine_args``, each with the reason."""
 
 
-GENERATES = {name: OWNED[name] for name in ("model", "tokenizer", "skip_tokenizer_init", "revision", "dtype", "trust_remote_code")}
+GENERATES = {
+    name: OWNED[name] for name in ("model", "tokenizer", "skip_tokenizer_init", "revision", "dtype", "trust_remote_code", "hf_overrides", "hf_config_path")
+}
 """Of these, what is refused where vLLM only generates."""
 ANSWERS = {
     **GENERATES,
@@ -71,9 +76,11 @@ def check_arguments(config: EngineConfig, *, field: str = "data.engines.engine_a
         owned: names that are refused, with reasons.
 
     Raises:
-        UserError: naming the first.
+        UserError: naming the first; also of one whose value makes another model of the target.
     """
     for name, value in config.engine_args.items():
+        if name == "load_format" and value == "dummy":
+            raise UserError(f"{field}.load_format", value, "gives the target random weights", "leave it out")
         if name in owned:
             raise UserError(f"{field}.{name}", value, "is set by TorchSpec", f"leave it out: {owned[name]}")
 

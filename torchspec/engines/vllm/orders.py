@@ -7,10 +7,11 @@ The *report* comes back on a TCP connection that the connector opens to the addr
 from __future__ import annotations
 
 import hmac
+import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import msgspec
@@ -24,6 +25,9 @@ PARAMETER = "torchspec"
 """Key of the order in ``kv_transfer_params`` of a request, and of the answer in those of its output."""
 TOKEN_VARIABLE = "TORCHSPEC_TOKEN"
 """Environment variable with the secret that both sides must share."""
+
+REPORTER = "connector"
+"""Role and name under which a connector proves the secret; a coordinator knows no such role."""
 
 
 class BadOrder(Exception):
@@ -44,21 +48,25 @@ class Order:
     """Of a conversation with images: ``ids_digest`` of its ids, which vLLM is to come to from the one token that it is given for each image. Else ""."""
     run: dict[str, Any]
     """Store address, record spec, and where to report: the same for all orders of an engine (see :func:`read_destination`)."""
-    proof: str
-    """:func:`prove` of the key: requests are logged, so the secret itself is not in them."""
+    proof: str = ""
+    """:meth:`proof_of` all the rest: requests are logged, so the secret itself is not in them, and a logged order is worth nothing with a field changed."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def proof_of(self, token: str) -> str:
+        """HMAC-SHA256 under the shared secret, in hexadecimal, of every other field, as JSON with sorted keys and no spaces."""
+        plain = {name: value for name, value in self.to_dict().items() if name != "proof"}
+        return hmac.new(token.encode(), json.dumps(plain, sort_keys=True, separators=(",", ":")).encode(), "sha256").hexdigest()
+
+    def signed(self, token: str) -> Order:
+        """This order with its proof."""
+        return replace(self, proof=self.proof_of(token))
 
 
 def ids_digest(ids: Sequence[int]) -> str:
     """XXH3-128 of token ids as little-endian int32, in hexadecimal."""
     return xxhash.xxh3_128_hexdigest(struct.pack(f"<{len(ids)}i", *ids))
-
-
-def prove(token: str, key: str) -> str:
-    """HMAC-SHA256 of a key under the shared secret, in hexadecimal."""
-    return hmac.new(token.encode(), key.encode(), "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -69,9 +77,11 @@ class Destination:
     spec: RecordSpec
     report: tuple[str, int]
     """Host and port of the engine's :class:`~torchspec.engines.vllm.reports.ReportServer`."""
+    alone: bool = False
+    """``engine.deterministic``: a request must not share a step of vLLM with another one."""
 
     def to_dict(self) -> dict[str, Any]:
-        return {"store": self.store, "record": self.spec.to_dict(), "report": list(self.report)}
+        return {"store": self.store, "record": self.spec.to_dict(), "report": list(self.report), "alone": self.alone}
 
 
 def read_order(plain: Any) -> Order:
@@ -89,8 +99,8 @@ def read_order(plain: Any) -> Order:
     if len(order.tail) > (0 if order.answer else 1):
         raise BadOrder(f"the order is malformed ({len(order.tail)} tokens after the prompt)")
     token = os.environ.get(TOKEN_VARIABLE, "")
-    if not token or not hmac.compare_digest(order.proof.encode(), prove(token, order.key).encode()):
-        raise BadOrder(f"the token of the order is not the one that vLLM was started with ({TOKEN_VARIABLE})")
+    if not token or not hmac.compare_digest(order.proof.encode(), order.proof_of(token).encode()):
+        raise BadOrder(f"the order was changed, or its token is not the one that vLLM was started with ({TOKEN_VARIABLE})")
     return order
 
 
@@ -102,7 +112,7 @@ def read_destination(run: Mapping[str, Any]) -> Destination:
     """
     try:
         host, port = run["report"]
-        destination = Destination(dict(run["store"]), RecordSpec.from_dict(run["record"]), (str(host), int(port)))
+        destination = Destination(dict(run["store"]), RecordSpec.from_dict(run["record"]), (str(host), int(port)), bool(run["alone"]))
     except (KeyError, TypeError, ValueError) as error:
         raise BadOrder(f"the order's run is malformed ({type(error).__name__}: {error})") from error
     if destination.spec.dtype not in ITEMSIZE or not 0 < destination.report[1] < 65536:
@@ -111,9 +121,10 @@ def read_destination(run: Mapping[str, Any]) -> Destination:
 
 
 class Introduce(Message, frozen=True, kw_only=True):
-    """First message of a connector to the engine it reports to."""
+    """A connector's answer to the challenge of the engine it reports to."""
 
-    token: str
+    proof: bytes
+    """``greeting.prove`` of the secret, the challenge, and role and name ``REPORTER``: the secret itself is sent to nobody."""
 
 
 class Wrote(Message, frozen=True, kw_only=True):

@@ -8,13 +8,14 @@ import logging
 from collections.abc import Callable
 
 from torchspec.engines.connection import Peer
-from torchspec.engines.vllm.orders import Introduce, Wrote
+from torchspec.engines.greeting import challenge, prove
+from torchspec.engines.vllm.orders import REPORTER, Introduce, Wrote
 
 log = logging.getLogger(__name__)
 
 
 class ReportServer:
-    """Takes reports of connectors that know the secret, in the running event loop.
+    """Takes reports of connectors that prove the secret, each to a challenge of its own (``greeting.py``), in the running event loop.
 
     Args:
         token: the secret.
@@ -25,7 +26,7 @@ class ReportServer:
         self._token = token
         self._on_report = on_report
         self._server: asyncio.Server | None = None
-        self._peers: set[Peer] = set()
+        self._peers: dict[Peer, bytes] = {}  # each with its challenge
 
     async def start(self, host: str) -> int:
         """Listen on a free port of an address; returns the port."""
@@ -41,14 +42,20 @@ class ReportServer:
             peer.close()
 
     def _peer(self) -> Peer:
-        peer = Peer(Introduce, on_message=self._received, on_lost=self._peers.discard)
-        self._peers.add(peer)
-        return peer
+        return Peer(Introduce, on_message=self._received, on_lost=self._lost, on_made=self._challenge)
+
+    def _lost(self, peer: Peer) -> None:
+        self._peers.pop(peer, None)
+
+    def _challenge(self, peer: Peer) -> None:
+        asked = challenge()
+        self._peers[peer] = asked.nonce
+        peer.send(asked)
 
     def _received(self, peer: Peer, message: Introduce | Wrote) -> None:
         if isinstance(message, Wrote):
             self._on_report(message)
-        elif hmac.compare_digest(message.token.encode(), self._token.encode()):
+        elif hmac.compare_digest(message.proof, prove(self._token, self._peers[peer], REPORTER, REPORTER)):
             peer.accept(Wrote)
         else:
             log.warning("refused reports of %s: wrong token", peer.name)

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from torchspec.engines.connection import BadFrame, Closed, Connection
-from torchspec.engines.messages import Stop
+from torchspec.engines.greeting import prove
+from torchspec.engines.messages import Challenge, Stop
 from torchspec.engines.record_writer import one_line, put_when_room
 from torchspec.engines.vllm.cache import HiddenStateCache
-from torchspec.engines.vllm.orders import Destination, Introduce, Wrote
+from torchspec.engines.vllm.orders import REPORTER, Destination, Introduce, Wrote
 from torchspec.transfer import open_store
 from torchspec.transfer.record import seal, views
 from torchspec.transfer.store import Store
@@ -32,6 +33,8 @@ from torchspec.transfer.store import Store
 log = logging.getLogger(__name__)
 _RING = 64 * 2**20
 """Bytes of records on their way, or twice the largest record where that is more."""
+_ANSWERS = 3.0
+"""Seconds for an engine to take the connection, and again to challenge: the model waits meanwhile."""
 
 
 class Ring:
@@ -99,14 +102,14 @@ class Sink:
 
     Args:
         destination: of its records.
-        token: shown to the engine.
+        token: the shared secret, proved to the engine.
         layer_ids: states that the cache keeps, by Transformers' index.
         max_tokens: longest conversation.
         producer: engine and version, for the manifest.
         device: of the cache.
 
     Raises:
-        Closed: the engine does not listen. (A store that cannot be opened is reported for every record instead.)
+        Closed: the engine does not listen, or does not speak as one. (A store that cannot be opened is reported for every record instead.)
     """
 
     def __init__(self, destination: Destination, *, token: str, layer_ids: tuple[int, ...], max_tokens: int, producer: str, device: torch.device) -> None:
@@ -114,8 +117,7 @@ class Sink:
         self._aux = [layer_ids.index(i) for i in self.spec.aux_layers]
         self._last = layer_ids.index(max(layer_ids))
         self._producer = producer
-        self._reports = Connection(destination.report, Stop, timeout=3.0)
-        self._reports.send(Introduce(token=token))
+        self._reports = _introduced(destination.report, token)
         self._ring = Ring(max(_RING, 2 * self.spec.nbytes(max_tokens)))
         self._store: Store | None = None
         self._problem = ""
@@ -216,6 +218,24 @@ class Sink:
             self._reports.send(report)
         except Closed:
             self.broken = True
+
+
+def _introduced(address: tuple[str, int], token: str) -> Connection:
+    """A connection to an engine that takes reports on it.
+
+    Raises:
+        Closed: nobody is there, or somebody else.
+    """
+    reports = Connection(address, Challenge | Stop, timeout=_ANSWERS)
+    try:
+        asked = reports.receive(_ANSWERS)
+        if not isinstance(asked, Challenge):
+            raise Closed(f"{address[0]}:{address[1]} does not take reports")
+        reports.send(Introduce(proof=prove(token, asked.nonce, REPORTER, REPORTER)))
+    except (Closed, BadFrame) as error:
+        reports.close()
+        raise Closed(str(error)) from error
+    return reports
 
 
 def _at_once() -> bool:

@@ -1,0 +1,128 @@
+"""What the connector asks of the vLLM that loads it: right states, the target that was ordered, one request a step where that was ordered.
+
+The configurations are vLLM's own; the scheduler that calls the connector is played by the test.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engines.parts import spec_of
+from tests.tiny import save_target
+from torchspec.engines.engine import EngineConfig
+from torchspec.engines.vllm.conditions import check, check_cache
+from torchspec.engines.vllm.options import capture_arguments, model_arguments, vllm_config_of
+from torchspec.engines.vllm.orders import PARAMETER, TOKEN_VARIABLE, Destination, Order
+from torchspec.errors import UserError
+from torchspec.target import Target, TargetConfig
+
+vllm = pytest.importorskip("vllm")
+AUX = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_target(tmp_path_factory.mktemp("conditions") / "target", layers=4)
+
+
+@pytest.fixture(scope="module")
+def arguments(folder: Path) -> dict[str, Any]:
+    target = Target(TargetConfig(str(folder)))
+    return model_arguments(target, EngineConfig(), max_length=64, device="cpu") | capture_arguments(target, AUX)
+
+
+@pytest.fixture(scope="module")
+def right(arguments: dict[str, Any]) -> Any:
+    config = vllm_config_of(arguments)
+    check(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("kv_cache_dtype", "fp8"), ("enable_prefix_caching", True), ("load_format", "dummy"), ("hf_overrides", {"rope_theta": 5.0})]
+)
+def test_arguments_that_make_wrong_states_are_refused_wherever_vllm_was_started(arguments: dict[str, Any], name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"vllm.{name}"):
+        check(vllm_config_of(arguments | {name: value}))
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("parallel_config", "pipeline_parallel_size", 2),
+        ("parallel_config", "decode_context_parallel_size", 2),
+        ("parallel_config", "prefill_context_parallel_size", 2),
+        ("model_config", "quantization", "fp8"),
+    ],
+)
+def test_what_this_machine_cannot_be_started_with_is_refused_too(right: Any, part: str, name: str, value: Any) -> None:
+    changed = copy.copy(right)
+    setattr(changed, part, copy.copy(getattr(right, part)))
+    setattr(getattr(changed, part), name, value)
+    with pytest.raises(UserError, match=f"vllm.{name}"):
+        check(changed)
+
+
+def test_a_cache_of_another_type_than_the_states_is_refused() -> None:
+    check_cache(torch.empty(1, dtype=torch.bfloat16), torch.bfloat16)
+    with pytest.raises(UserError, match="float8_e4m3fn; the model computes bfloat16"):
+        check_cache(torch.empty(1, dtype=torch.float8_e4m3fn), torch.bfloat16)
+
+
+def connector_of(config: Any) -> Any:
+    """The scheduler's instance."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+    from torchspec.engines.vllm.connector import HiddenStatesConnector
+
+    groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=8), layer_names=["cache_only_layers.4"])])
+    return HiddenStatesConnector(config, KVConnectorRole.SCHEDULER, groups)
+
+
+def said_to(connector: Any, target: Path, key: str = "a", *, alone: bool = False) -> tuple[bool, dict[str, Any]]:
+    """Whether the blocks of a finished request are held, and what is said of its order, which is of this target."""
+    run = Destination({"kind": "shm"}, spec_of(target, AUX), ("127.0.0.1", 9), alone=alone).to_dict()
+    order = Order(key=key, tail=[7], answer=False, ids="", run=run).signed("secret")
+    finished = SimpleNamespace(request_id="r", prompt_token_ids=[5, 6], output_token_ids=[1], num_computed_tokens=2, status=SimpleNamespace(name="FINISHED"))
+    finished.kv_transfer_params = {PARAMETER: order.to_dict()}
+    holds, said = connector.request_finished(finished, [3])
+    return holds, said[PARAMETER]
+
+
+def test_the_target_is_the_one_that_is_loaded_whatever_the_command_says(
+    arguments: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another target of the same sizes, served with the line that was printed for this one, and with a line from which the promise was struck."""
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    other = save_target(tmp_path / "other", layers=4, seed=7)
+    shutil.copy(folder / "config.json", other / "config.json")
+    assert said_to(connector_of(vllm_config_of(arguments)), folder) == (True, {"accepted": "a"})
+    with pytest.raises(UserError, match=f"started with a command made for {Target(TargetConfig(str(folder))).fingerprint}"):
+        connector_of(vllm_config_of(arguments | {"model": str(other)}))
+    transfer = copy.deepcopy(arguments["kv_transfer_config"])
+    del transfer["kv_connector_extra_config"]["target"]
+    unpromised = connector_of(vllm_config_of(arguments | {"model": str(other), "kv_transfer_config": transfer}))
+    holds, said = said_to(unpromised, folder)
+    assert not holds and "this vLLM runs sha256:" in said["error"]
+    assert said_to(unpromised, other)[0]
+
+
+def test_an_order_that_comes_twice_is_followed_once(right: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    connector = connector_of(right)
+    assert [said_to(connector, folder, key) for key in "aab"] == [(True, {"accepted": "a"}), (False, {"accepted": "a"}), (True, {"accepted": "b"})]
+    assert [capture.key for capture, _ in connector.build_connector_meta(None).captures] == ["a", "b"]
+
+
+def test_deterministic_orders_need_a_server_that_runs_one_request_at_a_time(arguments: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    holds, said = said_to(connector_of(vllm_config_of(arguments)), folder, alone=True)
+    assert not holds and "start it with --max-num-seqs 1" in said["error"]
+    assert said_to(connector_of(vllm_config_of(arguments | {"max_num_seqs": 1})), folder, alone=True)[0]
