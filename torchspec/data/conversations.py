@@ -7,6 +7,7 @@ A row holds ``conversations`` or ``messages``: ``{role, content}`` (OpenAI, with
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,8 @@ MEDIA = {"image": "image", "image_url": "image", "input_image": "image", "video"
 SOURCE_KEYS = ("image_url", "image", "url", "path", "base64", "bytes")
 """Keys under which a part says where its image is."""
 _KEPT_KEYS = ("tool_call_id", "name")
+_MAY_BE_HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
+"""Half of a UTF-16 pair, escaped or encoded; whole pairs look so as well."""
 
 Message = dict[str, Any]
 """``{role, content, ...}`` in OpenAI's form; ``content`` is text, or a list of ``{type: text, text}`` and ``{type: image | video | audio}``."""
@@ -36,6 +39,9 @@ Message = dict[str, Any]
 
 class RowError(Exception):
     """A row that cannot be used; the message says why. Counted, and reported with its place."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem.encode("utf-8", "backslashreplace").decode())  # it may quote what the row has
 
 
 @dataclass(frozen=True)
@@ -96,12 +102,12 @@ def parse(text: bytes, *, messages_key: str | None = None, need_answer: bool = T
     if row.get("input_ids") is not None and messages_key is None:
         return _tokens(row)
     if not need_answer and messages_key is None and isinstance(row.get("prompt"), str):
-        return Conversation(messages=({"role": "user", "content": row["prompt"]},))
+        return _whole(Conversation(messages=({"role": "user", "content": row["prompt"]},)), text)
     key = messages_key or next((k for k in MESSAGE_KEYS if row.get(k) is not None), None)
     if key is None and isinstance(row.get("text"), str) and need_answer:
         if not row["text"].strip():
             raise RowError("text is empty")
-        return Conversation(text=row["text"])
+        return _whole(Conversation(text=row["text"]), text)
     if key is None or row.get(key) is None:
         raise RowError(f"has no {messages_key or ' or '.join(MESSAGE_KEYS)} (keys: {', '.join(map(str, row)) or 'none'})")
     given = row[key]
@@ -118,7 +124,18 @@ def parse(text: bytes, *, messages_key: str | None = None, need_answer: bool = T
     cut = {i for i, message in enumerate(given) if message.get("finish") == "length"}
     if row.get("finish") == "length" and answers:
         cut.add(answers[-1])
-    return Conversation(messages=messages, tools=_tools(row.get("tools")), cut=frozenset(cut), images=images)
+    return _whole(Conversation(messages=messages, tools=_tools(row.get("tools")), cut=frozenset(cut), images=images), text)
+
+
+def _whole(conversation: Conversation, row: bytes) -> Conversation:
+    """The same, unless its text holds half of a character, which no tokenizer takes."""
+    if _MAY_BE_HALF.search(row):
+        try:
+            json.dumps([conversation.messages, conversation.tools, conversation.text], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start : error.start + 1]
+            raise RowError(f"has half of a character in its text (the lone surrogate {half!r})") from None
+    return conversation
 
 
 def _images(row: dict[str, Any], given: list[Any], messages: tuple[Message, ...]) -> tuple[Any, ...]:
@@ -177,7 +194,7 @@ def _message(given: Any, index: int, media: str) -> Message:
         if role not in ROLES:
             raise RowError(f"message {index} has the unknown role {role!r} (known: {', '.join(ROLES)})")
     elif given.get("from") is not None:
-        if given["from"] not in SHAREGPT_ROLES:
+        if not isinstance(given["from"], str) or given["from"] not in SHAREGPT_ROLES:
             raise RowError(f"message {index} has the unknown role {given['from']!r} (known: {', '.join(SHAREGPT_ROLES)})")
         role, content = SHAREGPT_ROLES[given["from"]], given.get("value")
     else:
@@ -188,7 +205,11 @@ def _message(given: Any, index: int, media: str) -> Message:
         message["content"] = words_of(message)
     if calls:
         message["tool_calls"] = calls
-    message.update({key: given[key] for key in _KEPT_KEYS if given.get(key) is not None})
+    for key in _KEPT_KEYS:
+        if given.get(key) is not None:
+            if not isinstance(given[key], str):
+                raise RowError(f"message {index}: its {key} is a {type(given[key]).__name__}, not text")
+            message[key] = given[key]
     reasoning = next((given[key] for key in REASONING_KEYS if given.get(key)), None)
     if reasoning is not None:
         if not isinstance(reasoning, str):
@@ -213,7 +234,7 @@ def _part(part: dict[str, Any], index: int, media: str) -> dict[str, str]:
     kind = part.get("type")
     if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
-    if kind not in MEDIA:
+    if not isinstance(kind, str) or kind not in MEDIA:
         raise RowError(f"message {index}: its content has a part of type {kind!r} (known: text, {', '.join(MEDIA)})")
     if media == "refuse":
         raise RowError(
@@ -239,7 +260,11 @@ def _tool_calls(given: Any, index: int) -> list[dict[str, Any]]:
             raise RowError(f"message {index}: a tool call has no function name")
         arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
-            arguments = _json(arguments, f"message {index}: arguments of {function['name']}")
+            arguments = _json(arguments, f"message {index}: arguments of {function['name']}") or {}
+        if not isinstance(arguments, dict):
+            raise RowError(f"message {index}: arguments of {function['name']} are a {type(arguments).__name__}, not an object")
+        if not isinstance(call.get("id"), str | None):
+            raise RowError(f"message {index}: a tool call has an id that is a {type(call['id']).__name__}, not text")
         kept = {key: call[key] for key in ("id",) if call.get(key) is not None}
         result.append({**kept, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return result

@@ -206,7 +206,7 @@ def _array(path: Path, name: str, config_key: str) -> Iterator[tuple[bytes, int]
                     decoder.raw_decode(text, at)  # says what is wrong
                     raise ValueError("the array has no end")
                 text, at = text[at:] + more, 0
-    except ValueError as error:  # UnicodeDecodeError is one
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(config_key, name, f"is no valid JSON after row {number} ({error})", "mend the file") from error
 
 

@@ -19,6 +19,8 @@ import torch
 from torchspec.data.conversations import Conversation, RowError, parse
 from torchspec.data.pictures import Found, find_image
 from torchspec.data.render import Rendered, Renderer
+from torchspec.data.template import first_line
+from torchspec.errors import UserError
 from torchspec.images import VisionTower
 
 
@@ -104,7 +106,11 @@ class Tokenise:
                 return self._with_images(rendered, conversation, source, self.tower)
             return Tokenised(rendered.ids[: self.max_length], rendered.mask[: self.max_length], rendered.ids.shape[0])
         except RowError as error:
-            return Tokenised(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.uint8), problem=str(error))
+            return _bad(error)
+        except UserError:
+            raise
+        except Exception as error:  # of a tokenizer, a template or an image: one row is no reason to lose the run
+            return _bad(RowError(f"cannot be rendered ({type(error).__name__}: {first_line(error)})"))
 
     def _with_images(self, rendered: Rendered, conversation: Conversation, source: int, tower: VisionTower) -> Tokenised:
         places = np.flatnonzero(rendered.ids == tower.image_id)
@@ -128,6 +134,10 @@ class Tokenise:
                 blobs.append(image.encoded)
                 offset += len(image.encoded)
         return Tokenised(expanded.ids[:end], expanded.mask[:end], total, tuple(rows), tuple(blobs))
+
+
+def _bad(error: RowError) -> Tokenised:
+    return Tokenised(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.uint8), problem=str(error))
 
 
 def expand(rendered: Rendered, places: np.ndarray, tokens: list[int]) -> tuple[Rendered, list[int]]:

@@ -7,9 +7,10 @@ are in flight all the time and its own connector writes).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torchspec.engines.messages import Answered, Failed, Finished, Lease
 from torchspec.errors import UserError
@@ -58,6 +59,17 @@ class EngineConfig:
     max_failed_fraction: float = 0.01
     """Share of an epoch's samples that may be given up before the run stops."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 0), ("batch_tokens", 1), ("batch_samples", 1), ("threads", 1), ("max_restarts", 0), ("max_attempts", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"data.engines.{name}", value, f"is below {least}", f"use {least} or more")
+        for name in ("start_timeout", "lease_timeout", "silence_timeout"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise UserError(f"data.engines.{name}", getattr(self, name), "is no time to wait", "give seconds, more than 0")
+        if not 0.0 <= self.max_failed_fraction <= 1.0:
+            raise UserError("data.engines.max_failed_fraction", self.max_failed_fraction, "is no share", "use a number from 0 to 1")
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -68,6 +80,18 @@ class Sampling:
     """0 is greedy."""
     top_p: float = 1.0
     seed: int = 0
+    _where: ClassVar[str] = ""
+    """What stands before the names of the fields where the user gives them."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"{self._where}max_new_tokens", self.max_new_tokens, "is below 1", "give room for 1 token or more")
+        if not 0.0 <= self.temperature < math.inf:
+            raise UserError(f"{self._where}temperature", self.temperature, "is no temperature", "use 0 for greedy answers, or more")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"{self._where}top_p", self.top_p, "is no share", "use a number above 0 and at most 1")
+        if self.seed < 0:
+            raise UserError(f"{self._where}seed", self.seed, "is negative", "use 0 or more")
 
 
 @dataclass(frozen=True)
@@ -87,16 +111,12 @@ class OnPolicy(Sampling):
     """Engine arguments of their vLLM."""
     num_speculative_tokens: int = 3
     """Drafts they propose at a time."""
+    _where: ClassVar[str] = "data.on_policy."
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 2:
             raise UserError("data.on_policy.max_new_tokens", self.max_new_tokens, "is below 2", "give room for 2 tokens or more: one supervises nothing")
-        if self.temperature < 0.0:
-            raise UserError("data.on_policy.temperature", self.temperature, "is negative", "use 0 for greedy answers, or more")
-        if not 0.0 < self.top_p <= 1.0:
-            raise UserError("data.on_policy.top_p", self.top_p, "is no share", "use a number above 0 and at most 1")
-        if self.seed < 0:
-            raise UserError("data.on_policy.seed", self.seed, "is negative", "use 0 or more")
+        super().__post_init__()
         if self.answer_workers < 0:
             raise UserError("data.on_policy.answer_workers", self.answer_workers, "is negative", "use 0 or more")
         if self.num_speculative_tokens < 1:
