@@ -191,7 +191,7 @@ def test_defect_14_small_terms_of_many_steps_do_not_stop_growing() -> None:
         torch.testing.assert_close(parameter.grad.float(), torch.full(parameter.shape, 300.0), msg=name)
 
 
-@pytest.mark.parametrize("variant", ["attention_bias", "Qwen3 (qk_norm)", "MLA", "H < D, own embedding", "two layers", "norm_before_residual"])
+@pytest.mark.parametrize("variant", ["attention_bias", "Qwen3 (qk_norm)", "MLA", "H < D, own embedding", "two layers", "EAGLE-3.1 (fc_norm, norm_output)"])
 def test_defect_14_bf16_copies_have_the_gradients_of_their_masters_rounded_once(variant: str) -> None:
     """What FSDP gathers in bf16: each parameter's gradient over all steps is summed wide, so it is exactly the fp32 master's, rounded."""
     config = draft_config(**VARIANTS[variant])

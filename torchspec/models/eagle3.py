@@ -28,7 +28,7 @@ from torchspec.models.draft_config import DraftConfig
 from torchspec.models.embedding import lookup
 from torchspec.models.mla import LatentAttention
 from torchspec.models.mlp import MLP, mlp_block
-from torchspec.models.norm import RMSNorm
+from torchspec.models.norm import Norm, RMSNorm
 from torchspec.models.rope import check_reach, frequencies, tables
 from torchspec.models.shared import Addend, SharedRows, Weight, linear, take
 
@@ -120,12 +120,13 @@ class Eagle3Draft(nn.Module):
             else:
                 parameter.normal_(0.0, self.config.initializer_range, generator=generator)
 
-    def forward(self, batch: PackedBatch) -> list[Tensor]:
+    def forward(self, batch: PackedBatch, final: Norm | None = None) -> list[Tensor]:
         """Unroll over the supervised rows of a pack.
 
         Args:
             batch: its ``rows`` are consecutive inside a turn: ``base[j] + k == base[j + k]`` for every entry j of step k (asserted on a CPU). Embeddings
                 and targets of step k are those of entry j + k.
+            final: the final norm of this forward pass, where the caller applies it to the result, so that its gradients are one sum; None makes it here.
 
         Returns:
             K tensors: the layer stack's output h'' of step k at rows ``base[index[k]]``, [R_k, H] in the compute type, before the final norm.
@@ -136,7 +137,7 @@ class Eagle3Draft(nn.Module):
         layers = [_Layer(layer, self.compute_dtype, fp8=self.fp8) for layer in self.layers]  # type: ignore[arg-type]
         hidden = self._project_aux(batch.aux)
         embedded = self._embed(batch, layers[0])
-        norm = self.norm.cast()
+        final = self.norm.cast() if final is None else final
         outputs: list[Tensor] = []
         for step in range(rows.steps):
             if step == 0:
@@ -145,7 +146,7 @@ class Eagle3Draft(nn.Module):
                 hidden = self._later_step(take(hidden, rows.keep[step]), embedded, batch, layers, step)
             outputs.append(hidden)
             if self.config.norm_output:
-                hidden = norm(hidden)
+                hidden = final(hidden)
         return outputs
 
     # -- pieces

@@ -122,17 +122,18 @@ class DraftTask(nn.Module):
         if batch.rows.base.shape[0] == 0:
             return self._nothing(steps, measure)
         draft, rows = self.draft, batch.rows
-        states = draft(batch)
+        norm = draft.norm.cast()
+        states = draft(batch, norm)
         last = batch.last[rows.base + 1]
         scale = self.step_weights.to(wide(draft.compute_dtype)) / batch.counts.clamp(min=1.0)
-        rules: dict[str, Any] = {"eps": draft.norm.eps, "scale": scale, "weights": self.loss, "mixing": mixing(self.mean_alpha), "measure": measure}
+        rules: dict[str, Any] = {"eps": norm.eps, "scale": scale, "weights": self.loss, "mixing": mixing(self.mean_alpha), "measure": measure}
         if kernels.usable(states[0]):
             plan = FusedPlan(self.head, last, self.draft_ids, rows, train=torch.is_grad_enabled(), fp8=draft.fp8, **rules)
-            result = split_steps(*fused_head_loss(plan, states, draft.norm.weight, draft.lm_head.weight), rows.index)
+            result = split_steps(*fused_head_loss(plan, states, norm.weight, draft.lm_head.weight), rows.index)
         else:
             mass = measure or self.loss.needs_alpha
             target = target_distribution(self.head, last, self.draft_ids, dtype=draft.compute_dtype, mass=mass)
-            result = head_loss(states, draft.norm.weight, draft.lm_head.weight, target, rows.index, **rules)
+            result = head_loss(states, norm.weight, draft.lm_head.weight, target, rows.index, **rules)
         return self._summed(result.loss, result.loss_sum, result.hit, result.alpha, batch)
 
     @staticmethod
