@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 
 from torchspec.errors import UserError
@@ -30,3 +31,36 @@ def route_to(host: str, port: int) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))
         return str(probe.getsockname()[0])
+
+
+def own_address(name: str, *, field: str, fix: str) -> str:
+    """The IPv4 address of this machine that a name (or address) stands for.
+
+    Args:
+        name: as the user wrote it.
+        field: where, for the error.
+        fix: what to do, for the error.
+
+    Raises:
+        UserError: it cannot be resolved, stands for all addresses of a machine and so for none that others can be told of, or is another machine's.
+    """
+    try:
+        found = str(socket.gethostbyname(name))
+    except OSError as error:
+        raise UserError(field, name, f"cannot be resolved ({error})", fix) from error
+    if ipaddress.ip_address(found).is_unspecified:
+        raise UserError(field, name, "stands for every address of this host, and others must be told one", fix)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((found, 0))
+        except OSError as error:
+            raise UserError(field, name, f"is {found}, no address of this host ({error.strerror})", fix) from error
+    return found
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches an address (or ``localhost``)."""
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False

@@ -267,6 +267,7 @@ class DraftDataModule(pl.LightningDataModule):
             world=self._trainer.world_size,
             log_dir=Path(self._trainer.default_root_dir) / "logs",
             local_ranks=_cpu_ranks(self._trainer),
+            main_address=_main_address(self._trainer),
         )
         self.group = EngineGroup(config)
         self._started = time.monotonic()
@@ -437,3 +438,11 @@ class DraftDataModule(pl.LightningDataModule):
 def _cpu_ranks(trainer: pl.Trainer) -> int:
     """Ranks on this host that compute on its CPU."""
     return trainer.num_devices if trainer.strategy.root_device.type == "cpu" else 0
+
+
+def _main_address(trainer: pl.Trainer) -> str | None:
+    """Of this host (global rank 0's), as ranks on other hosts know it; None where there are none."""
+    if trainer.num_nodes == 1:
+        return None
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return environment.main_address if environment is not None else os.environ.get("MASTER_ADDR")

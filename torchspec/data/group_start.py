@@ -11,7 +11,7 @@ from torchspec.data.corpus import Corpus
 from torchspec.engines.engine import EngineConfig
 from torchspec.engines.group import GroupConfig
 from torchspec.errors import UserError
-from torchspec.network import split_host_port
+from torchspec.network import is_loopback, own_address, split_host_port
 from torchspec.transfer.sizes import parse_bytes, show_bytes
 from torchspec.transfer.store import StoreConfig
 
@@ -30,6 +30,7 @@ def group_config(
     world: int,
     log_dir: Path,
     local_ranks: int,
+    main_address: str | None = None,
 ) -> GroupConfig:
     """The configuration of a run's engine group.
 
@@ -40,9 +41,10 @@ def group_config(
         world: ranks.
         log_dir: folder of the logs.
         local_ranks: ranks that compute on this host's CPU.
+        main_address: of this host, as the ranks of other hosts were told (``MASTER_ADDR``); None where all ranks are here.
 
     Raises:
-        UserError: when the budget cannot hold one pack of each rank, or workers by hand have no token to show.
+        UserError: when the budget cannot hold one pack of each rank, workers by hand have no token to show, or other hosts would not reach us.
     """
     on_policy, budget = corpus.on_policy, parse_bytes(store.budget, field="data.store.budget")
     # on-policy, a step's packs wait for each other: only then is known what they supervise
@@ -52,7 +54,7 @@ def group_config(
         what = "the packs of one step (data.packs_per_step) need" if on_policy else f"one pack for each of {world} ranks needs"
         problem = f"is less than the {show_bytes(train + reserve)} that {what}, training and validation"
         raise UserError("data.store.budget", store.budget, problem, "raise it or lower data.max_tokens")
-    host, port = split_host_port(engines.listen, field="data.engines.listen", lowest=0, example="127.0.0.1:0 or 10.0.0.1:29600")
+    host, port = listening(engines, store, main_address=main_address)
     token = os.environ.get("TORCHSPEC_TOKEN")
     if engines.workers == 0 and not token:
         raise UserError("TORCHSPEC_TOKEN", None, "is not set, and without it no worker started by hand can connect", "export a secret here and there")
@@ -73,3 +75,32 @@ def group_config(
         log_dir=log_dir,
         local_ranks=local_ranks,
     )
+
+
+def listening(engines: EngineConfig, store: StoreConfig, *, main_address: str | None) -> tuple[str, int]:
+    """Address and port of the coordinator (0: a free one): what was configured, else loopback, or the main address where ranks of other hosts must reach it.
+
+    Args:
+        engines, store: as configured.
+        main_address: see :func:`group_config`.
+
+    Raises:
+        UserError: it is no address of this host that can be told to others; or there are others, and it or the store serves this host alone.
+    """
+    field, fix = "data.engines.listen", "write an address of this host, such as 10.0.0.1:29600"
+    apart = main_address is not None and not is_loopback(main_address)
+    if engines.listen is not None:
+        host, port = split_host_port(engines.listen, field=field, lowest=0, example="127.0.0.1:0 or 10.0.0.1:29600")
+        host = own_address(host, field=field, fix=fix)
+    elif apart:
+        assert main_address is not None
+        other = "set data.engines.listen to an address of this host that the others reach, and port 0"
+        host, port = own_address(main_address, field="MASTER_ADDR", fix=other), 0
+    else:
+        host, port = "127.0.0.1", 0
+    if apart and is_loopback(host):
+        raise UserError(field, engines.listen, f"is {host} ({main_address}), which the ranks of other hosts do not reach", fix)
+    if apart and store.kind == "shm":
+        problem = f"is memory of one host, and ranks of others are to read it (trainer.num_nodes, {main_address})"
+        raise UserError("data.store.kind", "shm", problem, "set it to mooncake")
+    return host, port

@@ -92,8 +92,7 @@ class Coordinator:
         self._say({"port": port, "pid": os.getpid()})
         ticking = asyncio.create_task(self._ticks())
         try:
-            host = "127.0.0.1" if self.config["listen_host"] in ("0.0.0.0", "::") else self.config["listen_host"]
-            self.supervisor.start(Endpoint(host, port, self.config["token"]), now=self.now)
+            self.supervisor.start(Endpoint(self.config["listen_host"], port, self.config["token"]), now=self.now)
             await self._start_store(loop)
             await self.finished.wait()
         finally:

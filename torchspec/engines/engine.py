@@ -36,8 +36,9 @@ class EngineConfig:
     """Conversations of one forward of the target."""
     deterministic: bool = False
     """One conversation a forward: records repeat bit for bit, since a record depends on what shares its batch."""
-    listen: str = "127.0.0.1:0"
-    """HOST:PORT on which the coordinator waits for workers; port 0 takes a free one. Anything but loopback lets other hosts connect: they need the token."""
+    listen: str | None = None
+    """HOST:PORT on which the coordinator waits for ranks and workers, and which they are told; port 0 takes a free one. None: a port of 127.0.0.1, or, with
+    ``trainer.num_nodes`` above 1, of this host's address by MASTER_ADDR. Anything but loopback lets other hosts connect: they need the token."""
     attn_implementation: str = "sdpa"
     """Attention of the Transformers engine."""
     threads: int | None = None

@@ -22,6 +22,7 @@ import torchspec
 from torchspec.engines.client import Endpoint, GroupStopped, TrainerClient
 from torchspec.engines.engine import EngineConfig, OnPolicy
 from torchspec.errors import UserError
+from torchspec.network import is_loopback
 from torchspec.target import TargetConfig
 from torchspec.transfer import remove_leftovers
 from torchspec.transfer.spec import RecordSpec
@@ -59,7 +60,7 @@ class GroupConfig:
     run: str = field(default_factory=lambda: secrets.token_hex(6))
     incarnation: int = 0
     listen_host: str = "127.0.0.1"
-    """Address to bind; anything else than loopback lets other hosts connect (they need the token)."""
+    """Address of this host to bind and to tell others; anything else than loopback lets other hosts connect (they need the token)."""
     listen_port: int = 0
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     local_ranks: int = 1
@@ -77,7 +78,7 @@ class GroupConfig:
         plain["answer_devices"] = worker_devices(answers, answer_devices, field="data.on_policy.answer_devices")
         if self.engines.threads is None and "cpu" in (*plain["devices"], *plain["answer_devices"]):
             plain["engines"]["threads"] = cpu_share(self.engines.workers + answers + self.local_ranks)
-        plain["expected_host"] = None if self.listen_host in ("127.0.0.1", "localhost", "::1") else self.listen_host
+        plain["expected_host"] = None if is_loopback(self.listen_host) else self.listen_host
         plain["owner"] = os.getpid()
         return json.dumps(plain)
 
@@ -149,8 +150,7 @@ class EngineGroup:
         except BaseException:
             self.close()
             raise
-        host = "127.0.0.1" if self.config.listen_host in ("0.0.0.0", "::") else self.config.listen_host
-        self._endpoint = Endpoint(host, said["port"], self.config.token)
+        self._endpoint = Endpoint(self.config.listen_host, said["port"], self.config.token)
         return self._endpoint
 
     def _listen(self, deadline: float) -> dict[str, Any]:
