@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,7 +120,7 @@ def test_defect_13_a_prefill_that_was_not_computed_to_its_end_is_no_record() -> 
 
     pending: list[Any] = []
     order = SimpleNamespace(answer=False, tail=[5], run={}, key="k")
-    stand_in = SimpleNamespace(_ids=lambda request, order: [1, 2, 3, 4, 5], _check_run=lambda run: None, _pending=pending)
+    stand_in = SimpleNamespace(_ids=lambda request, order: [1, 2, 3, 4, 5], _check_run=lambda run: None, _pending=pending, _accepted=OrderedDict())
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("torchspec.engines.vllm.connector.read_order", lambda plain: order)
         for computed, taken in ((3, False), (4, True)):
