@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +17,13 @@ import pytest
 import torch
 
 from tests.engines.parts import spec_of
+from tests.engines.test_vllm_parts import Inbox
 from tests.tiny import save_target
 from torchspec.engines.engine import EngineConfig
 from torchspec.engines.vllm.conditions import check, check_cache
 from torchspec.engines.vllm.options import capture_arguments, model_arguments, vllm_config_of
 from torchspec.engines.vllm.orders import PARAMETER, TOKEN_VARIABLE, Destination, Order
+from torchspec.engines.vllm.sink import introduced
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
 
@@ -86,9 +90,22 @@ def connector_of(config: Any) -> Any:
     return HiddenStatesConnector(config, KVConnectorRole.SCHEDULER, groups)
 
 
-def said_to(connector: Any, target: Path, key: str = "a", *, alone: bool = False) -> tuple[bool, dict[str, Any]]:
+@pytest.fixture(autouse=True)
+def secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    """Of an engine that takes reports."""
+    inbox = Inbox()
+    yield inbox.port
+    inbox.close()
+
+
+def said_to(connector: Any, target: Path, key: str = "a", *, port: int, alone: bool = False) -> tuple[bool, dict[str, Any]]:
     """Whether the blocks of a finished request are held, and what is said of its order, which is of this target."""
-    run = Destination({"kind": "shm"}, spec_of(target, AUX), ("127.0.0.1", 9), alone=alone).to_dict()
+    run = Destination({"kind": "shm"}, spec_of(target, AUX), ("127.0.0.1", port), alone=alone).to_dict()
     order = Order(key=key, tail=[7], answer=False, ids="", run=run).signed("secret")
     finished = SimpleNamespace(request_id="r", prompt_token_ids=[5, 6], output_token_ids=[1], num_computed_tokens=2, status=SimpleNamespace(name="FINISHED"))
     finished.kv_transfer_params = {PARAMETER: order.to_dict()}
@@ -96,33 +113,45 @@ def said_to(connector: Any, target: Path, key: str = "a", *, alone: bool = False
     return holds, said[PARAMETER]
 
 
-def test_the_target_is_the_one_that_is_loaded_whatever_the_command_says(
-    arguments: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_target_is_the_one_that_is_loaded_whatever_the_command_says(arguments: dict[str, Any], folder: Path, tmp_path: Path, port: int) -> None:
     """Another target of the same sizes, served with the line that was printed for this one, and with a line from which the promise was struck."""
-    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     other = save_target(tmp_path / "other", layers=4, seed=7)
     shutil.copy(folder / "config.json", other / "config.json")
-    assert said_to(connector_of(vllm_config_of(arguments)), folder) == (True, {"accepted": "a"})
+    assert said_to(connector_of(vllm_config_of(arguments)), folder, port=port) == (True, {"accepted": "a"})
     with pytest.raises(UserError, match=f"started with a command made for {Target(TargetConfig(str(folder))).fingerprint}"):
         connector_of(vllm_config_of(arguments | {"model": str(other)}))
     transfer = copy.deepcopy(arguments["kv_transfer_config"])
     del transfer["kv_connector_extra_config"]["target"]
     unpromised = connector_of(vllm_config_of(arguments | {"model": str(other), "kv_transfer_config": transfer}))
-    holds, said = said_to(unpromised, folder)
+    holds, said = said_to(unpromised, folder, port=port)
     assert not holds and "this vLLM runs sha256:" in said["error"]
-    assert said_to(unpromised, other)[0]
+    assert said_to(unpromised, other, port=port)[0]
 
 
-def test_an_order_that_comes_twice_is_followed_once(right: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+def test_an_order_that_comes_twice_is_followed_once(right: Any, folder: Path, port: int) -> None:
     connector = connector_of(right)
-    assert [said_to(connector, folder, key) for key in "aab"] == [(True, {"accepted": "a"}), (False, {"accepted": "a"}), (True, {"accepted": "b"})]
+    assert [said_to(connector, folder, key, port=port) for key in "aab"] == [(True, {"accepted": "a"}), (False, {"accepted": "a"}), (True, {"accepted": "b"})]
     assert [capture.key for capture, _ in connector.build_connector_meta(None).captures] == ["a", "b"]
 
 
-def test_deterministic_orders_need_a_server_that_runs_one_request_at_a_time(arguments: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
-    holds, said = said_to(connector_of(vllm_config_of(arguments)), folder, alone=True)
+def test_deterministic_orders_need_a_server_that_runs_one_request_at_a_time(arguments: dict[str, Any], folder: Path, port: int) -> None:
+    holds, said = said_to(connector_of(vllm_config_of(arguments)), folder, port=port, alone=True)
     assert not holds and "start it with --max-num-seqs 1" in said["error"]
-    assert said_to(connector_of(vllm_config_of(arguments | {"max_num_seqs": 1})), folder, alone=True)[0]
+    assert said_to(connector_of(vllm_config_of(arguments | {"max_num_seqs": 1})), folder, port=port, alone=True)[0]
+
+
+def test_an_engine_that_would_never_hear_is_told_so_in_the_answer(right: Any, folder: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    connector = connector_of(right)
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        deaf = nobody.getsockname()[1]
+    tried: list[Any] = []
+    monkeypatch.setattr("torchspec.engines.vllm.connector.introduced", lambda *to: tried.append(to) or introduced(*to))
+    for _ in range(2):
+        holds, said = said_to(connector, folder, port=deaf)
+        assert not holds and f"127.0.0.1:{deaf}" in said["error"] and "report_host" in said["error"]
+    assert len(tried) == 1  # a try holds up the scheduler
+    assert said_to(connector, folder, "a", port=port)[0] and said_to(connector, folder, "b", port=port)[0]
+    assert len(tried) == 2
+    connector._unreachable = dict.fromkeys(connector._unreachable, 0.0)  # its time is over
+    said_to(connector, folder, port=deaf)
+    assert len(tried) == 3

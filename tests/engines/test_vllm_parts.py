@@ -27,7 +27,7 @@ from torchspec.engines.vllm.capture import CapturingEngine
 from torchspec.engines.vllm.options import OWNED, check_arguments, check_version
 from torchspec.engines.vllm.orders import PARAMETER, TOKEN_VARIABLE, BadOrder, Destination, Introduce, Order, Wrote, read_destination, read_order
 from torchspec.engines.vllm.reports import ReportServer
-from torchspec.engines.vllm.sink import Capture, Ring, Sink, _introduced
+from torchspec.engines.vllm.sink import Capture, Ring, Sink, introduced
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
 from torchspec.transfer import StoreServer, open_store
@@ -281,7 +281,7 @@ def test_a_record_that_comes_after_its_lease_was_settled_is_deleted(absent: Abse
     assert absent.poll(10.0) == ([], [Failed(0, "refused")])
     store = open_store(server.address)
     store.put(["late"], [torch.zeros(64, dtype=torch.uint8)])
-    reports = _introduced(tuple(absent._run["report"]), "secret")
+    reports = introduced(tuple(absent._run["report"]), "secret")
     reports.send(Wrote(key="late", nbytes=64, rows=1))
     wait_until(lambda: store.exists(["late"]) == [False], timeout=10, what="the deletion")
     reports.close()
@@ -292,7 +292,7 @@ def test_a_record_that_is_owed_is_not_deleted_when_it_is_reported_twice(absent: 
     """A gateway that answers 502 for a request that was carried out has it carried out twice."""
     store = open_store(server.address)
     store.put(["owed", "never leased"], [torch.zeros(64, dtype=torch.uint8)] * 2)
-    reports = _introduced(tuple(absent._run["report"]), "secret")
+    reports = introduced(tuple(absent._run["report"]), "secret")
     absent.submit([lease_of("owed")])
     wait_until(lambda: "owed" in absent._reports, timeout=10, what="the request")
     reports.send(Wrote(key="owed", nbytes=64, rows=2))
@@ -329,10 +329,10 @@ def test_the_secret_is_sent_to_nobody(server: StoreServer) -> None:
         address = listener.getsockname()
         thread.start()
         if what is None:
-            _introduced(address, "the secret").close()
+            introduced(address, "the secret").close()
         else:
             with pytest.raises(Closed, match=what):
-                _introduced(address, "the secret")
+                introduced(address, "the secret")
         thread.join()
         assert b"the secret" not in heard and bool(heard) is (what is None)
 

@@ -64,7 +64,8 @@ def _wrong(vllm_config: Any) -> Iterator[tuple[str, Any, str, str]]:
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     dtype = str(model.dtype).removeprefix("torch.")
     if cache.cache_dtype not in ("auto", dtype):
-        yield "kv_cache_dtype", cache.cache_dtype, f"would round the hidden states, which the model computes in {dtype}", "leave it out"
+        fix = f"start it with --kv-cache-dtype auto or {dtype}; where vLLM itself chose another one, use data.engine transformers"
+        yield "kv_cache_dtype", cache.cache_dtype, f"would round the hidden states, which the model computes in {dtype}", fix
     if cache.enable_prefix_caching:
         yield "enable_prefix_caching", True, "leaves tokens found in the cache without states (vLLM issue 44485)", "start it with --no-enable-prefix-caching"
     for name in _WHOLE:

@@ -30,7 +30,7 @@ from torchspec.engines.vllm import conditions
 from torchspec.engines.vllm.cache import HiddenStateCache, find_group
 from torchspec.engines.vllm.options import check_version
 from torchspec.engines.vllm.orders import PARAMETER, TOKEN_VARIABLE, BadOrder, Order, ids_digest, read_destination, read_order
-from torchspec.engines.vllm.sink import Capture, Sink
+from torchspec.engines.vllm.sink import Capture, Sink, introduced
 from torchspec.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         self._accepted: OrderedDict[str, None] = OrderedDict()
         self._pending: list[tuple[Capture, dict[str, Any]]] = []
         self._checked: dict[str, str] = {}
+        self._reached: set[str] = set()
         # in the model runner
         self._cache: HiddenStateCache | None = None
         self._sinks: dict[str, Sink] = {}
@@ -163,6 +164,21 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
             self._checked[text] = problem
         if self._checked[text]:
             raise BadOrder(f"the run {self._checked[text]}")
+        self._check_engine(text, read_destination(run).report)
+
+    def _check_engine(self, run: str, address: tuple[str, int]) -> None:
+        """Refuse an order whose engine would never hear of its record. Tried once a run, and again some time after it failed."""
+        if run in self._reached:
+            return
+        if time.monotonic() >= self._unreachable.get(run, 0.0):
+            try:
+                introduced(address, os.environ[TOKEN_VARIABLE]).close()
+                self._reached.add(run)
+                return
+            except Closed as error:
+                log.error("no way to deliver reports: %s", error)
+                self._unreachable[run] = time.monotonic() + _FORGET
+        raise BadOrder(f"this vLLM does not reach the engine that ordered it at {address[0]}:{address[1]}: see data.engines.engine_args.report_host")
 
     # -- where the model runs
 

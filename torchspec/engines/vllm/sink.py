@@ -117,7 +117,7 @@ class Sink:
         self._aux = [layer_ids.index(i) for i in self.spec.aux_layers]
         self._last = layer_ids.index(max(layer_ids))
         self._producer = producer
-        self._reports = _introduced(destination.report, token)
+        self._reports = introduced(destination.report, token)
         self._ring = Ring(max(_RING, 2 * self.spec.nbytes(max_tokens)))
         self._store: Store | None = None
         self._problem = ""
@@ -220,7 +220,7 @@ class Sink:
             self.broken = True
 
 
-def _introduced(address: tuple[str, int], token: str) -> Connection:
+def introduced(address: tuple[str, int], token: str) -> Connection:
     """A connection to an engine that takes reports on it.
 
     Raises:
