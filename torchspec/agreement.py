@@ -76,6 +76,17 @@ class Agreement:
             return False
         return True
 
+    def alike(self, state: int) -> bool:
+        """True when every rank gives the same number. Called by all of them, after :meth:`all_leave` said so."""
+        if self._world == 1:
+            return True
+        word = torch.tensor([state, -state])
+        try:
+            torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX, group=self._exits)
+        except RuntimeError:
+            return False
+        return bool(word[0] == -word[1])
+
 
 def _wait_for(work: Any) -> None:
     """Like ``work.wait()``, which would hold signals back for as long as another rank has no batch: it runs no handler."""

@@ -1,8 +1,8 @@
 """Ranks of one run stop together, and none outlives the run.
 
 *Stop.* Lightning tells other ranks of a SIGTERM by a broadcast inside the signal handler, and by another before every batch. NCCL matches collectives by their
-order, and a handler runs at another place on every rank; and the second one makes every batch wait for the device. Here the handler only takes note, and ranks
-agree in the loader (``agreement.py``).
+order, and a handler runs at another place on every rank; and the second one makes every batch wait for the device. Here the handler only takes note
+(and tells the rank that started this one), and ranks agree in the loader (``agreement.py``).
 
 *Death.* Ranks that rank 0 started die with it; at its own end rank 0 waits for them. Where ranks do not leave together (one has failed, the others are inside
 a collective with it), nothing more is asked of the device or of NCCL, which would wait for the others for ever: the process ends without either's good-bye.
@@ -38,10 +38,12 @@ class SignalConnector(_SignalConnector):
 
     def _sigterm_notifier_fn(self, signum: Any, _: Any) -> None:
         log.info("rank %d received signal %d", self.trainer.global_rank, signum)
-        launcher = self.trainer.strategy.launcher
-        if not self.received_sigterm and launcher is not None:
-            launcher.kill(signum)
+        launcher, first = self.trainer.strategy.launcher, not self.received_sigterm
         self.received_sigterm = True
+        if first:
+            tell_launcher(signum)
+            if launcher is not None:
+                launcher.kill(signum)
 
 
 def take_over(trainer: pl.Trainer) -> None:
@@ -70,6 +72,13 @@ def bind_to_launcher() -> None:
         die_with(parent)
     else:
         os.environ[_LAUNCHER] = str(os.getpid())
+
+
+def tell_launcher(number: int) -> None:
+    """Pass a signal on to the rank that started this one, which tells all others: a signal to one rank is one to the run."""
+    parent = os.getppid()
+    if os.environ.get(_LAUNCHER) == str(parent):
+        os.kill(parent, number)
 
 
 def _children(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:

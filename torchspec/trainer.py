@@ -26,11 +26,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from torchspec import ranks
 from torchspec.agreement import Agreement, Vote
+from torchspec.callbacks.last import LastCheckpoint
 from torchspec.errors import UserError
-from torchspec.models.checkpoint import publish, read_entries, recover, remove
+from torchspec.models.checkpoint import is_failed_write, partial_of, publish, read_entries, recover, remove, unwrapped
 
 _GRACE = 15.0
 """Seconds for other ranks to end after an error or a signal, before they are killed."""
@@ -77,7 +79,7 @@ class Trainer(pl.Trainer):
     ) -> None:
         """Train a draft: start engines, stream hidden states, train, validate, save, export."""
         ranks.bind_to_launcher()
-        self._place_checkpoints()
+        self._place_checkpoints(mend=True)
         with self._rank_log(), self._end_with_signal_code():
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
@@ -94,7 +96,7 @@ class Trainer(pl.Trainer):
         """Lightning's own, beside the final name and then renamed: a crash while saving leaves the checkpoint that was there. Errors are one line."""
         final = Path(filepath)
         local = "://" not in str(filepath)
-        partial = final.with_name(f".{final.name}.partial")
+        partial = partial_of(final)
         try:
             if not local:
                 super().save_checkpoint(filepath, weights_only, storage_options)
@@ -107,11 +109,15 @@ class Trainer(pl.Trainer):
             if self.is_global_zero:
                 publish(partial, final)
             self.strategy.barrier("checkpoint is in place")
-        except OSError as error:
+        except (OSError, RuntimeError, CheckpointException) as error:
             if local:
                 remove(partial)
+            cause = unwrapped(error)
+            if not is_failed_write(cause):
+                raise cause from error
+            said = (getattr(cause, "strerror", None) or str(cause)).splitlines()[0]
             fix = "free space or set trainer.default_root_dir elsewhere, then resume with --ckpt_path last; earlier checkpoints are whole"
-            raise UserError("checkpoint", str(filepath), f"cannot be written ({error.strerror or error})", fix) from error
+            raise UserError("checkpoint", str(filepath), f"cannot be written ({said})", fix) from error
 
     @contextmanager
     def _rank_log(self) -> Iterator[None]:
@@ -138,13 +144,13 @@ class Trainer(pl.Trainer):
                 logger.removeHandler(handler)
             handler.close()
 
-    def _place_checkpoints(self) -> None:
-        """A ModelCheckpoint without a folder saves under the run's; what a crash left half-way there is put right."""
+    def _place_checkpoints(self, *, mend: bool = False) -> None:
+        """A ModelCheckpoint without a folder saves under the run's; what a crash left half-way there is put right by the run that writes there."""
         for callback in self.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 if callback.dirpath is None:
                     callback.dirpath = str(Path(self.default_root_dir) / "checkpoints")
-                if self.is_global_zero and "://" not in str(callback.dirpath):
+                if mend and self.is_global_zero and "://" not in str(callback.dirpath):
                     recover(Path(callback.dirpath))
 
     def _run(self, model: Any, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
@@ -177,18 +183,25 @@ class Trainer(pl.Trainer):
                 ranks.leave_children_alone(self)
                 self.torn = not self.agreement.all_leave()
                 if self.torn:
-                    self._give_up_saving()
+                    self._give_up_saving("the other ranks are not leaving")
+                elif not self.agreement.alike(self._moment()):
+                    self._give_up_saving("the ranks stopped at different moments of a step")
             raise
+
+    def _moment(self) -> int:
+        """Optimizer steps that this rank's state stands for; -1 inside a step, and before training."""
+        whole = all(callback.whole for callback in self.checkpoint_callbacks if isinstance(callback, LastCheckpoint))
+        return self.global_step if whole else -1
 
     def _teardown(self) -> None:
         if not self.torn:  # it waits for the device
             super()._teardown()
 
-    def _give_up_saving(self) -> None:
+    def _give_up_saving(self, reason: str) -> None:
         for callback in self.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.save_on_exception and self.global_step:
                 callback.save_on_exception = False
-                logging.getLogger(__name__).warning("the other ranks are not leaving: no checkpoint of this moment; the last one saved is whole")
+                logging.getLogger(__name__).warning("%s: no checkpoint of this moment; the last one saved is whole", reason)
 
     _asked_for_last = False
 
@@ -212,8 +225,10 @@ class Trainer(pl.Trainer):
             if self.exit_signal is None:
                 raise
             raise SystemExit(128 + self.exit_signal if self.global_rank == 0 else 0) from None
-        except BaseException:
+        except BaseException as error:
             self._end_ranks()
+            if self.torn and self.exit_signal is not None and isinstance(error, RuntimeError):  # of a collective that the signal made others leave
+                raise SystemExit(128 + self.exit_signal if self.global_rank == 0 else 0) from error
             raise
         finally:
             for number, handler in before.items():
@@ -240,4 +255,6 @@ class Trainer(pl.Trainer):
             return
         if again and number == signal.SIGTERM:
             return  # already on the way out
+        if number == signal.SIGTERM:
+            ranks.tell_launcher(number)
         raise SystemExit(128 + number) if not training else KeyboardInterrupt

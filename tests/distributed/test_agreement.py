@@ -20,7 +20,7 @@ from torchspec.errors import GroupStopped
 def test_alone_a_rank_agrees_with_itself() -> None:
     for vote in Vote:
         assert Agreement()(vote) is vote
-    assert Agreement().all_leave()
+    assert Agreement().all_leave() and Agreement().alike(3)
 
 
 def _votes(rank: int) -> None:
@@ -28,7 +28,8 @@ def _votes(rank: int) -> None:
     assert not agree.all_leave()  # before the first batch there is nothing to save
     for mine in ([Vote.GO, Vote.GO], [Vote.GO, Vote.STOP], [Vote.FAILED, Vote.STOP], [Vote.GO, Vote.GO]):
         assert agree(mine[rank]) is max(mine) and agree.reached is max(mine)
-    assert agree.all_leave()
+    assert agree.all_leave() and agree.alike(7) and agree.alike(-1)
+    assert not agree.alike([7, -1][rank]) and not agree.alike([6, 7][rank])
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from torchspec.models.metrics import StepSums
 from torchspec.models.muon import mark_hidden_matrices
 from torchspec.models.parallelize import parallelize, sync_gradients
 from torchspec.models.recipe import recipe
+from torchspec.models.resume import check_resume, check_weights, describe
 from torchspec.models.schedules import Schedule
 from torchspec.models.start import Start, read_start
 from torchspec.models.task import DraftTask, StepOutput
@@ -161,13 +162,19 @@ class DraftModule(pl.LightningModule):
         if mesh is not None:
             self.task.to(device)
         parallelize(self.task, mesh=mesh, compute_dtype=dtype)
+        path = getattr(self.trainer, "resume_path", None)
+        if path is not None:
+            check_weights(Path(path), self.state_dict(), sharding=mesh is not None)
 
     def configure_optimizers(self) -> Any:
         mark_hidden_matrices(self)
         optimizer = self.optimizer_callable(p for p in self.parameters() if p.requires_grad)
-        if self.lr_scheduler_callable is None:
+        scheduler = None if self.lr_scheduler_callable is None else self.lr_scheduler_callable(optimizer)
+        path = getattr(self.trainer, "resume_path", None)
+        if path is not None:
+            check_resume(Path(path), datamodule=getattr(self.trainer, "datamodule", None), optimizer=optimizer, schedule=scheduler)
+        if scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler_callable(optimizer)
         if isinstance(scheduler, Schedule) and scheduler.total_steps is None:
             scheduler.set_total_steps(self._planned_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -262,6 +269,8 @@ class DraftModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["torchspec"] = self.facts()
+        if "optimizer_states" in checkpoint:
+            checkpoint["torchspec"]["resume"] = describe(self.trainer, checkpoint)
         if self.loss.lk_lambda and self.task is not None:
             checkpoint["torchspec"]["mean_alpha"] = self.task.mean_alpha.tolist()
 
