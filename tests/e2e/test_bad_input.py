@@ -98,14 +98,16 @@ def test_a_full_disk_at_export_keeps_the_checkpoint_and_the_older_draft(world: d
     assert code == 0, output
 
 
-def test_a_full_disk_at_a_checkpoint_is_one_line(world: dict[str, Path], tmp_path: Path) -> None:
-    words = ("fit", "--config", str(make(tmp_path, world)))
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
+def test_a_full_disk_at_a_checkpoint_is_one_line_and_leaves_no_part_of_it(world: dict[str, Path], tmp_path: Path, strategy: str) -> None:
+    words = ("fit", "--config", str(make(tmp_path, world)), "--trainer.strategy", strategy)
     file = str(tmp_path / "checkpoints")
 
     def no_room() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (900 * 1024, 900 * 1024))  # enough for records, too little for a checkpoint
 
     refused(tmp_path, *words, expected=("checkpoint", file, "free space"), preexec_fn=no_room)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_serving_after_training_needs_an_export_before_it(world: dict[str, Path], tmp_path: Path) -> None:
