@@ -26,7 +26,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch.distributed.checkpoint.api import CheckpointException
 
 from torchspec import ranks
 from torchspec.agreement import Agreement, Vote
@@ -109,10 +108,12 @@ class Trainer(pl.Trainer):
             if self.is_global_zero:
                 publish(partial, final)
             self.strategy.barrier("checkpoint is in place")
-        except (OSError, RuntimeError, CheckpointException) as error:
+        except BaseException as error:
+            cause = unwrapped(error)
+            if cause is error and not isinstance(error, OSError | RuntimeError):
+                raise
             if local:
                 remove(partial)
-            cause = unwrapped(error)
             if not is_failed_write(cause):
                 raise cause from error
             said = (getattr(cause, "strerror", None) or str(cause)).splitlines()[0]
