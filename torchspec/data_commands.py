@@ -41,18 +41,22 @@ def show_data(
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run modelling code that ships with the target.
     """
+    from torchspec.data.outputs import output_file
     from torchspec.data.prepare import DataOptions
     from torchspec.data.show import shown_rows, terminal, write_page
     from torchspec.target import Target, TargetConfig
 
     if limit < 1 or skip < 0:
         raise UserError("limit" if limit < 1 else "skip", min(limit, skip), "is too small", "show 1 row or more, and skip 0 or more")
+    if max_length < 1:
+        raise UserError("max_length", max_length, "is below 1", "use 1 or more")
+    page = None if html is None else output_file(html, field="html")
     options = DataOptions(max_length, messages_key=messages_key, supervise=supervise, media=media, template_args=template_args or {})
     found = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
     rows = shown_rows(found, input, options=options, skip=skip, limit=limit)
     print(terminal(rows, color=color == "always" or (color == "auto" and sys.stdout.isatty())))
-    if html is not None:
-        write_page(Path(html), rows, target=target)
+    if page is not None:
+        write_page(page, rows, target=target)
         print(f"page: {html}")
 
 
@@ -62,6 +66,10 @@ def vocabulary(
     output: str | None = None,
     size: int | None = None,
     plot: str | None = None,
+    messages_key: str | None = None,
+    supervise: Literal["auto", "all", "last"] = "auto",
+    template_args: dict[str, Any] | None = None,
+    max_bad_fraction: float = 0.0,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -73,10 +81,15 @@ def vocabulary(
         output: safetensors file for the counts (export reads it as token_counts); with size also draft_ids, d2t and t2d.
         size: tokens of a draft vocabulary to choose.
         plot: SVG file for coverage over size.
+        messages_key: as data.messages_key.
+        supervise: as data.supervise.
+        template_args: as data.template_args.
+        max_bad_fraction: as data.max_bad_fraction.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run modelling code that ships with the target.
     """
     from torchspec.data.corpus import count_tokens
+    from torchspec.data.outputs import output_file
     from torchspec.data.vocabulary_report import TokenCounts, table
     from torchspec.data.vocabulary_report import plot as drawn
     from torchspec.models.vocabulary import VocabularyMapping
@@ -84,18 +97,21 @@ def vocabulary(
 
     if size is not None and output is None:
         raise UserError("size", size, "chooses a vocabulary that goes nowhere", "give output as well")
+    if size is not None and size < 1:
+        raise UserError("size", size, "is below 1", "use 1 or more")
+    counts_file = None if output is None else output_file(output, field="output")
+    plot_file = None if plot is None else output_file(plot, field="plot")
     facts = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
-    counts, ends = count_tokens(facts, input)
+    counts, ends = count_tokens(facts, input, messages_key=messages_key, supervise=supervise, template_args=template_args, max_bad_fraction=max_bad_fraction)
     found = TokenCounts(counts, tuple(ends), facts.fingerprint)
     print(f"{int(counts.sum()):,} supervised tokens, {int((counts > 0).sum()):,} different ones of {counts.numel():,}")
     print(table(found))
-    if output is not None:
+    if counts_file is not None:
         mapping = None if size is None else VocabularyMapping.from_counts(counts, size, always=ends)
-        found.save(Path(output), **({} if mapping is None else {"draft_ids": mapping.draft_ids, "d2t": mapping.d2t, "t2d": mapping.t2d}))
+        found.save(counts_file, **({} if mapping is None else {"draft_ids": mapping.draft_ids, "d2t": mapping.d2t, "t2d": mapping.t2d}))
         print(f"counts: {output}")
-    if plot is not None:
-        Path(plot).parent.mkdir(parents=True, exist_ok=True)
-        Path(plot).write_text(drawn(found, title=f"Coverage of the answers of {Path(target).name}"))
+    if plot_file is not None:
+        plot_file.write_text(drawn(found, title=f"Coverage of the answers of {Path(target).name}"))
         print(f"plot: {plot}")
 
 
@@ -165,6 +181,7 @@ def regenerate(
     )
     rate = report.tokens / report.seconds if report.seconds else 0.0
     print(
-        f"{report.answered} answered, {report.skipped} were there, {report.failed} failed, {report.cut} cut by the length limit; "
+        f"{report.answered} answered, {report.skipped} were there, {report.failed} failed, {report.cut} cut by the length limit, "
+        f"{report.exact} written as token ids (their messages would render to others); "
         f"{report.tokens} tokens at {rate:.0f} tokens/s -> {output}"
     )

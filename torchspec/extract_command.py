@@ -21,21 +21,30 @@ def run(words: list[str]) -> None:
 
     from torchspec.data.datamodule import DraftDataModule
     from torchspec.data.extract import extract
+    from torchspec.data.outputs import output_folder
     from torchspec.transfer.sizes import show_bytes
 
     parser = ArgumentParser(prog="main.py extract", description=__doc__.split(":", 1)[1].strip(), allow_abbrev=False)
-    parser.add_argument("--config", type=str, help="YAML of a run; its data and model.aux_layers are used")
+    parser.add_argument("-c", "--config", type=str, help="YAML of a run; its data and model.aux_layers are used. Of several, later ones win key by key")
     parser.add_argument("--output", type=str, required=True, help="folder of the records; one that exists is gone on with")
     parser.add_argument("--part", type=str, default="1/1", help="part of the conversations, such as 2/4, for several calls at once")
     parser.add_argument("--shard_size", type=str, default="256MiB", help="bytes of a shard; twice as much memory is used")
     parser.add_argument("--fp8", type=bool, default=False, help="store states in 8 bits: half the disk, with a small error that is stated")
     parser.add_class_arguments(DraftDataModule, "data")
-    file, rest = _config_of(words)
-    if file is not None and not {"-h", "--help"} & set(rest):
-        parser.set_defaults(_flat(_data_of(file)))
+    files, rest = _configs_of(words)
+    if not {"-h", "--help"} & set(rest):
+        sections = [(file, _data_of(file)) for file in files]
+        if files and not any(data for _, data in sections):
+            raise UserError("config", ", ".join(files), "has no data section", "give the YAML of a run")
+        for file, data in sections:
+            for name, value in _flat(data).items():
+                try:
+                    parser.set_defaults({name: value})
+                except KeyError:
+                    raise UserError(name, value, f"is no option ({file})", "see main.py extract --help, and mend the name") from None
     given = parser.parse_args(rest)
     made = parser.instantiate_classes(given)
-    report = extract(made.data, Path(given.output).expanduser(), part=given.part, shard_size=given.shard_size, fp8=given.fp8)
+    report = extract(made.data, output_folder(given.output, field="output"), part=given.part, shard_size=given.shard_size, fp8=given.fp8)
     rate = report.tokens / report.seconds if report.seconds else 0.0
     error = "" if report.fp8_error is None else f"; fp8 changed the states by {report.fp8_error:.2%} (relative root mean square)"
     print(
@@ -44,31 +53,39 @@ def run(words: list[str]) -> None:
     )
 
 
-def _config_of(words: list[str]) -> tuple[str | None, list[str]]:
-    """(the value of ``--config``, the other words)."""
-    rest = list(words)
-    for at, word in enumerate(rest):
-        if word == "--config" and at + 1 < len(rest):
-            return rest[at + 1], rest[:at] + rest[at + 2 :]
-        if word.startswith("--config="):
-            return word.partition("=")[2], rest[:at] + rest[at + 1 :]
-    return None, rest
+def _configs_of(words: list[str]) -> tuple[list[str], list[str]]:
+    """(the values of every ``--config`` or ``-c``, the other words)."""
+    files: list[str] = []
+    rest: list[str] = []
+    left = iter(words)
+    for word in left:
+        name, given, value = word.partition("=")
+        if name not in ("--config", "-c"):
+            rest.append(word)
+        elif given:
+            files.append(value)
+        elif (value := next(left, "")) and not value.startswith("--"):
+            files.append(value)
+        else:
+            raise UserError("config", None, "names no file", "give the YAML of a run behind --config")
+    return files, rest
 
 
 def _data_of(file: str) -> dict[str, Any]:
+    """What one file says of the data; empty where it says nothing."""
     import yaml
 
     try:
         plain = yaml.safe_load(Path(file).expanduser().read_text())
-        data = dict(plain["data"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        found = dict(plain or {})
+        data, model = dict(found.get("data") or {}), dict(found.get("model") or {})
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(
             "config", file, f"is no configuration of a run ({type(error).__name__}: {error})".replace("\n", " "), "give a YAML with a data section"
         ) from error
-    model = plain.get("model") or {}
     if model.get("aux_layers") is not None:
         data["aux_layers"] = model["aux_layers"]
-    return {"data": data}
+    return {"data": data} if data else {}
 
 
 def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.tiny import save_conversations, save_target
+from torchspec.cli import main
+from torchspec.data.datamodule import DraftDataModule
+from torchspec.data.settings import ENGINES
+from torchspec.data.sources import weighted_sources
 from torchspec.engines.engine import EngineConfig, OnPolicy, Sampling
+from torchspec.engines.worker import ENGINES as BUILT
 from torchspec.errors import UserError
+from torchspec.target import TargetConfig
 
 
 @pytest.mark.parametrize(
@@ -40,3 +48,93 @@ def test_settings_of_engines_and_sampling(kind: Any, field: str, name: str, valu
             kind(**{name: value})
         assert (caught.value.field, repr(caught.value.value)) == (field + name, repr(value))
     kind()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("world")
+    return str(save_target(folder / "target")), str(save_conversations(folder / "in.jsonl", 12))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("min_supervised_tokens", -5, "data.min_supervised_tokens=-5 is below 1"),
+        ("num_proc", -3, "data.num_proc=-3 is below 1"),
+        ("seed", -1, "data.seed=-1 is negative"),
+        ("engine", "sglang", "data.engine='sglang' is unknown. Fix: use one of transformers, vllm, vllm_remote, replay."),
+    ],
+)
+def test_settings_of_the_data(world: tuple[str, str], name: str, value: Any, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        DraftDataModule(TargetConfig(world[0]), world[1], **{name: value})
+    assert said in str(caught.value)
+
+
+def test_every_engine_that_may_be_named_is_built() -> None:
+    assert {name for name in BUILT if name in ENGINES} == set(ENGINES) - {"replay"}
+
+
+def test_weights(world: tuple[str, str], tmp_path: Path) -> None:
+    for weight in (math.inf, math.nan, 0.0, -1.0):
+        with pytest.raises(UserError, match="is no weight"):
+            weighted_sources({world[1]: weight}, config_key="data.train")
+    data = DraftDataModule(TargetConfig(world[0]), {world[1]: 0.01}, cache_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"data\.train=.* leaves no conversation: so small a part of 12 is none. Fix: raise the weights"):
+        data.corpus.dataset("train")
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "said"),
+    [
+        ("regenerate", ["--output", "OUT/a.jsonl", "--batch_size", "0"], "batch_size=0 is below 1"),
+        ("regenerate", ["--output", "OUT/a.jsonl", "--limit", "-1"], "limit=-1 is below 1"),
+        ("regenerate", ["--output", "OUT/a.jsonl", "--temperature", "-1"], "temperature=-1.0 is no temperature"),
+        ("regenerate", ["--output", "OUT/a.jsonl", "--max_new_tokens", "0"], "max_new_tokens=0 is below 1"),
+        ("regenerate", ["--output", "OUT/a.jsonl", "--device", "cuda:99"], "device='cuda:99' is not there"),
+        ("regenerate", ["--output", "OUT/a.jsonl", "--device", "tpu"], "device='tpu' is no device"),
+        ("regenerate", ["--output", "OUT"], "is a folder. Fix: give a file"),
+        ("show_data", ["--max_length", "0"], "max_length=0 is below 1"),
+        ("show_data", ["--html", "/proc/x/y.html"], "html='/proc/x/y.html' cannot be written"),
+        ("vocabulary", ["--output", "/proc/x/v.safetensors"], "output='/proc/x/v.safetensors' cannot be written"),
+        ("vocabulary", ["--output", "OUT/v.safetensors", "--size", "0"], "size=0 is below 1"),
+        ("vocabulary", ["--plot", "OUT"], "is a folder"),
+        ("vocabulary", ["--max_bad_fraction", "2"], "max_bad_fraction=2.0 is no share"),
+        ("vocabulary", ["--messages_key", "talk"], "has no talk"),
+    ],
+)
+def test_words_of_the_commands(world: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, words: list[str], said: str) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(
+            [
+                command,
+                "--target",
+                world[0],
+                "--input",
+                world[1] if command == "regenerate" else f"[{world[1]}]",
+                *[w.replace("OUT", str(tmp_path)) for w in words],
+            ]
+        )
+    assert done.value.code == 2 and said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config", "A", "--config", "OUT/nowhere.yaml"], "nowhere.yaml' is no configuration of a run"),
+        (["-c", "A", "-c", "B"], "data.max_lenght=3 is no option"),
+        (["--config"], "config=None names no file"),
+        (["--config=A", "--config", "C"], "is longer than data.max_tokens=7"),  # A says max_length, C max_tokens
+        (["--config", "A"], "part='9/4' is no part"),
+    ],
+)
+def test_configurations_of_extract(world: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    (tmp_path / "A").write_text(f"data: {{target: {{path: {world[0]}}}, train: {world[1]}, max_length: 64}}\nmodel: {{aux_layers: [0, 1]}}\n")
+    (tmp_path / "B").write_text("data: {max_lenght: 3}\n")
+    (tmp_path / "C").write_text("trainer: {max_steps: 3}\ndata: {max_tokens: 7}\n")
+    files = {"--config=A": f"--config={tmp_path}/A", "OUT/nowhere.yaml": str(tmp_path / "nowhere.yaml"), **{n: str(tmp_path / n) for n in "ABC"}}
+    more = ["--output", str(tmp_path / "records"), "--part", "9/4"] if len(words) > 1 else []
+    with pytest.raises(SystemExit) as done:
+        main(["extract", *[files.get(word, word) for word in words], *more])
+    assert done.value.code == 2 and said in capsys.readouterr().err

@@ -117,3 +117,10 @@ def test_any_row_is_a_conversation_or_a_bad_row(row: Any, family: str, media: st
             assert rendered.ids.shape == rendered.mask.shape and np.isin(rendered.mask, [0, 1]).all()
     except RowError as error:
         str(error).encode()
+
+
+def test_tokens_and_messages_may_be_mixed_where_the_target_renders(tmp_path: Path) -> None:
+    made = corpus(save_target(tmp_path / "target", layers=1), tmp_path, [None, {"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}, {"messages": [ASK, SAY]}])
+    made._max_bad_fraction = 0.5
+    data = made.dataset("train")
+    assert len(data) == 2 and data.summary.bad == 1 and data.ids(0).tolist() == [1, 2, 3] and data.mask(1).any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 from tests.tiny import save_target
 from torchspec.data.answerers import EngineAnswerer
 from torchspec.data.conversations import parse
-from torchspec.data.regenerate import answer_file, made_with
+from torchspec.data.regenerate import _open_output, answer_file, made_with
 from torchspec.data.render import Renderer
 from torchspec.engines.engine import Answer, Sampling
 from torchspec.errors import UserError
@@ -87,7 +88,8 @@ def test_turns_are_answered_in_order_on_top_of_the_targets_own(target: TargetCon
     by_id = {row["id"]: row for row in written}
     assert set(by_id) == {"a", "b", "c"} and report.answered == 3 and report.failed == 0
     assert by_id["a"]["source"] == "x" and by_id["a"]["finish"] == "stop"
-    assert by_id["a"]["sampling"] == {"target": target.path, "max_new_tokens": 50, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    how = {"engine": "transformers", "revision": None, "dtype": "auto", "engine_args": {}, "template_args": {}}
+    assert by_id["a"]["sampling"] == {"target": target.path, "max_new_tokens": 50, "temperature": 0.0, "top_p": 1.0, "seed": 0, **how}
     assert [m["role"] for m in by_id["a"]["conversations"]] == ["user", "assistant", "user", "assistant"]
     assert [m["role"] for m in by_id["b"]["conversations"]] == ["user", "assistant", "user", "assistant"]  # the open question is answered, too
     assert by_id["c"]["conversations"][0] == {"role": "user", "content": "when"}
@@ -107,7 +109,7 @@ def test_what_is_written_renders_to_what_was_generated(target: TargetConfig, tmp
     renderer = Renderer(AutoTokenizer.from_pretrained(target.path), name="t")
     rendered = renderer.render(parse(json.dumps(written[0]).encode()))
     answer = renderer.tokenizer.decode(rendered.ids[rendered.mask == 1].tolist())
-    assert answer == written[0]["conversations"][1]["content"] + "<|im_end|>" and report.retokenised == 0
+    assert answer == written[0]["conversations"][1]["content"] + "<|im_end|>" and report.exact == 0
 
 
 def test_a_cut_answer_ends_its_conversation_and_has_no_end_token(target: TargetConfig, tmp_path: Path) -> None:
@@ -140,6 +142,15 @@ def test_other_settings_do_not_mix_in_one_file(target: TargetConfig, tmp_path: P
     run(target, tmp_path, [conversation("the dog", "OLD", id="a")])
     with pytest.raises(UserError, match=r"temperature=0\.7 differs from 0\.0"):
         run(target, tmp_path, sampling={"temperature": 0.7})
+    for change in ({"dtype": "bfloat16"}, {"template_args": {"x": 1}}, {"engine": "vllm"}, {"revision": "v2"}, {"engine_args": {"x": 1}}):
+        ((name, value),) = change.items()
+        with pytest.raises(UserError, match=re.escape(f"{name}={value!r} differs from ")):
+            _open_output(tmp_path / "out.jsonl", made_with(target.path, Sampling(50), **change))
+    more = json.loads((tmp_path / "out.jsonl").read_text())
+    more["sampling"]["top_k"] = 5  # of another version
+    (tmp_path / "out.jsonl").write_text(json.dumps(more) + "\n")
+    with pytest.raises(UserError, match="top_k=None differs from 5"):
+        run(target, tmp_path)
     (tmp_path / "out.jsonl").write_text("hello\n")
     with pytest.raises(UserError, match="no regenerate wrote"):
         run(target, tmp_path)
@@ -171,3 +182,8 @@ def test_rows_without_id_and_with_the_same_id_are_kept_apart(target: TargetConfi
 def test_limit_takes_the_first_rows(target: TargetConfig, tmp_path: Path) -> None:
     _, written, _ = run(target, tmp_path, [conversation("one", "OLD", id=str(i)) for i in range(5)], limit=2)
     assert sorted(row["id"] for row in written) == ["0", "1"]
+
+
+def test_half_a_character_in_a_field_of_the_users_is_kept(target: TargetConfig, tmp_path: Path) -> None:
+    _, written, _ = run(target, tmp_path, [conversation("the dog", "OLD", id="a", note="\ud83d", input_ids=[1], text="old")])
+    assert written[0]["note"] == "\ud83d" and "input_ids" not in written[0] and "text" not in written[0]

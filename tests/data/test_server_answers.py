@@ -49,7 +49,9 @@ class Handler(BaseHTTPRequestHandler):
             message |= {"content": None, "tool_calls": [CALL]}
         if "silent" in words:
             message["content"] = ""
-        finish = "length" if "long" in words else "stop"
+        if "half" in words:
+            message["content"] = "so \ud83d"
+        finish = "length" if "long" in words else "content_filter" if "filtered" in words else "stop"
         self.reply(200, {"choices": [{"message": message, "finish_reason": finish}], "usage": {"completion_tokens": 3}})
 
     def reply(self, code: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
@@ -107,6 +109,10 @@ def test_turns_tools_thinking_and_sampling(server: Any, tmp_path: Path, monkeypa
         "temperature": 0.5,
         "top_p": 1.0,
         "seed": 3,
+        "engine": "server",
+        "revision": None,
+        "dtype": "auto",
+        "engine_args": {"top_k": 7},
         "template_args": {"enable_thinking": False},
     }
     for body in server.asked:
@@ -117,14 +123,15 @@ def test_turns_tools_thinking_and_sampling(server: Any, tmp_path: Path, monkeypa
 
 
 def test_what_passes_is_tried_again_and_what_does_not_is_listed(server: Any, tmp_path: Path) -> None:
-    rows = [asks("b", "busy"), asks("r", "refused"), asks("x", "broken"), asks("s", "silent"), asks("a", "one")]
+    rows = [asks("b", "busy"), asks("r", "refused"), asks("x", "broken"), asks("s", "silent"), asks("a", "one"), asks("f", "filtered"), asks("h", "half")]
     report, done = run(server, tmp_path, rows)
-    assert sorted(done) == ["a", "b", "x"] and report.failed == 2
+    assert sorted(done) == ["a", "b", "x"] and report.failed == 4
     assert server.times["busy"] == 3 and server.times["broken"] == 2 and server.times["refused"] == 1
     failed = {row["id"]: row["problem"] for row in map(json.loads, (tmp_path / "out.jsonl.failed.jsonl").read_text().splitlines())}
     assert "HTTP 400" in failed["r"] and "prompt is too long" in failed["r"] and "empty answer" in failed["s"]
+    assert "content filter cut" in failed["f"] and "surrogates not allowed" in failed["h"]
     report, again = run(server, tmp_path, rows)
-    assert report.skipped == 3 and report.failed == 2 and again.keys() == done.keys() and server.times["busy"] == 3
+    assert report.skipped == 3 and report.failed == 4 and again.keys() == done.keys() and server.times["busy"] == 3
 
 
 def test_a_server_that_is_not_there_or_has_another_model(server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,3 +143,12 @@ def test_a_server_that_is_not_there_or_has_another_model(server: Any, tmp_path: 
         with pytest.raises(SystemExit) as done:
             main([*words, *more])
         assert done.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_what_has_an_option_of_its_own_is_no_engine_argument(server: Any, tmp_path: Path) -> None:
+    for name, option in (("temperature", "--temperature"), ("max_tokens", "--max_new_tokens"), ("chat_template_kwargs", "--template_args")):
+        with pytest.raises(UserError, match=f"sets {name}, which is an option of its own. Fix: use {option}"):
+            run(server, tmp_path, [asks("a", "one")], engine_args={name: 1.3})
+    run(server, tmp_path, [asks("a", "one")], engine_args={"top_k": 5})
+    with pytest.raises(UserError, match=r"engine_args=\{\} differs from \{'top_k': 5\}"):
+        run(server, tmp_path, [asks("a", "one")])

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torchspec.data.conversations import Conversation, Message, RowError
+from torchspec.data.exact import ExactRows, Generated
 from torchspec.data.render import Renderer
 from torchspec.engines.engine import Generator, Sampling
 from torchspec.errors import UserError
@@ -34,8 +35,10 @@ class Reply:
     finish: str = "stop"
     """stop or length."""
     tokens: int = 0
-    retokenised: bool = False
-    """The text renders to other ids than were generated."""
+    generated: Generated | None = None
+    """Its ids; None where a server only gives words."""
+    understood: bool = True
+    """The message is what later ones may follow; False: it is the text as it came, control tokens included."""
     problem: str = ""
 
 
@@ -46,6 +49,10 @@ class Answerer(Protocol):
         """One reply for each, in the order they come."""
         ...
 
+    def as_ids(self, row: dict[str, Any], generated: Sequence[Generated], *, kept: bool) -> dict[str, Any]:
+        """As :meth:`torchspec.data.exact.ExactRows.as_ids`; empty where ids are not known."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -54,11 +61,15 @@ class EngineAnswerer:
 
     Args:
         generator: owned by this.
-        renderer: of the target.
+        renderer: of the target; makes the prompts.
+        trained: renderer of the target as training has it by default; None takes the same.
     """
 
-    def __init__(self, generator: Generator, renderer: Renderer) -> None:
-        self._generator, self._renderer = generator, renderer
+    def __init__(self, generator: Generator, renderer: Renderer, trained: Renderer | None = None) -> None:
+        self._generator, self._renderer, self._rows = generator, renderer, ExactRows(trained or renderer)
+
+    def as_ids(self, row: dict[str, Any], generated: Sequence[Generated], *, kept: bool) -> dict[str, Any]:
+        return self._rows.as_ids(row, generated, kept=kept)
 
     def answer(self, asked: Sequence[Conversation], sampling: Sampling) -> Iterator[Reply]:
         prompts: list[list[int]] = []
@@ -71,12 +82,19 @@ class EngineAnswerer:
                 yield Reply(index, None, problem=str(error))
         for given in self._generator.generate(prompts, sampling) if prompts else ():
             index = owners[given.index]
-            conversation, text = asked[index], self._renderer.text_of(given.ids)
-            if not text.strip():
+            conversation = asked[index]
+            if not self._renderer.text_of(given.ids).strip():
                 yield Reply(index, None, tokens=len(given.ids), problem=f"got an empty answer to message {len(conversation.messages) - 1}")
                 continue
-            same = self._renderer.shows_as_generated(prompts[given.index], given.ids, list(conversation.messages), text, conversation.tools)
-            yield Reply(index, {"role": "assistant", "content": text}, given.finish, len(given.ids), retokenised=not same)
+            message = self._rows.message(conversation.messages, conversation.tools, given.ids, cut=given.finish == "length")
+            yield Reply(
+                index,
+                message or {"role": "assistant", "content": self._renderer.decode(given.ids)},
+                given.finish,
+                len(given.ids),
+                generated=Generated(prompts[given.index], given.ids),
+                understood=message is not None,
+            )
 
     def close(self) -> None:
         self._generator.close()
@@ -118,6 +136,9 @@ class ServerAnswerer:
             self._stopped.set()  # threads that pause between attempts end now
             pool.shutdown(wait=True, cancel_futures=True)
             self._stopped.clear()
+
+    def as_ids(self, row: dict[str, Any], generated: Sequence[Generated], *, kept: bool) -> dict[str, Any]:
+        return {}
 
     def close(self) -> None:
         """Nothing is open between calls."""
@@ -179,11 +200,14 @@ def _incoming(index: int, position: int, answered: dict[str, Any]) -> Reply:
     tokens = int((answered.get("usage") or {}).get("completion_tokens") or 0)
     if not content.strip() and not calls:
         return Reply(index, None, tokens=tokens, problem=f"got an empty answer to message {position - 1}")
+    if choice.get("finish_reason") == "content_filter":
+        return Reply(index, None, tokens=tokens, problem=f"got an answer to message {position - 1} that the server's content filter cut")
     message: Message = {"role": "assistant", "content": content}
     if thought:
         message["reasoning_content"] = thought
     if calls:
         message["tool_calls"] = [{"id": call.get("id"), "type": "function", "function": call["function"]} for call in calls]
+    json.dumps(message, ensure_ascii=False).encode()  # half a character is no answer: a ValueError
     return Reply(index, message, "length" if choice.get("finish_reason") == "length" else "stop", tokens)
 
 

@@ -54,6 +54,8 @@ class Conversation:
     """Rendered elsewhere, special tokens included."""
     input_ids: list[int] | None = None
     loss_mask: list[int] | None = None
+    tokenizer: str = ""
+    """Fingerprint of the tokenizer of ``input_ids``, where the row says it."""
     cut: frozenset[int] = field(default_factory=frozenset)
     """Indices of messages that a length limit ended (``finish: length``): no end token was generated."""
     images: tuple[Any, ...] = ()
@@ -86,7 +88,8 @@ def parse(text: bytes, *, messages_key: str | None = None, need_answer: bool = T
     Args:
         text: the row as JSON.
         messages_key: column of the messages; None takes ``conversations`` or ``messages``.
-        need_answer: False also takes prompts: rows without an assistant message, and rows with only a ``prompt``.
+        need_answer: False also takes prompts: rows without an assistant message, and rows with only a ``prompt``; of tokens
+            and messages in one row, the messages.
         media: ``placeholder`` takes images, video and audio as the placeholders that the template writes; ``refuse`` does not; ``engine`` takes images
             alone, and says where they are.
 
@@ -99,7 +102,8 @@ def parse(text: bytes, *, messages_key: str | None = None, need_answer: bool = T
         raise RowError(f"is no valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise RowError(f"is a {type(row).__name__}, not an object")
-    if row.get("input_ids") is not None and messages_key is None:
+    talks = any(row.get(key) is not None for key in MESSAGE_KEYS)
+    if row.get("input_ids") is not None and messages_key is None and (need_answer or not talks):
         return _tokens(row)
     if not need_answer and messages_key is None and isinstance(row.get("prompt"), str):
         return _whole(Conversation(messages=({"role": "user", "content": row["prompt"]},)), text)
@@ -183,7 +187,7 @@ def _tokens(row: dict[str, Any]) -> Conversation:
         raise RowError("loss_mask is not a list of 0 and 1")
     if len(ids) != len(mask):
         raise RowError(f"input_ids has {len(ids)} entries and loss_mask {len(mask)}")
-    return Conversation(input_ids=ids, loss_mask=[int(m) for m in mask])
+    return Conversation(input_ids=ids, loss_mask=[int(m) for m in mask], tokenizer=str(row.get("tokenizer") or ""))
 
 
 def _message(given: Any, index: int, media: str) -> Message:

@@ -246,12 +246,21 @@ class Corpus:
         return sorted({*self.target.end_ids(), *(i for i in self.dataset("train").end_ids if 0 <= i < self.target.vocab_size)})
 
 
-def count_tokens(target: Target, given: Given) -> tuple[torch.Tensor, list[int]]:
+def count_tokens(
+    target: Target,
+    given: Given,
+    *,
+    messages_key: str | None = None,
+    supervise: str = "auto",
+    template_args: Mapping[str, Any] | None = None,
+    max_bad_fraction: float = 0.0,
+) -> tuple[torch.Tensor, list[int]]:
     """How often the target's answers use each token, for a vocabulary outside a run.
 
     Args:
         target: its tokenizer and template decide the tokens.
         given: conversations, or the file that ``main.py vocabulary`` wrote of them.
+        messages_key, supervise, template_args, max_bad_fraction: as of a run's data.
 
     Returns:
         [V] int64 supervised occurrences, and the ids that end a turn.
@@ -265,8 +274,11 @@ def count_tokens(target: Target, given: Given) -> tuple[torch.Tensor, list[int]]
             raise UserError("token_counts", given, f"counts tokens of the target {found.target}, not of {target.fingerprint}", "count them with this target")
         return found.counts, list(found.end_ids)
     longest = int(getattr(target.hf_config, "max_position_embeddings", None) or 2**17)
+    if not 0.0 <= max_bad_fraction < 1.0:
+        raise UserError("max_bad_fraction", max_bad_fraction, "is no share", "use a number from 0 up to, but not including, 1")
+    options = DataOptions(max_length=longest, messages_key=messages_key, supervise=supervise, template_args=template_args or {})
     corpus = Corpus(
-        target, sources={"train": given}, options=DataOptions(max_length=longest), unroll_steps=1, max_tokens=longest, packs_per_step=1, seed=0,
-        cache_dir=default_cache_dir(),
+        target, sources={"train": given}, options=options, unroll_steps=1, max_tokens=longest, packs_per_step=1, seed=0, cache_dir=default_cache_dir(),
+        max_bad_fraction=max_bad_fraction,
     )  # fmt: skip
     return corpus.token_counts(), corpus.special_end_ids()

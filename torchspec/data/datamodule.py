@@ -120,6 +120,9 @@ class DraftDataModule(pl.LightningDataModule):
             packs_per_step=packs_per_step,
             prefetch_packs=prefetch_packs,
             unroll_steps=unroll_steps,
+            min_supervised_tokens=min_supervised_tokens,
+            num_proc=num_proc,
+            seed=seed,
             max_bad_fraction=max_bad_fraction,
         )
         check_engine(engine=engine, on_policy=on_policy, records=records, tee=tee)

@@ -8,11 +8,12 @@ build that was killed left on this host is gone on with.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +22,19 @@ import numpy as np
 import xxhash
 
 from torchspec.data.build import APPENDED, Progress, build, first_row
-from torchspec.data.conversations import RowError, parse
+from torchspec.data.conversations import Conversation, RowError, parse
 from torchspec.data.dataset import FORMAT, Summary, TokenizedDataset
 from torchspec.data.render import Renderer, special_ids, tokenizer_fingerprint
-from torchspec.data.sources import Given, Source, weighted_sources
+from torchspec.data.sources import Given, Source, read_rows, weighted_sources
 from torchspec.data.tokenise import Tokenise
 from torchspec.errors import UserError
 from torchspec.images import VisionTower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_LOOKED_AT = 1000
+"""Rows among which the first good one says whether a target without a chat template will do."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,12 @@ def prepare(
     if summary.bad > max_bad_fraction * summary.rows:
         raise _too_many_bad(dataset.folder, summary, max_bad_fraction, config_key)
     weights = [weight for _, weight in pairs]
-    return dataset if all(weight == 1.0 for weight in weights) else dataset.weighted(weights)
+    if all(weight == 1.0 for weight in weights):
+        return dataset
+    chosen = dataset.weighted(weights)
+    if not len(chosen):
+        raise UserError(config_key, given, f"leaves no conversation: so small a part of {len(dataset)} is none", "raise the weights")
+    return chosen
 
 
 def _key(
@@ -125,7 +134,8 @@ def _build(
     first = first_row(sources, config_key=config_key)
     if first is None:
         raise UserError(config_key, names, "holds no rows", "check the files")
-    renderer = _renderer(first, tokenizer, target_name, options, end_ids)
+    rows = (row for source in sources for row, _ in read_rows(source, config_key=config_key))
+    renderer = _renderer(itertools.islice(rows, _LOOKED_AT), tokenizer, target_name, options, end_ids)
     building = _workspace(folder)
     keep = True
     try:
@@ -189,18 +199,27 @@ def _workspace(folder: Path) -> Path:
     return mine
 
 
-def _renderer(first: bytes, tokenizer: PreTrainedTokenizerBase | None, target_name: str, options: DataOptions, end_ids: Sequence[int]) -> Renderer | None:
-    """A renderer, or None where the first row brings its tokens."""
+def _renderer(
+    rows: Iterator[bytes], tokenizer: PreTrainedTokenizerBase | None, target_name: str, options: DataOptions, end_ids: Sequence[int]
+) -> Renderer | None:
+    """A renderer, or None where the target cannot have one and the first good row brings its tokens."""
+    brings_tokens = next((c.input_ids is not None for c in map(lambda row: _parsed(row, options), rows) if c is not None), False)
     try:
-        if parse(first, messages_key=options.messages_key).input_ids is not None:
+        if tokenizer is None:
+            fix = "add the tokenizer files to the target, or give rows with input_ids and loss_mask"
+            raise UserError("data.target.path", target_name, "has no tokenizer that loads", fix)
+        return Renderer(tokenizer, name=target_name, end_ids=end_ids, supervise=options.supervise, variables=options.template_args)
+    except UserError:
+        if brings_tokens:
             return None
+        raise
+
+
+def _parsed(row: bytes, options: DataOptions) -> Conversation | None:
+    try:
+        return parse(row, messages_key=options.messages_key, media=options.media)
     except RowError:
-        pass  # counted with the others
-    if tokenizer is None:
-        raise UserError(
-            "data.target.path", target_name, "has no tokenizer that loads", "add the tokenizer files to the target, or give rows with input_ids and loss_mask"
-        )
-    return Renderer(tokenizer, name=target_name, end_ids=end_ids, supervise=options.supervise, variables=options.template_args)
+        return None  # counted with the others
 
 
 def _finish(folder: Path, progress: Progress, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase | None, image_positions: str) -> None:

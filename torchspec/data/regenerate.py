@@ -13,18 +13,36 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torchspec.data.answerers import Answerer, EngineAnswerer, ServerAnswerer
 from torchspec.data.conversations import Conversation, RowError, parse
+from torchspec.data.exact import Generated
+from torchspec.data.outputs import check_device, output_file
 from torchspec.data.render import Renderer
 from torchspec.data.sources import find_sources, read_rows
 from torchspec.engines.engine import Generator, Sampling
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
 
+_REPLACED = ("conversations", "messages", "prompt", "text", "finish", "sampling", "input_ids", "loss_mask", "tokenizer")
+"""Fields of a row that are written anew, or left out."""
+_OWNED = {
+    "model": "--target",
+    "messages": "--input",
+    "tools": "the rows' own tools",
+    "max_tokens": "--max_new_tokens",
+    "max_completion_tokens": "--max_new_tokens",
+    "temperature": "--temperature",
+    "top_p": "--top_p",
+    "seed": "--seed",
+    "chat_template_kwargs": "--template_args",
+    "n": "one answer a question",
+    "stream": "whole answers",
+}
+"""Parts of a server's request that ``engine_args`` may not set, and what does."""
 _GROUP = 8
 """Rows answered together, in batches of the generator: enough to sort by length, few enough to lose little when stopped."""
 
@@ -41,8 +59,8 @@ class RegenerateReport:
     seconds: float
     cut: int
     """Conversations ended by the length limit."""
-    retokenised: int
-    """Answers whose text renders to other ids than were generated (they are trained as rendered)."""
+    exact: int
+    """Rows written as ids: their messages would be trained as others than were generated."""
 
 
 @dataclass
@@ -56,6 +74,11 @@ class _Row:
     messages: list[dict[str, Any]]
     """Finished so far."""
     finish: str = "stop"
+    generated: list[Generated] = field(default_factory=list)
+    understood: bool = True
+    """False: its last message is no message that others may follow."""
+    kept: bool = False
+    """It has an answer that was given."""
 
     def advance(self) -> bool:
         """Take over the messages up to the next answer to generate; False when none is left."""
@@ -63,6 +86,7 @@ class _Row:
             message = self.given.messages[len(self.messages)]
             if message["role"] == "assistant" and not self._has_result(len(self.messages)):
                 return True
+            self.kept |= message["role"] == "assistant"
             self.messages.append(message)
         return self.messages[-1]["role"] != "assistant" and self.finish == "stop"
 
@@ -126,23 +150,30 @@ def regenerate(
         raise UserError("engine_args", engine_args, f"has no meaning for engine {engine}", "leave it out")
     if (server is not None) != (engine == "server"):
         raise UserError("server", server, f"does not go with engine {engine}", "give both --engine server and --server URL, or none")
+    for name, value in (("batch_size", batch_size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise UserError(name, value, "is below 1", "use 1 or more")
+    if owned := sorted(_OWNED.keys() & (engine_args or {}).keys()) if engine == "server" else []:
+        raise UserError("engine_args", engine_args, f"sets {owned[0]}, which is an option of its own", f"use {_OWNED[owned[0]]}")
+    check_device(device)
+    path = output_file(output, field="output")
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     # what is wrong is found before a model is loaded
     find_sources(input, config_key="input")
-    made = made_with(target, sampling) | ({"template_args": template_args} if template_args else {})
-    _open_output(Path(output), made)
+    made = made_with(target, sampling, engine=engine, revision=revision, dtype=dtype, engine_args=engine_args, template_args=template_args)
+    _open_output(path, made)
     if server is not None:
         extra = {**({"chat_template_kwargs": template_args} if template_args else {}), **(engine_args or {})}
         answerer: Answerer = ServerAnswerer(server, model=target, concurrency=batch_size, extra=extra)
     else:
         config = TargetConfig(target, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-        renderer = Renderer(Target(config).tokenizer(), name=target, end_ids=Target(config).end_ids(), variables=template_args)
+        tokenizer, ends = Target(config).tokenizer(), Target(config).end_ids()
+        trained = Renderer(tokenizer, name=target, end_ids=ends)
+        renderer = Renderer(tokenizer, name=target, end_ids=ends, variables=template_args) if template_args else trained
         generator = _generator(engine, config, batch_size=batch_size, device=device, engine_args=engine_args or {})
-        answerer = EngineAnswerer(generator, renderer)
+        answerer = EngineAnswerer(generator, renderer, trained)
     try:
-        return answer_file(
-            answerer, made, input=input, output=Path(output), sampling=sampling, group=_GROUP * batch_size, limit=limit, messages_key=messages_key
-        )
+        return answer_file(answerer, made, input=input, output=path, sampling=sampling, group=_GROUP * batch_size, limit=limit, messages_key=messages_key)
     finally:
         answerer.close()
 
@@ -186,9 +217,9 @@ def answer_file(
     failed_file = output.with_name(output.name + ".failed.jsonl")
     failed_file.unlink(missing_ok=True)
     source, total = _rows(input, messages_key, limit)
-    skipped = tokens = cut = answered = failed = retokenised = 0
+    skipped = tokens = cut = answered = failed = exact = 0
     started = time.monotonic()
-    with output.open("a") as sink, tqdm(total=total, desc="answering", unit="row", smoothing=0.05) as bar:
+    with output.open("ab") as sink, tqdm(total=total, desc="answering", unit="row", smoothing=0.05) as bar:
 
         def fail(id: str, place: str, problem: str) -> None:
             nonlocal failed
@@ -198,9 +229,18 @@ def answer_file(
                 handle.write(json.dumps({"id": id, "place": place, "problem": problem}) + "\n")
 
         def write(row: _Row) -> None:
-            nonlocal answered, cut
+            nonlocal answered, cut, exact
             finished = {**row.fields, "id": row.id, "finish": row.finish, "conversations": row.messages, "sampling": made}
-            sink.write(json.dumps(finished, ensure_ascii=False) + "\n")
+            if row.generated and (ids := answerer.as_ids(finished, row.generated, kept=row.kept)):
+                exact += 1
+                finished |= ids
+                if not row.understood:
+                    del finished["conversations"]
+            try:
+                line = json.dumps(finished, ensure_ascii=False).encode()
+            except UnicodeEncodeError:  # half a character in a field of the user's
+                line = json.dumps(finished).encode()
+            sink.write(line + b"\n")
             sink.flush()
             answered += 1
             cut += row.finish == "length"
@@ -236,14 +276,15 @@ def answer_file(
                 if reply.message is None:
                     fail(row.id, row.place, reply.problem)
                     continue
-                retokenised += reply.retokenised
                 row.messages.append(reply.message)
-                row.finish = reply.finish
-                if reply.finish == "length" or reply.message.get("tool_calls") or not row.advance():
+                row.finish, row.understood = reply.finish, reply.understood
+                if reply.generated is not None:
+                    row.generated.append(reply.generated)
+                if reply.finish == "length" or not reply.understood or reply.message.get("tool_calls") or not row.advance():
                     write(row)
                 else:
                     pending.append(row)
-    return RegenerateReport(answered, skipped, failed, tokens, time.monotonic() - started, cut, retokenised)
+    return RegenerateReport(answered, skipped, failed, tokens, time.monotonic() - started, cut, exact)
 
 
 def _rows(input: str, messages_key: str | None, limit: int | None) -> tuple[Iterator[_Row | tuple[str, str, str]], int | None]:
@@ -264,7 +305,7 @@ def _rows(input: str, messages_key: str | None, limit: int | None) -> tuple[Iter
                 conversation = parse(text, messages_key=messages_key, need_answer=False)
                 if not conversation.messages:
                     raise RowError("has tokens or text instead of messages")
-                fields = {k: v for k, v in json.loads(text).items() if k not in ("conversations", "messages", "prompt", "finish", "sampling", messages_key)}
+                fields = {k: v for k, v in json.loads(text).items() if k not in (*_REPLACED, messages_key)}
             except RowError as error:
                 yield "", place, str(error)
                 continue
@@ -275,9 +316,20 @@ def _rows(input: str, messages_key: str | None, limit: int | None) -> tuple[Iter
     return generate(), total
 
 
-def made_with(target: str, sampling: Sampling) -> dict[str, Any]:
-    """What a row says of how it was made."""
-    return {"target": target, **asdict(sampling)}
+def made_with(
+    target: str,
+    sampling: Sampling,
+    *,
+    engine: str = "transformers",
+    revision: str | None = None,
+    dtype: str = "auto",
+    engine_args: dict[str, Any] | None = None,
+    template_args: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What a row says of how it was made: everything that changes the answers, as JSON has it."""
+    with_what = {"engine": engine, "revision": revision, "dtype": dtype, "engine_args": engine_args or {}, "template_args": template_args or {}}
+    made: dict[str, Any] = json.loads(json.dumps({"target": target, **asdict(sampling), **with_what}))
+    return made
 
 
 def _open_output(output: Path, made: dict[str, Any]) -> set[str]:
@@ -298,14 +350,14 @@ def _open_output(output: Path, made: dict[str, Any]) -> set[str]:
             try:
                 row = json.loads(line)
                 done.add(row["id"])
-                before = row["sampling"]
+                before = dict(row["sampling"])
             except (ValueError, KeyError, TypeError):
                 raise UserError("output", str(output), f"holds a line that no regenerate wrote (after {len(done)} rows)", "give another output file") from None
-            for name, value in made.items():
-                if before.get(name) != value:
+            for name in {**made, **before}:
+                if name not in before or name not in made or before[name] != made[name]:
                     raise UserError(
                         name,
-                        value,
+                        made.get(name),
                         f"differs from {before.get(name)!r}, with which {output} was begun",
                         "use the same settings to go on, or another output file",
                     )

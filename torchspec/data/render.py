@@ -108,15 +108,31 @@ class Renderer:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)  # type: ignore[assignment]
         return text
 
-    def shows_as_generated(self, prompt: list[int], answer: list[int], before: list[Message], text: str, tools: list[dict[str, Any]] | None) -> bool:
-        """Whether the conversation with this answer renders to the very ids that were generated after ``prompt``."""
-        whole = Conversation(messages=(*before, {"role": "assistant", "content": text}), tools=tools)
+    def decode(self, ids: list[int]) -> str:
+        """Ids as text, control tokens included."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)  # type: ignore[assignment]
+        return text
+
+    def ends(self, token: int) -> bool:
+        """Whether a token ends what the target generates."""
+        return token in self._ends
+
+    def has_control(self, text: str) -> bool:
+        """Whether text holds a control token."""
+        return self._finder.control.search(text) is not None
+
+    def before_control(self, text: str) -> str:
+        """Text up to its first control token."""
+        match = self._finder.control.search(text)
+        return text if match is None else text[: match.start()]
+
+    def shown(self, conversation: Conversation) -> str | None:
+        """The last answer as it is generated, end token included; None where the template does not show it so."""
         try:
-            rendered = self.render(whole)
+            text, spans = self._finder.find(conversation, supervise="last")
         except RowError:
-            return False
-        generated = prompt + answer
-        return bool(rendered.ids[: len(generated)].tolist() == generated)
+            return None
+        return text[spans[-1].begin : spans[-1].stop] if spans else None
 
     def render(self, conversation: Conversation) -> Rendered:
         """Ids and mask of a conversation of messages, or of text.

@@ -10,18 +10,41 @@ from torchspec.errors import UserError
 
 SEES = ("transformers", "vllm", "replay")
 """Engines that are given images, or need none."""
+ENGINES = ("transformers", "vllm", "vllm_remote", "replay")
+"""What ``data.engine`` may be."""
 Validate = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 
 
-def check_sizes(*, max_length: int, max_tokens: int, packs_per_step: int, prefetch_packs: int, unroll_steps: int, max_bad_fraction: float) -> None:
+def check_sizes(
+    *,
+    max_length: int,
+    max_tokens: int,
+    packs_per_step: int,
+    prefetch_packs: int,
+    unroll_steps: int,
+    min_supervised_tokens: int,
+    num_proc: int | None,
+    seed: int,
+    max_bad_fraction: float,
+) -> None:
     """Numbers that contradict themselves or each other.
 
     Raises:
         UserError: the first one.
     """
-    for name, value in {"max_length": max_length, "packs_per_step": packs_per_step, "prefetch_packs": prefetch_packs, "unroll_steps": unroll_steps}.items():
+    positive = {
+        "max_length": max_length,
+        "packs_per_step": packs_per_step,
+        "prefetch_packs": prefetch_packs,
+        "unroll_steps": unroll_steps,
+        "min_supervised_tokens": min_supervised_tokens,
+        "num_proc": 1 if num_proc is None else num_proc,
+    }
+    for name, value in positive.items():
         if value < 1:
             raise UserError(f"data.{name}", value, "is below 1", "use 1 or more")
+    if seed < 0:
+        raise UserError("data.seed", seed, "is negative", "use 0 or more")
     if max_length > max_tokens:
         problem = f"is longer than data.max_tokens={max_tokens}: a conversation must fit into a pack"
         raise UserError("data.max_length", max_length, problem, "lower it or raise data.max_tokens")
@@ -35,6 +58,8 @@ def check_engine(*, engine: str, on_policy: OnPolicy | None, records: str | None
     Raises:
         UserError: settings that exclude each other.
     """
+    if engine not in ENGINES:
+        raise UserError("data.engine", engine, "is unknown", f"use one of {', '.join(ENGINES)}")
     if on_policy is not None and not on_policy.answer_workers and engine not in ANSWERING:
         raise UserError("data.engine", engine, "cannot answer prompts (data.on_policy)", f"use {' or '.join(ANSWERING)}, or data.on_policy.answer_workers")
     if on_policy is not None and engine == "replay":

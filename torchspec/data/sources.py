@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,14 +64,14 @@ def weighted_sources(given: Given, *, config_key: str) -> list[tuple[Source, flo
     """:func:`find_sources` with the weight of each (1 where none is given).
 
     Raises:
-        UserError: also for a weight that is not above 0.
+        UserError: also for a weight that is not above 0, or has no end.
     """
     named = {given: 1.0} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else [(name, 1.0) for name in given]
     pairs = list(named.items()) if isinstance(named, dict) else named
     if not pairs:
         raise UserError(config_key, given, "is empty", "give a conversation file, a folder of them, or a hub dataset id")
     for name, weight in pairs:
-        if not weight > 0:
+        if not 0 < weight < math.inf:
             raise UserError(f"{config_key}.{name}", weight, "is no weight", "use a number above 0: how many times an epoch its conversations are trained")
     return [(source, float(weight)) for name, weight in pairs for source in _find(name, config_key)]
 

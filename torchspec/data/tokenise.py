@@ -18,7 +18,7 @@ import torch
 
 from torchspec.data.conversations import Conversation, RowError, parse
 from torchspec.data.pictures import Found, find_image
-from torchspec.data.render import Rendered, Renderer
+from torchspec.data.render import Rendered, Renderer, tokenizer_fingerprint
 from torchspec.data.template import first_line
 from torchspec.errors import UserError
 from torchspec.images import VisionTower
@@ -58,7 +58,7 @@ class Tokenise:
     """See the module.
 
     Args:
-        renderer: for rows of messages or text; None where rows bring their tokens.
+        renderer: for rows of messages or text; None where all rows bring their tokens.
         max_length: tokens kept of a conversation.
         messages_key, media: as of :func:`torchspec.data.conversations.parse`.
         tower: measures images, where engines are given any.
@@ -77,6 +77,7 @@ class Tokenise:
     ) -> None:
         self.renderer, self.max_length, self.messages_key, self.media = renderer, max_length, messages_key, media
         self.tower, self.folders = tower, folders
+        self._fingerprint = "" if renderer is None else tokenizer_fingerprint(renderer.tokenizer)
         self._made_in = os.getpid()
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -96,10 +97,12 @@ class Tokenise:
         """One row; what is wrong with it is in ``problem``."""
         try:
             conversation = parse(row, messages_key=self.messages_key, media=self.media)
-            if (self.renderer is None) != (conversation.input_ids is not None):
-                raise RowError("mixes tokens with messages: the first row decides, put the other kind into a run of its own")
-            if self.renderer is None:
+            if conversation.input_ids is not None:
+                if conversation.tokenizer and self._fingerprint not in ("", conversation.tokenizer):
+                    raise RowError("has the tokens of another tokenizer or chat template than the target's")
                 rendered = Rendered(np.array(conversation.input_ids, dtype=np.int32), np.array(conversation.loss_mask, dtype=np.uint8))
+            elif self.renderer is None:
+                raise RowError("has messages or text, and the target has no tokenizer and chat template for them (the first row that is good has tokens)")
             else:
                 rendered = self.renderer.render(conversation)
             if self.tower is not None:
