@@ -202,10 +202,6 @@ class _Breaks(Callback):
         if self.moment == "forward" and trainer.global_step == self.at:
             raise _ToldToEnd
 
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if self.moment == "after" and trainer.global_step == self.at:
-            raise _ToldToEnd
-
 
 class _Torn(torch.optim.AdamW):
     """Moves the weights and then fails, as an allocation that finds no memory does."""
