@@ -67,18 +67,21 @@ def told_to_end(trainer: pl.Trainer) -> bool:
 
 def bind_to_launcher() -> None:
     """A rank that rank 0 started dies with it; any other may become the one that starts ranks."""
-    parent = os.getppid()
-    if os.environ.get(_LAUNCHER) == str(parent):
-        die_with(parent)
+    if _launched():
+        die_with(os.getppid())
     else:
         os.environ[_LAUNCHER] = str(os.getpid())
 
 
 def tell_launcher(number: int) -> None:
     """Pass a signal on to the rank that started this one, which tells all others: a signal to one rank is one to the run."""
-    parent = os.getppid()
-    if os.environ.get(_LAUNCHER) == str(parent):
-        os.kill(parent, number)
+    if _launched():
+        os.kill(os.getppid(), number)
+
+
+def _launched() -> bool:
+    """Whether rank 0 started this process as another rank. A run that a script starts after a fit of its own inherits the variable, and is none."""
+    return os.environ.get(_LAUNCHER) == str(os.getppid()) and int(os.environ.get("LOCAL_RANK", "0")) > 0
 
 
 def _children(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:

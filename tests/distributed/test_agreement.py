@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -92,3 +94,15 @@ def test_ddp_does_not_send_the_frozen_tables() -> None:
     strategy = StrategyRegistry.get("ddp")
     assert strategy._ddp_kwargs == ddp_options() and ddp_options()["gradient_as_bucket_view"]
     assert [value for name, value in ddp_options().items() if name.endswith("_buffers")] == [False]
+
+
+def test_a_run_that_a_script_starts_after_a_fit_of_its_own_is_no_rank_of_it() -> None:
+    ask = (
+        "import os; from torchspec import ranks\n"
+        "for local in (None, '0', '1'):\n"
+        "    if local is not None: os.environ['LOCAL_RANK'] = local\n"
+        "    print(ranks._launched())\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"} | {"TORCHSPEC_LAUNCHER": str(os.getpid())}
+    done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False", "True"]

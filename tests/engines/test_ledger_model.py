@@ -3,6 +3,9 @@
 Messages take their time: each rank and each worker has a first-in-first-out channel to the ledger and one back, as sockets are, and hypothesis decides when
 something is read. Whatever happens, every submitted sample reaches its rank exactly once (as a record or as a named failure), a record that a rank was told of
 exists until the rank lets it go, bytes in the store never exceed the budget, the books agree after every event, and in the end nothing is left.
+
+On-policy, training samples are prompts that workers answer, in one go with the record or apart from it, and all packs of an optimizer step are announced
+with the same lengths of answers.
 """
 
 from __future__ import annotations
@@ -19,13 +22,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from torchspec.engines import books
 from torchspec.engines.ledger import Ledger
-from torchspec.engines.messages import Damaged, Lease, Pack, PackReady, Sample
+from torchspec.engines.messages import Continue, Damaged, Lease, Pack, PackReady, Sample
 
 WORLD, PACKS, LARGEST, BUDGET, RESERVE, TIMEOUT = 2, 6, 12, 60, 24, 5.0
 STAGES = ["train", "validate"]
 Key = tuple[int, str]
 KEYS: list[Key] = [(rank, stage) for stage in STAGES for rank in range(WORLD)]
 OPENED = "opened"
+NEW_TOKENS = 2
+"""Of an answer, at most: two packs of prompts of one step fit into the training's share of the budget."""
 RESULTS = ["good", "good", "good", "good twice", "bad", "final"]
 ranks = st.sampled_from(KEYS)
 picks = st.integers(0, 99)
@@ -58,6 +63,8 @@ class RankSide:
 class WorkerSide:
     """What a worker holds, and its two channels."""
 
+    answers: bool = False
+    """It answers prompts and writes no records."""
     held: dict[int, Lease] = field(default_factory=dict)
     up: deque[Callable[[], None]] = field(default_factory=deque)
     down: deque[list[Lease] | int] = field(default_factory=deque)
@@ -66,11 +73,23 @@ class WorkerSide:
 class Delivery(RuleBasedStateMachine):
     """The world around a ledger: two ranks, up to three workers, a store that deletes late. One byte a token."""
 
+    on_policy = False
+    separate_answers = False
+
     def __init__(self) -> None:
         super().__init__()
         self.ledger = Ledger(
-            prefix="r/0", budget=BUDGET, reserve=RESERVE, nbytes=lambda tokens: tokens, max_attempts=3, max_failed_fraction=1.0, lease_timeout=TIMEOUT
+            prefix="r/0",
+            budget=BUDGET,
+            reserve=RESERVE,
+            nbytes=lambda tokens: tokens,
+            max_attempts=3,
+            max_failed_fraction=1.0,
+            lease_timeout=TIMEOUT,
+            separate_answers=self.separate_answers,
         )
+        self.answers: dict[tuple[int, int], list[int]] = {}
+        """Lengths that a step of a training pass was announced with, by number of the pass and of the step."""
         self.now = 0.0
         self.store: dict[str, int] = {}
         self.used: set[str] = set()
@@ -92,7 +111,7 @@ class Delivery(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def begin(self, data: Any) -> None:
-        self.join(LARGEST)
+        self.hire()
         for key in KEYS:
             self.open(key)
             self.submit_all(key, data)
@@ -150,7 +169,7 @@ class Delivery(RuleBasedStateMachine):
             case "time passes" | "much time passes":
                 self.time_passes(2.0 if what == "time passes" else TIMEOUT + 1, wrote=bool(pick & 1))
             case _ if len(self.workers) < 3:
-                self.join(LARGEST if what == "a worker joins" else 2)
+                self.join(LARGEST + NEW_TOKENS if what == "a worker joins" else 2, answers=self.separate_answers and bool(pick % 2))
 
     @rule(count=st.sampled_from([1, 3, 100]))
     def the_store_deletes(self, count: int) -> None:
@@ -164,7 +183,8 @@ class Delivery(RuleBasedStateMachine):
         epoch = side.epoch
 
         def opened() -> None:
-            self.ledger.open_stage(key[0], key[1], epoch, first_pack=0, num_packs=PACKS, world=WORLD)
+            step_packs = WORLD if self.on_policy and key[1] == "train" else 0
+            self.ledger.open_stage(key[0], key[1], epoch, first_pack=0, num_packs=PACKS, world=WORLD, step_packs=step_packs)
             side.down.append(OPENED)
 
         side.up.append(opened)
@@ -186,6 +206,9 @@ class Delivery(RuleBasedStateMachine):
                 assert message.epoch == side.epoch
                 assert message.pack not in side.ready and message.pack not in side.delivered, "a pack was announced twice"
                 side.ready[message.pack] = message
+                if self.on_policy and key[1] == "train":
+                    assert message.answers is not None and len(message.answers) >= len(message.records)
+                    assert message.answers == self.answers.setdefault((side.number, message.pack // WORLD), message.answers)
 
     def ledger_reads_a_worker(self, pick: int, count: int) -> None:
         if side := self.worker(pick):
@@ -218,7 +241,8 @@ class Delivery(RuleBasedStateMachine):
             index, epoch = key[0] + WORLD * side.submitted, side.epoch
             side.lengths[index] = lengths = data.draw(st.just([4, 4, 4]) | st.lists(st.integers(1, LARGEST // 3), max_size=3))
             side.submitted += 1
-            pack = Pack(index, [Sample(10 * index + i, b"\0" * 4 * n) for i, n in enumerate(lengths)])
+            go_on = Continue(NEW_TOKENS, seed=0) if self.on_policy and key[1] == "train" else None
+            pack = Pack(index, [Sample(10 * index + i, b"\0" * 4 * n, go_on) for i, n in enumerate(lengths)])
             side.up.append(lambda: self.ledger.submit(*key, epoch, [pack]))
 
     def take(self, key: Key, pick: int) -> None:
@@ -261,10 +285,16 @@ class Delivery(RuleBasedStateMachine):
 
     # -- workers
 
-    def join(self, max_tokens: int) -> None:
+    def join(self, max_tokens: int, *, answers: bool = False) -> None:
         self.joined += 1
-        self.workers[f"w{self.joined}"] = WorkerSide()
-        self.ledger.join(f"w{self.joined}", max_tokens)
+        self.workers[f"w{self.joined}"] = WorkerSide(answers)
+        self.ledger.join(f"w{self.joined}", max_tokens, answers=answers)
+
+    def hire(self) -> None:
+        """A worker for each kind of work that nobody does."""
+        for answers in (False, True)[: 1 + self.separate_answers]:
+            if not any(side.answers == answers for side in self.workers.values()):
+                self.join(LARGEST + NEW_TOKENS, answers=answers)
 
     def pull(self, pick: int, samples: int, tokens: int) -> None:
         if self.workers:
@@ -272,6 +302,9 @@ class Delivery(RuleBasedStateMachine):
             leases = self.ledger.pull(name, samples, tokens, self.now)
             assert len(leases) <= samples
             for lease in leases:
+                if self.workers[name].answers:
+                    assert not lease.key and lease.go_on is not None
+                    continue
                 assert lease.key not in self.used, "a key was used twice"
                 self.used.add(lease.key)
             self.workers[name].down.append(leases)
@@ -284,10 +317,15 @@ class Delivery(RuleBasedStateMachine):
         lease = side.held.pop(sorted(side.held)[pick % len(side.held)])
         if good:
             name = next(n for n, s in self.workers.items() if s is side)
-            tokens = len(lease.ids) // 4
-            self.store[lease.key] = tokens
+            said = 0 if lease.go_on is None else 1 + pick % NEW_TOKENS
+            tokens = len(lease.ids) // 4 + said
+            if not side.answers:
+                self.store[lease.key] = tokens
             for _ in range(1 + twice):  # a late duplicate is harmless
-                side.up.append(lambda: self.ledger.finish(name, lease.id, tokens, tokens))
+                if side.answers:
+                    side.up.append(lambda: self.ledger.answered(name, lease.id, lease.ids + b"\0" * 4 * said))
+                else:
+                    side.up.append(lambda: self.ledger.finish(name, lease.id, tokens, tokens - (said > 0)))
         else:
             self.tell_failure(side, lease.id, retry=retry)
 
@@ -343,9 +381,8 @@ class Delivery(RuleBasedStateMachine):
         busy = True
         for _ in range(2000):
             self.pump()
-            if not self.workers:
-                self.join(LARGEST)
-            for pick in range(3):
+            self.hire()
+            for pick in range(len(self.workers)):
                 self.pull(pick, 4, 20)
                 self.worker_reads(pick, 100)
                 self.report(pick, True, True, False)
@@ -388,10 +425,39 @@ class _Fixed:
         return [1]
 
 
+class OnPolicy(Delivery):
+    """A worker answers a prompt and writes its record in one go."""
+
+    on_policy = True
+
+
+class AnsweredApart(OnPolicy):
+    """Some workers answer prompts, others capture the conversations."""
+
+    separate_answers = True
+
+
+SHORT = settings(max_examples=250, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+LONG = settings(max_examples=500, stateful_step_count=120, deadline=None, suppress_health_check=list(HealthCheck))
+
+
 class TestDelivery(Delivery.TestCase):  # type: ignore[name-defined, misc]
-    settings = settings(max_examples=250, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    settings = SHORT
+
+
+class TestOnPolicy(OnPolicy.TestCase):  # type: ignore[name-defined, misc]
+    settings = settings(SHORT, max_examples=120)
+
+
+class TestAnsweredApart(AnsweredApart.TestCase):  # type: ignore[name-defined, misc]
+    settings = settings(SHORT, max_examples=120)
 
 
 @pytest.mark.slow
 class TestDeliveryAtLength(Delivery.TestCase):  # type: ignore[name-defined, misc]
-    settings = settings(max_examples=500, stateful_step_count=120, deadline=None, suppress_health_check=list(HealthCheck))
+    settings = LONG
+
+
+@pytest.mark.slow
+class TestAnsweredApartAtLength(AnsweredApart.TestCase):  # type: ignore[name-defined, misc]
+    settings = settings(LONG, max_examples=250)
