@@ -95,7 +95,13 @@ def test_vllm_dies_with_the_command(target: Path, draft: Path, prompts: Path, tm
     root = Path(__file__).resolve().parents[2]
     words = ["--target", str(target), "--draft", str(draft), "--prompts", str(prompts), "--output", str(tmp_path / "r.json")]
     process = subprocess.Popen(
-        [sys.executable, "main.py", "acceptance", *words], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        [sys.executable, "main.py", "acceptance", *words],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job, such as these tests may be, ignores it
     )
     log = tmp_path / "r.with-draft.log"
     wait_for(lambda: log.is_file() and log.stat().st_size > 0, timeout=120, what="vLLM's first line", process=process)
