@@ -65,7 +65,7 @@ def measure(
         engine_args: further arguments of ``vllm.LLM``, for example ``{"max_num_seqs": 1}``.
         compare: also run without the draft, for the speed-up and for the share of equal answers.
         dtype: type the target runs in: auto (its own; float32 on a CPU without instructions for that), bfloat16, float16 or float32.
-        revision, dtype, trust_remote_code: of the target, as in ``data.target``.
+        revision, trust_remote_code: of the target, as in ``data.target``.
         messages_key, template_args: as in ``data``: requests must be rendered as training rendered its conversations.
         seed: of the sampling.
 

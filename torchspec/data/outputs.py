@@ -24,7 +24,7 @@ def output_file(given: str, *, field: str) -> Path:
         if not there:
             path.unlink()
     except OSError as error:
-        raise UserError(field, given, f"cannot be written ({error.strerror})", "give another place, or mend its permissions") from None
+        raise _unwritable(given, field, error) from None
     return path
 
 
@@ -43,8 +43,12 @@ def output_folder(given: str, *, field: str) -> Path:
         trial.touch()
         trial.unlink()
     except OSError as error:
-        raise UserError(field, given, f"cannot be written ({error.strerror})", "give another place, or mend its permissions") from None
+        raise _unwritable(given, field, error) from None
     return path
+
+
+def _unwritable(given: str, field: str, error: OSError) -> UserError:
+    return UserError(field, given, f"cannot be written ({error.strerror})", "give another place, or mend its permissions")
 
 
 def check_device(device: str) -> None:
