@@ -184,11 +184,9 @@ def worker(coordinator: str, name: str | None = None, device: str = "auto") -> N
         name: unique among the run's workers; empty makes one from host and process.
         device: auto, cpu, or a CUDA device such as cuda:0.
     """
-    import logging
     import socket
 
-    from torchspec.engines.connection import Closed
-    from torchspec.engines.worker import work
+    from torchspec.engines.worker import serve
 
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
@@ -200,11 +198,7 @@ def worker(coordinator: str, name: str | None = None, device: str = "auto") -> N
         import torch
 
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    try:
-        work(host, int(port), token=token, name=name or f"{socket.gethostname()}-{os.getpid()}", device=device)
-    except Closed as error:
-        raise UserError("coordinator", coordinator, f"is gone ({error})", "start the run first, then its workers") from error
+    serve(coordinator, token=token, name=name or f"{socket.gethostname()}-{os.getpid()}", device=device)
 
 
 def doctor(store: Literal["auto", "mooncake", "shm"] = "auto") -> int:

@@ -433,7 +433,8 @@ def test_a_silent_worker_of_another_host_loses_its_leases(make: Callable[..., En
         rank.take_all()
     finally:
         os.kill(first.pid, signal.SIGCONT)
-    assert first.wait(15) == 0  # awake again, it finds its connection gone
+    said, _ = first.communicate(timeout=15)  # awake again, it finds its connection gone
+    assert first.returncode == 2 and b"is gone (" in said, said
     rank.settled()
     assert "silence_timeout" in log_of(group)
     rank.close()

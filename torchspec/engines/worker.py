@@ -7,6 +7,7 @@ own sends a heartbeat a second. It ends when the connection does; started by a c
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib
 import logging
 import os
@@ -15,6 +16,7 @@ import threading
 import time
 import traceback
 from dataclasses import asdict
+from typing import NoReturn
 
 from torchspec.engines.connection import SILENCE, Closed, Connection
 from torchspec.engines.engine import Engine, EngineConfig, Job, OnPolicy, TakesDrafts
@@ -80,6 +82,7 @@ def work(host: str, port: int, *, token: str, name: str, device: str) -> None:
         on_policy=OnPolicy(**plain["on_policy"]) if plain["on_policy"] else None,
         images=plain["images"],
     )
+    faulthandler.enable()  # what crashes below Python leaves the threads' stacks in the worker's log
     engine = build(plain["engine"], job)
     stopped = threading.Event()
     try:
@@ -154,21 +157,36 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--name", required=True)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
+    serve(args.coordinator, token=os.environ.get("TORCHSPEC_TOKEN", ""), name=args.name, device=args.device)
+
+
+def serve(coordinator: str, *, token: str, name: str, device: str) -> NoReturn:
+    """:func:`work`, and then the end of this process: 0 after a run's end, 2 for what a user can mend, 1 for anything else.
+
+    No engine's atexit may hold the process, and a thread that is still inside torch when the interpreter says good-bye aborts it (Python below 3.14).
+
+    Args:
+        coordinator: HOST:PORT.
+        token, name, device: as of :func:`work`.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    host, _, port = args.coordinator.rpartition(":")
+    host, _, port = coordinator.rpartition(":")
     code = 0
     try:
-        work(host, int(port), token=os.environ.get("TORCHSPEC_TOKEN", ""), name=args.name, device=args.device)
+        work(host, int(port), token=token, name=name, device=device)
     except Closed as error:
-        log.info("%s", error)
+        log.error("%s", UserError("coordinator", coordinator, f"is gone ({error})", "start the run first, then its workers"))
+        code = 2
     except UserError as error:
         log.error("%s", error)
         code = 2
+    except KeyboardInterrupt:
+        code = 130
     except Exception:
         traceback.print_exc()
         code = 1
     sys.stderr.flush()
-    os._exit(code)  # no engine's atexit may hold the process
+    os._exit(code)
 
 
 if __name__ == "__main__":
