@@ -42,6 +42,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(400, {"error": "the prompt is too long"})
         if "broken" in words and time == 1:
             return self.connection.close()
+        if "shortened" in words and time == 1:  # the text of an error breaks off
+            return self.reply(503, {"error": "busy"}, {"Retry-After": "\u00b2", "Content-Length": "999"})
+        if "odd" in words:
+            return self.reply(200, {"choices": [{"message": "text"}]})
         message: dict[str, Any] = {"role": "assistant", "content": words.upper()}
         if "think" in words:
             message["reasoning"] = "hm"
@@ -57,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, code: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         data = json.dumps(body).encode()
         self.send_response(code)
-        for name, value in {**(headers or {}), "Content-Length": str(len(data))}.items():
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
@@ -124,14 +128,15 @@ def test_turns_tools_thinking_and_sampling(server: Any, tmp_path: Path, monkeypa
 
 def test_what_passes_is_tried_again_and_what_does_not_is_listed(server: Any, tmp_path: Path) -> None:
     rows = [asks("b", "busy"), asks("r", "refused"), asks("x", "broken"), asks("s", "silent"), asks("a", "one"), asks("f", "filtered"), asks("h", "half")]
+    rows += [asks("e", "shortened"), asks("o", "odd")]
     report, done = run(server, tmp_path, rows)
-    assert sorted(done) == ["a", "b", "x"] and report.failed == 4
-    assert server.times["busy"] == 3 and server.times["broken"] == 2 and server.times["refused"] == 1
+    assert sorted(done) == ["a", "b", "e", "x"] and report.failed == 5
+    assert server.times["busy"] == 3 and server.times["broken"] == server.times["shortened"] == 2 and server.times["refused"] == server.times["odd"] == 1
     failed = {row["id"]: row["problem"] for row in map(json.loads, (tmp_path / "out.jsonl.failed.jsonl").read_text().splitlines())}
     assert "HTTP 400" in failed["r"] and "prompt is too long" in failed["r"] and "empty answer" in failed["s"]
     assert "content filter cut" in failed["f"] and "surrogates not allowed" in failed["h"]
     report, again = run(server, tmp_path, rows)
-    assert report.skipped == 3 and report.failed == 4 and again.keys() == done.keys() and server.times["busy"] == 3
+    assert report.skipped == 4 and report.failed == 5 and again.keys() == done.keys() and server.times["busy"] == 3
 
 
 def test_a_server_that_is_not_there_or_has_another_model(server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

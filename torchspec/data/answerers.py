@@ -121,7 +121,7 @@ class ServerAnswerer:
         self._stopped = threading.Event()
         try:
             served = [str(entry.get("id")) for entry in self._send("/models", None, timeout=20.0).get("data", [])]
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException, TypeError, AttributeError, RecursionError) as error:
             raise UserError("server", url, f"does not answer ({_said(error)})", "start it, or mend the address (it ends with /v1)") from error
         if model not in served:
             raise UserError("target", model, f"is not served by {url} (it has {', '.join(served) or 'nothing'})", "give the name that the server uses")
@@ -160,8 +160,8 @@ class ServerAnswerer:
                 return _incoming(index, len(conversation.messages), self._send("/chat/completions", body, timeout=self._timeout))
             except urllib.error.HTTPError as error:
                 passing, problem = error.code in _AGAIN, _said(error)
-                wait = float(error.headers.get("Retry-After", "0")) if str(error.headers.get("Retry-After", "")).isdigit() else 0.0
-            except (OSError, ValueError, http.client.HTTPException, KeyError, IndexError, TypeError) as error:
+                wait = float(error.headers.get("Retry-After", "0")) if str(error.headers.get("Retry-After", "")).isdecimal() else 0.0
+            except (OSError, ValueError, http.client.HTTPException, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
                 passing, problem, wait = isinstance(error, OSError | http.client.HTTPException), _said(error), 0.0
             attempt += 1
             if not passing or attempt > self._retries or self._stopped.is_set():
@@ -215,5 +215,9 @@ def _said(error: BaseException) -> str:
     """An error in a few words; of HTTP also what the server wrote."""
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, urllib.error.HTTPError):
-        text = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
+        try:
+            wrote = error.read(300).decode(errors="replace")
+        except (OSError, http.client.HTTPException) as broken:  # its text ends early
+            wrote = f"{error.reason} ({type(broken).__name__})"
+        text = f"HTTP {error.code}: {wrote}"
     return " ".join(text.split())[:300]
