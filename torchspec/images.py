@@ -181,7 +181,7 @@ def _processor(target: Target) -> Any:
             "data.target.path",
             config.path,
             f"has no image processor that loads ({reason})",
-            'add preprocessor_config.json to the target, and install the extra: pip install "torchspec[media]"',
+            "add preprocessor_config.json to the target, and install the extra: pip install -e '.[media]' in a checkout",
         ) from error
 
 

@@ -77,6 +77,7 @@ class Trainer(pl.Trainer):
         weights_only: bool | None = None,
     ) -> None:
         """Train a draft: start engines, stream hidden states, train, validate, save, export."""
+        self._check_precision()
         ranks.bind_to_launcher()
         self._place_checkpoints(mend=True)
         with self._rank_log(), self._end_with_signal_code():
@@ -86,10 +87,18 @@ class Trainer(pl.Trainer):
         self, model: Any = None, dataloaders: Any = None, ckpt_path: Any = None, verbose: bool = True, datamodule: Any = None, weights_only: bool | None = None
     ) -> Any:
         """Measure a draft on the validation data."""
+        self._check_precision()
         ranks.bind_to_launcher()
         self._place_checkpoints()
         with self._rank_log(), self._end_with_signal_code():
             return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def _check_precision(self) -> None:
+        """Raises UserError: a precision of Lightning's, which would wrap a module that does its own casts."""
+        if self.precision != "32-true":
+            raise UserError(
+                "trainer.precision", self.precision, "is not what decides here: masters are fp32 in any case", "leave it out and set model.compute_dtype"
+            )
 
     def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
         """Lightning's own, beside the final name and then renamed: a crash while saving leaves the checkpoint that was there. Errors are one line."""
@@ -158,7 +167,9 @@ class Trainer(pl.Trainer):
         self.resume_path = None if ckpt_path is None else str(ckpt_path)
         if self._asked_for_last and self.resume_path is None:
             folder = getattr(self.checkpoint_callback, "dirpath", None) or self.default_root_dir
-            raise UserError("ckpt_path", "last", f"was asked for, but no checkpoint is under {folder}", "drop --ckpt_path to start from the beginning")
+            problem = f"was asked for, but no last*.ckpt is under {folder}"
+            fix = "name a checkpoint, or drop --ckpt_path; the callback torchspec.callbacks.last.LastCheckpoint writes one in the next run"
+            raise UserError("ckpt_path", "last", problem, fix)
         if self.resume_path is not None:
             _continue_wandb_run(self, self.resume_path)
         ranks.take_over(self)

@@ -71,6 +71,15 @@ def test_settings_of_the_data(world: tuple[str, str], name: str, value: Any, sai
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("engine", ["vllm", "vllm_remote"])
+def test_attention_of_transformers_is_not_taken_for_vllms(world: tuple[str, str], engine: Any) -> None:
+    eager = EngineConfig(attn_implementation="eager")
+    with pytest.raises(UserError, match=f"data.engines.attn_implementation='eager' has no meaning for engine {engine}"):
+        DraftDataModule(TargetConfig(world[0]), world[1], engine=engine, engines=eager)
+    DraftDataModule(TargetConfig(world[0]), world[1], engine=engine)
+    DraftDataModule(TargetConfig(world[0]), world[1], engines=eager)
+
+
 def test_every_engine_that_may_be_named_is_built() -> None:
     assert {name for name in BUILT if name in ENGINES} == set(ENGINES) - {"replay"}
 

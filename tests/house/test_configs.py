@@ -1,8 +1,9 @@
-"""Every YAML that we ship is accepted by the command line as it is, and a misspelt key is refused (known defect 26)."""
+"""Every YAML that we ship is accepted by the command line as it is, a misspelt key is refused, and every option says what it means."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,18 @@ def test_unknown_and_abbreviated_keys_are_refused(flag: str, capsys: pytest.Capt
         main(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), flag, "--print_config"])
     assert done.value.code not in (0, None)
     assert flag.split("=")[0].rsplit(".", 1)[1].lstrip("-") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["fit"], ["validate"], ["extract"], ["fit", "--data.on_policy"]], ids=" ".join)
+def test_every_option_of_ours_has_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([*words[:-1], f"{words[-1]}.help"] if "." in words[-1] else [*words, "--help"])
+    assert done.value.code == 0
+    options = re.split(r"\n  (?=-)", capsys.readouterr().out)[1:]
+    ours = [" ".join(option.split()) for option in options if option.startswith(("--data", "--model", "--output", "--part", "--shard_size", "--fp8"))]
+    assert len(ours) > 7
+    bare = [option for option in ours if re.match(r"(--\S+ [A-Z_]+, )?--\S+ ([A-Z_]+|\{\S+\}) \((required|type|default)", option)]
+    assert bare == []
 
 
 @pytest.mark.parametrize("command", ["show_data", "extract", "regenerate", "export", "acceptance", "worker", "doctor"])

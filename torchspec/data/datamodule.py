@@ -29,7 +29,7 @@ from torchspec.data.failures import cut_failures
 from torchspec.data.loader import LoaderConfig, LoaderStats, PackLoader, Pass
 from torchspec.data.prepare import DataOptions
 from torchspec.data.progress import batches_in_epoch, check_cursor, check_limit, check_trainer, cursor, set_progress
-from torchspec.data.settings import check_engine, check_media, check_sizes, validation_sets
+from torchspec.data.settings import EngineName, check_engine, check_media, check_sizes, validation_sets
 from torchspec.data.staging import CudaStage
 from torchspec.engines.engine import EngineConfig, OnPolicy
 from torchspec.errors import UserError
@@ -65,7 +65,8 @@ class DraftDataModule(pl.LightningDataModule):
         packs_per_step: packs of an optimizer step over all ranks; accumulation is this divided by the number of ranks.
         seed: of the order of the data.
         on_policy: the target answers the training prompts anew in the run, instead of the answers in the data (engines vllm and vllm_remote).
-        engine: which engine runs the target; ``replay`` runs none and trains from records on disk.
+        engine: what runs the target: ``transformers``, ``vllm``, ``vllm_remote`` (a vLLM server that somebody else runs), or ``replay``, which runs none
+            and trains from records on disk.
         records: folder of records that ``main.py extract`` or ``tee`` wrote, for engine replay.
         tee: folder to which the records of this run are also written, for replays.
         engines: how its workers run.
@@ -97,7 +98,7 @@ class DraftDataModule(pl.LightningDataModule):
         packs_per_step: int = 8,
         seed: int = 0,
         on_policy: OnPolicy | None = None,
-        engine: str = "transformers",
+        engine: EngineName = "transformers",
         records: str | None = None,
         tee: str | None = None,
         engines: EngineConfig = _ENGINES,
@@ -125,13 +126,14 @@ class DraftDataModule(pl.LightningDataModule):
             seed=seed,
             max_bad_fraction=max_bad_fraction,
         )
-        check_engine(engine=engine, on_policy=on_policy, records=records, tee=tee)
+        check_engine(engine=engine, engines=engines, on_policy=on_policy, records=records, tee=tee)
         check_media(media=media, image_positions=image_positions, engine=engine, on_policy=on_policy)
         named = validation_sets(validate)
         self.target = Target(target)
         self.aux_layers = self.target.aux_layers(aux_layers)
         self.max_length, self.packs_per_step, self.seed, self.prefetch_packs = max_length, packs_per_step, seed, prefetch_packs
-        self.engine, self.engines, self.store = engine, engines, store
+        self.engine: str = engine
+        self.engines, self.store = engines, store
         self.budget = parse_bytes(store.budget, field="data.store.budget")
         self.records, self.tee = (None if folder is None else Path(folder).expanduser() for folder in (records, tee))
         self.validation_stages = [name for name, given in named.items() if given is not None]

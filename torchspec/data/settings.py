@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
-from torchspec.engines.engine import ANSWERING, OnPolicy
+from torchspec.engines.engine import ANSWERING, EngineConfig, OnPolicy
 from torchspec.errors import UserError
 
 SEES = ("transformers", "vllm", "replay")
 """Engines that are given images, or need none."""
-ENGINES = ("transformers", "vllm", "vllm_remote", "replay")
+EngineName = Literal["transformers", "vllm", "vllm_remote", "replay"]
 """What ``data.engine`` may be."""
+ENGINES: tuple[str, ...] = get_args(EngineName)
 Validate = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 
 
@@ -52,7 +54,7 @@ def check_sizes(
         raise UserError("data.max_bad_fraction", max_bad_fraction, "is no share", "use a number from 0 up to, but not including, 1")
 
 
-def check_engine(*, engine: str, on_policy: OnPolicy | None, records: str | None, tee: str | None) -> None:
+def check_engine(*, engine: str, engines: EngineConfig, on_policy: OnPolicy | None, records: str | None, tee: str | None) -> None:
     """Where records come from, and what becomes of them.
 
     Raises:
@@ -60,6 +62,9 @@ def check_engine(*, engine: str, on_policy: OnPolicy | None, records: str | None
     """
     if engine not in ENGINES:
         raise UserError("data.engine", engine, "is unknown", f"use one of {', '.join(ENGINES)}")
+    if engine.startswith("vllm") and engines.attn_implementation != EngineConfig.attn_implementation:
+        fix = "leave it out; vLLM's own is data.engines.engine_args: {attention_backend: ...}" if engine == "vllm" else "leave it out; the server has its own"
+        raise UserError("data.engines.attn_implementation", engines.attn_implementation, f"has no meaning for engine {engine}", fix)
     if on_policy is not None and not on_policy.answer_workers and engine not in ANSWERING:
         raise UserError("data.engine", engine, "cannot answer prompts (data.on_policy)", f"use {' or '.join(ANSWERING)}, or data.on_policy.answer_workers")
     if on_policy is not None and engine == "replay":

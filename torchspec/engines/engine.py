@@ -29,7 +29,8 @@ class EngineConfig:
     workers: int = 1
     """Worker processes on this host."""
     devices: list[str] | None = None
-    """One entry a worker: cpu, or CUDA indices such as "0" or "0,1". None: every worker on what ``accelerator`` finds, shared in turn."""
+    """One entry a worker: cpu, or CUDA indices such as "0" or "0,1". None: workers share the CUDA devices that this
+    process sees (``CUDA_VISIBLE_DEVICES``) in turn, whatever ``trainer.accelerator`` is, or the CPU where there are none."""
     batch_tokens: int = 4096
     """Tokens of one forward of the target (padding included)."""
     batch_samples: int = 64
@@ -40,7 +41,7 @@ class EngineConfig:
     """HOST:PORT on which the coordinator waits for ranks and workers, and which they are told; port 0 takes a free one. None: a port of 127.0.0.1, or, with
     ``trainer.num_nodes`` above 1, of this host's address by MASTER_ADDR. Anything but loopback lets other hosts connect: they need the token."""
     attn_implementation: str = "sdpa"
-    """Attention of the Transformers engine."""
+    """Attention of the Transformers engine, such as eager; vLLM's is ``engine_args: {attention_backend: ...}``."""
     threads: int | None = None
     """CPU threads a worker; None shares this host's cores evenly between its CPU workers and ranks (two that overlap slow each other down many times over)."""
     engine_args: dict[str, Any] = field(default_factory=dict)
@@ -77,10 +78,13 @@ class Sampling:
     """How answers are generated."""
 
     max_new_tokens: int = 256
+    """Tokens of an answer at most."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
+    """Sample from the most likely tokens that make up this share of the probability; 1 is all."""
     seed: int = 0
+    """Of the sampling."""
     _where: ClassVar[str] = ""
     """What stands before the names of the fields where the user gives them."""
 

@@ -89,7 +89,12 @@ class Schedule(LRScheduler):
 
 
 class Constant(Schedule):
-    """Warm-up, then the peak to the end."""
+    """Warm-up, then the peak to the end: ``final`` has no meaning here."""
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: float = 0.0, total_steps: int | None = None, final: float = 0.0) -> None:
+        if final:
+            raise UserError("lr_scheduler.final", final, "has no meaning for Constant, which stays at the peak", "leave it out, or use Linear or Cosine")
+        super().__init__(optimizer, warmup_steps, total_steps, final)
 
     def factor(self, progress: float) -> float:
         return 1.0
