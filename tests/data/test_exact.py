@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from tests.data import families
-from tests.data.families import CASES, FAMILIES, TOOLS, answer, tokenizer, user
+from tests.data.families import CASES, FAMILIES, RESULT, TOOLS, answer, tokenizer, user
 from torchspec.data.answerers import EngineAnswerer
 from torchspec.data.conversations import Conversation
+from torchspec.data.exact import ExactRows
 from torchspec.data.regenerate import RegenerateReport, answer_file
 from torchspec.data.render import Renderer
 from torchspec.data.tokenise import Tokenise
@@ -144,3 +145,37 @@ def test_an_answer_that_calls_ends_its_conversation(tmp_path: Path) -> None:
         ids = generated(name, renderer(name).shown(WHAT["call"]) or "")
         _, _, says, _, _ = run(name, tmp_path / name, {"messages": [user("where is it"), answer("x"), user("why")], "tools": TOOLS}, [(ids, "stop")])
         assert len(says.sent) == 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_call_is_no_words_whatever_came_before(name: str) -> None:
+    before = {
+        "question": (user("one"),),
+        "call": (user("one"), answer("", call=True), RESULT),
+        "thinking call": (user("one"), answer("", "hm", call=True), RESULT),
+    }
+    for what, messages in before.items():
+        for thought in (None, "we look"):
+            shown = renderer(name).shown(Conversation((*messages, answer("", thought, call=True)), TOOLS))
+            if shown is not None:
+                assert ExactRows(renderer(name)).message(messages, TOOLS, generated(name, shown), cut=False) is None, what
+
+
+def test_a_row_without_shapes_leaves_the_next_ones_theirs() -> None:
+    rows, said = ExactRows(renderer("phi-3")), generated("phi-3", renderer("phi-3").shown(WHAT["thinking"]) or "")
+    picture = {"role": "user", "content": [{"type": "image"}]}
+    assert rows.message((picture,), None, said, cut=False) is None  # the template takes text alone
+    assert rows.message((user("one"),), None, said, cut=False) == WHAT["thinking"].messages[1]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "glm-4.5", "deepseek-v3", "gpt-oss"])
+def test_thinking_that_ends_in_another_way_is_thinking_still(name: str) -> None:
+    end = FAMILIES[name].ends[0]
+    opened = {"glm-4.5": "\n<think>hm", "gpt-oss": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>"}.get(
+        name, "<think>\nhm\n"
+    )
+    close = "" if name == "gpt-oss" else "</think>"
+    for after, words in (("", ""), ("\n", ""), (" so it is", "so it is")):
+        ids = tokenizer(name)(opened + close + after + end, add_special_tokens=False)["input_ids"]
+        message = ExactRows(renderer(name)).message((user("one"),), None, ids, cut=False)
+        assert message is not None and (message["content"].strip(), message["reasoning_content"]) == (words, "hm"), after

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.data.families import CASES, FAMILIES, FOLDER, renderer, supervised, tokenizer
+from tests.data.families import CASES, FAMILIES, FOLDER, answer, renderer, supervised, tokenizer, user
 from torchspec.data.conversations import Conversation, RowError
 from torchspec.data.tokenise import Tokenise
 from torchspec.errors import UserError
@@ -48,8 +48,8 @@ def test_the_last_answer_follows_what_serving_sends(name: str) -> None:
 def test_a_cut_keeps_whole_tokens_and_their_mask(name: str) -> None:
     case = "thinking" if FAMILIES[name].expected["turns"] is None else "turns"
     whole = renderer(name).render(CASES[case])
-    answer = np.flatnonzero(whole.mask)
-    for limit in (2, int(answer[0]), int(answer[0]) + 1, int(answer[-1]), len(whole.ids) + 5):  # in the header, before, in, at the end of an answer, nowhere
+    shown = np.flatnonzero(whole.mask)
+    for limit in (2, int(shown[0]), int(shown[0]) + 1, int(shown[-1]), len(whole.ids) + 5):  # in the header, before, in, at the end of an answer, nowhere
         made = Tokenise(renderer(name), max_length=limit, messages_key=None, media="refuse")(
             {"row": [json.dumps({"messages": CASES[case].messages}).encode()], "source": [0]}
         )
@@ -91,6 +91,13 @@ def test_text_rendered_elsewhere(name: str) -> None:
         assert rendered.ids.tolist() == again.ids.tolist() and rendered.mask.tolist() == again.mask.tolist()
     with pytest.raises(RowError, match="text has no answer|text does not begin with"):
         found.render(Conversation(text="only words"))
+
+
+@pytest.mark.parametrize("thought", ["over", "runs over", "it runs over it"])
+def test_thinking_that_is_in_the_words_as_well_is_thinking(thought: str) -> None:
+    one = Conversation(messages=(user("the cat"), answer("runs over", thought)))
+    for name, shown in (("gemma-4", f"<|channel>thought\n{thought}<channel|>runs over<turn|>"), ("kimi-k2.5", f"{thought}</think>runs over<|im_end|>")):
+        assert supervised(tokenizer(name), renderer(name).render(one)) == [shown]
 
 
 def test_the_switch_for_thinking_can_be_set() -> None:

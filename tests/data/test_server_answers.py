@@ -53,6 +53,8 @@ class Handler(BaseHTTPRequestHandler):
             message |= {"content": None, "tool_calls": [CALL]}
         if "silent" in words:
             message["content"] = ""
+        if "garbled" in words:
+            message |= {"content": None, "tool_calls": [{**CALL, "function": {"name": "find", "arguments": '{"name": '}}]}
         if "half" in words:
             message["content"] = "so \ud83d"
         finish = "length" if "long" in words else "content_filter" if "filtered" in words else "stop"
@@ -128,15 +130,15 @@ def test_turns_tools_thinking_and_sampling(server: Any, tmp_path: Path, monkeypa
 
 def test_what_passes_is_tried_again_and_what_does_not_is_listed(server: Any, tmp_path: Path) -> None:
     rows = [asks("b", "busy"), asks("r", "refused"), asks("x", "broken"), asks("s", "silent"), asks("a", "one"), asks("f", "filtered"), asks("h", "half")]
-    rows += [asks("e", "shortened"), asks("o", "odd")]
+    rows += [asks("e", "shortened"), asks("o", "odd"), asks("g", "garbled")]
     report, done = run(server, tmp_path, rows)
-    assert sorted(done) == ["a", "b", "e", "x"] and report.failed == 5
+    assert sorted(done) == ["a", "b", "e", "x"] and report.failed == 6
     assert server.times["busy"] == 3 and server.times["broken"] == server.times["shortened"] == 2 and server.times["refused"] == server.times["odd"] == 1
     failed = {row["id"]: row["problem"] for row in map(json.loads, (tmp_path / "out.jsonl.failed.jsonl").read_text().splitlines())}
     assert "HTTP 400" in failed["r"] and "prompt is too long" in failed["r"] and "empty answer" in failed["s"]
-    assert "content filter cut" in failed["f"] and "surrogates not allowed" in failed["h"]
+    assert "content filter cut" in failed["f"] and "half of a character" in failed["h"] and "no valid JSON" in failed["g"]
     report, again = run(server, tmp_path, rows)
-    assert report.skipped == 4 and report.failed == 5 and again.keys() == done.keys() and server.times["busy"] == 3
+    assert report.skipped == 4 and report.failed == 6 and again.keys() == done.keys() and server.times["busy"] == 3
 
 
 def test_a_server_that_is_not_there_or_has_another_model(server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

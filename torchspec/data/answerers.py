@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torchspec.data.conversations import Conversation, Message, RowError
+from torchspec.data.conversations import Conversation, Message, RowError, parse
 from torchspec.data.exact import ExactRows, Generated
 from torchspec.data.render import Renderer
 from torchspec.engines.engine import Generator, Sampling
@@ -207,7 +207,10 @@ def _incoming(index: int, position: int, answered: dict[str, Any]) -> Reply:
         message["reasoning_content"] = thought
     if calls:
         message["tool_calls"] = [{"id": call.get("id"), "type": "function", "function": call["function"]} for call in calls]
-    json.dumps(message, ensure_ascii=False).encode()  # half a character is no answer: a ValueError
+    try:
+        parse(json.dumps({"messages": [{"role": "user", "content": "x"}, message]}).encode())
+    except RowError as error:  # a call whose arguments are no JSON, half a character
+        return Reply(index, None, tokens=tokens, problem=f"got an answer to message {position - 1} that training cannot read ({error})")
     return Reply(index, message, "length" if choice.get("finish_reason") == "length" else "stop", tokens)
 
 

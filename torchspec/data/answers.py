@@ -102,7 +102,7 @@ class AnswerFinder:
 
     def _common(self, one: str, two: str) -> int:
         """Characters that both begin with; two control tokens that begin alike (``<|end|>``, ``<|endoftext|>``) are not cut."""
-        stop = _alike(one, two)
+        stop = alike(one, two)
         for match in self.control.finditer(one, max(stop - 64, 0)):
             if match.start() < stop < match.end():
                 return match.start()
@@ -155,7 +155,7 @@ class AnswerFinder:
         except RowError:
             return None
         plain = render({key: value for key, value in message.items() if key != "reasoning_content"} | {"content": words})
-        kept = min(_alike(without[::-1], beside[::-1]), len(without) - self._common(without, beside))  # of the call, behind the thinking
+        kept = min(alike(without[::-1], beside[::-1]), len(without) - self._common(without, beside))  # of the call, behind the thinking
         head = without[: len(without) - kept]
         return beside[: len(beside) - kept] + plain[len(head) :] if thought in beside and plain.startswith(head) else None
 
@@ -177,8 +177,8 @@ class AnswerFinder:
         messages = list(conversation.messages)
         messages[i] = {"role": "assistant", "content": other}
         changed = self.template.text(messages, conversation.tools, generate=False, variables=variables)
-        begin = _alike(text, changed)
-        tail = _alike(text[::-1], changed[::-1])
+        begin = alike(text, changed)
+        tail = alike(text[::-1], changed[::-1])
         if text[begin : len(text) - tail].strip() != words:
             return None
         stop = len(text) - tail
@@ -251,10 +251,11 @@ def shows(text: str, message: Message) -> bool:
     words = words_of(message).split("</think>")[-1].strip()
     calls = message.get("tool_calls", ())
     thought = reasoning_of(message).strip()
-    return words in text and thought in text and all(call["function"]["name"] in text or call.get("id", text + " ") in text for call in calls)
+    at = text.rfind(words)
+    return at >= 0 and thought in text[:at] and all(call["function"]["name"] in text or call.get("id", text + " ") in text for call in calls)
 
 
-def _alike(one: str, two: str) -> int:
+def alike(one: str, two: str) -> int:
     """Characters that both begin with."""
     low, high = 0, min(len(one), len(two))
     while low < high:

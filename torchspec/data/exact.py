@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from torchspec.data.conversations import Conversation, Message, RowError, parse
+from torchspec.data.answers import alike
+from torchspec.data.conversations import Conversation, Message, RowError, parse, reasoning_of
 from torchspec.data.render import Renderer, tokenizer_fingerprint
 
 _WORDS, _THOUGHT, _NAME = "qz words zq", "xv thought vx", "qzname"
@@ -51,7 +52,7 @@ class ExactRows:
     def __init__(self, renderer: Renderer) -> None:
         self._renderer = renderer
         self._fingerprint = tokenizer_fingerprint(renderer.tokenizer)
-        self._shapes: dict[tuple[str, bool], tuple[list[_Shape], str]] = {}
+        self._shapes: dict[tuple[Any, ...], tuple[list[_Shape], list[str]]] = {}
 
     def message(self, before: Sequence[Message], tools: list[dict[str, Any]] | None, ids: list[int], *, cut: bool) -> Message | None:
         """Generated ids as a message for what follows in the conversation.
@@ -67,17 +68,20 @@ class ExactRows:
         """
         renderer = self._renderer
         text = renderer.decode(ids[:-1] if ids and renderer.ends(ids[-1]) else ids)
-        shapes, call = self._shapes_of(before, tools)
-        if "\ufffd" in text or (call and call in text):
+        shapes, calls = self._shapes_of(before, tools)
+        if "\ufffd" in text or any(call in text for call in calls):
             return None
         for shape in shapes:
             if not text.startswith(shape.head):
                 continue
             thought, words = "", text[len(shape.head) :]
             if shape.middle is not None:
-                thought, found, words = words.partition(shape.middle)
+                thought, found, after = words.partition(shape.middle)
+                if not found and (close := shape.middle.strip()):  # nothing after the thinking, or other space around its end
+                    thought, found, after = (part.strip() for part in words.partition(close))
                 if not found:
                     continue
+                words = after
             if shape.tail:
                 if not words.endswith(shape.tail) and not cut:
                     continue
@@ -117,24 +121,31 @@ class ExactRows:
                 return {}
         return {"input_ids": whole, "loss_mask": mask.tolist(), "tokenizer": self._fingerprint}
 
-    def _shapes_of(self, before: Sequence[Message], tools: list[dict[str, Any]] | None) -> tuple[list[_Shape], str]:
-        """Ways in which answers are shown here, with thinking first, and what a call begins with ("" where there are no tools)."""
-        key = (str(before[-1]["role"]), bool(tools))
-        if key not in self._shapes:
-            shapes = []
-            for thought in (_THOUGHT, None):
-                message: Message = {"role": "assistant", "content": _WORDS, **({"reasoning_content": thought} if thought else {})}
-                shown = self._renderer.shown(Conversation((*before, message), tools)) or ""
-                head, there, tail = shown.partition(_WORDS)
-                tail = self._renderer.before_control(tail)
-                middle = None
-                if thought:
-                    head, found, middle = head.partition(thought)
-                    there = there if found and middle else ""
-                if there:
-                    shapes.append(_Shape(head, middle, tail if tail.strip() else ""))
-            call = {"id": f"functions.{_NAME}:0", "type": "function", "function": {"name": _NAME, "arguments": {"x": "x"}}}
-            calling = self._renderer.shown(Conversation((*before, {"role": "assistant", "content": "", "tool_calls": [call]}), tools)) if tools else None
-            begins, named, _ = (calling or "").partition(_NAME)
-            self._shapes[key] = shapes, begins.strip() if named else ""
-        return self._shapes[key]
+    def _shapes_of(self, before: Sequence[Message], tools: list[dict[str, Any]] | None) -> tuple[list[_Shape], list[str]]:
+        """Ways in which answers are shown here, with thinking first, and what calls begin with behind their thinking (nothing where there are no tools)."""
+        asked = max((i for i, message in enumerate(before) if message["role"] == "user"), default=0)
+        since = tuple((str(m["role"]), bool(m.get("tool_calls")), m["role"] == "assistant" and bool(reasoning_of(m))) for m in before[asked:])
+        key = (bool(tools), str(before[0]["role"]), since)
+        if key in self._shapes:
+            return self._shapes[key]
+        shapes, begins = [], []
+        call = {"id": f"functions.{_NAME}:0", "type": "function", "function": {"name": _NAME, "arguments": {"x": "x"}}}
+        for thought in (_THOUGHT, None):
+            message: Message = {"role": "assistant", "content": _WORDS, **({"reasoning_content": thought} if thought else {})}
+            shown = self._renderer.shown(Conversation((*before, message), tools)) or ""
+            head, there, tail = shown.partition(_WORDS)
+            tail = self._renderer.before_control(tail)
+            middle = None
+            if thought:
+                head, found, middle = head.partition(thought)
+                there = there if found and middle else ""
+            if there:
+                shapes.append(_Shape(head, middle, tail if tail.strip() else ""))
+            calling = self._renderer.shown(Conversation((*before, {**message, "content": "", "tool_calls": [call]}), tools)) if tools else None
+            begin, named, _ = (calling or "").partition(_NAME)
+            begin = begin[alike(begin, shown) :].strip()  # behind what an answer in words begins with as well
+            if named and begin and _THOUGHT not in begin:
+                begins.append(begin)
+        if shapes:  # else this row is special
+            self._shapes[key] = shapes, begins
+        return shapes, begins

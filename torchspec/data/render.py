@@ -155,7 +155,7 @@ class Renderer:
             if span.message in conversation.cut:
                 last = min(last, self._end_of_words(ends, text[span.begin : span.stop], span.begin, conversation.messages[span.message]))
             else:
-                last = self._end(ids, ends, first, last, text, span)
+                last = self._end(ids, starts, ends, first, last, text, span)
             mask[first:last] = 1
         if not mask.any() and not _all_empty(conversation):
             raise RowError(self._why_unsupervised(conversation, text))
@@ -165,10 +165,10 @@ class Renderer:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _end(self, ids: np.ndarray, ends: np.ndarray, first: int, last: int, text: str, span: Span) -> int:
+    def _end(self, ids: np.ndarray, starts: np.ndarray, ends: np.ndarray, first: int, last: int, text: str, span: Span) -> int:
         """Index after the last generated token of the answer in ``ids[first:last]``: its end token, also where that stands just behind the span."""
         tail = last  # of control tokens and whitespace
-        while tail > first and (int(ids[tail - 1]) in self._special or not text[int(ends[tail - 2]) if tail >= 2 else 0 : int(ends[tail - 1])].strip()):
+        while tail > first and (int(ids[tail - 1]) in self._special or not text[int(starts[tail - 1]) : int(ends[tail - 1])].strip()):
             tail -= 1
         controls = [i for i in range(tail, last) if int(ids[i]) in self._special]
         for i in controls:
