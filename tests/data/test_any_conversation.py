@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,26 @@ def test_each_run_of_the_mask_is_one_answer_behind_what_serving_sends(name: str)
             assert ends == [end - 1] or (name == "gpt-oss" and not ends)  # its history shows another end than was generated
             tried += 1
     assert tried >= (2 if name in ("deepseek-r1", "minimax-m2") else 12)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_that_were_cut_stop_at_their_last_word_or_thought(name: str) -> None:
+    render, tried = renderer(name), 0
+    for seed in range(12):
+        one = conversation(random.Random(seed))
+        last = one.messages[-1]
+        try:
+            whole = render.render(one)
+            made = render.render(replace(one, cut=frozenset(range(len(one.messages)))))
+        except RowError:
+            continue  # no answer, or none that has a word
+        shown = len(made.ids)  # GLM's end token is not there
+        assert made.ids.tolist() == whole.ids[:shown].tolist() and len(whole.ids) - shown in (0, 1) and (made.mask <= whole.mask[:shown]).all()
+        assert not any(render.ends(token) for token in made.ids[made.mask == 1].tolist())
+        if whole.mask[-3:].any() and (said := last["content"].strip() or last.get("reasoning_content", "").strip()):
+            assert supervised(tokenizer(name), made)[-1].strip().endswith(said)
+            tried += 1
+    assert tried >= (1 if name in ("deepseek-r1", "minimax-m2") else 6)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchspec.data.answers import SUPERVISE, AnswerFinder, Span, shows
-from torchspec.data.conversations import Conversation, Message, RowError, words_of
+from torchspec.data.conversations import Conversation, Message, RowError, reasoning_of, words_of
 from torchspec.data.template import ChatTemplate
 from torchspec.errors import UserError
 
@@ -152,10 +152,9 @@ class Renderer:
         for span in spans:
             first = int(np.searchsorted(starts, span.begin, side="left"))
             last = max(first, int(np.searchsorted(ends, span.stop, side="right")))
+            last = self._end(ids, starts, ends, first, last, text, span)
             if span.message in conversation.cut:
-                last = min(last, self._end_of_words(ends, text[span.begin : span.stop], span.begin, conversation.messages[span.message]))
-            else:
-                last = self._end(ids, starts, ends, first, last, text, span)
+                last = self._end_of_words(ids, ends, first, last, text[span.begin :], span.begin, conversation.messages[span.message])
             mask[first:last] = 1
         if not mask.any() and not _all_empty(conversation):
             raise RowError(self._why_unsupervised(conversation, text))
@@ -178,13 +177,16 @@ class Renderer:
             return last + 1
         return controls[-1] + 1 if controls else tail
 
-    @staticmethod
-    def _end_of_words(ends: np.ndarray, answer: str, begin: int, message: Message) -> int:
-        """Index after the last token of the message's own words in an answer that starts at character ``begin``."""
-        content = words_of(message)
-        words = content if content in answer else content.strip()
-        stop = begin + max(answer.rfind(words), 0) + len(words)
-        return int(np.searchsorted(ends, stop, side="right"))
+    def _end_of_words(self, ids: np.ndarray, ends: np.ndarray, first: int, last: int, answer: str, begin: int, message: Message) -> int:
+        """Index after the last token of an answer that a length limit cut, in ``ids[first:last]``: its call, its words, or the thinking that it was at."""
+        while last > first and int(ids[last - 1]) in self._ends:
+            last -= 1
+        words = words_of(message) if words_of(message).strip() else reasoning_of(message)
+        if message.get("tool_calls") or last == first:
+            return last
+        answer = answer[: int(ends[last - 1]) - begin]
+        words = next((shown for shown in (words, words.strip(), words.split("</think>")[-1].strip()) if shown in answer), answer)
+        return min(last, int(np.searchsorted(ends, begin + answer.rfind(words) + len(words), side="right"))) if words else first
 
     def _why_unsupervised(self, conversation: Conversation, text: str) -> str:
         if conversation.text is not None:
