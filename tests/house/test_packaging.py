@@ -1,4 +1,4 @@
-"""The wheel holds the whole package (known defect 27: a wheel with only the top-level module), and versions named twice agree."""
+"""The wheel holds the whole package (not only its top-level module), and versions named twice agree."""
 
 from __future__ import annotations
 

@@ -107,3 +107,13 @@ def test_nothing_of_one_machine_is_in_the_repository() -> None:
             continue
         text = file.read_text(errors="replace")
         assert not [word for word in banned if word in text], f"{file.relative_to(ROOT)} holds {[word for word in banned if word in text]}"
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.name != "__init__.py"], ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_map_names_every_module(path: Path) -> None:
+    """docs/map.md has a section a folder, in which each file stands by its name (kernels without the ending)."""
+    folder, *below = path.relative_to(PACKAGE).parts
+    title = f"{folder}/" if below else "torchspec/"
+    sections = {text.split("\n", 1)[0].split(":")[0]: text for text in (ROOT / "docs/map.md").read_text().split("\n## ")[1:]}
+    name = "/".join(below) or folder
+    assert f"`{path.stem if 'kernels' in below else name}`" in sections[title]

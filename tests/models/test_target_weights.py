@@ -105,7 +105,7 @@ def test_missing_weights_name_the_fix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("base", [5e5, 1e6])
 def test_rope_base_is_the_targets_never_a_default(base: float, tmp_path: Path) -> None:
-    """Known defect 1: a base read with a default trains every draft at 10000."""
+    """A base read with a default trains every draft at 10000."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

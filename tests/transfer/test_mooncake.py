@@ -370,5 +370,5 @@ def test_selfcheck(kind: str) -> None:
 
     facts = selfcheck(StoreConfig(kind=kind))  # type: ignore[arg-type]
     assert facts.kind == ("mooncake" if kind == "auto" else kind)
-    assert facts.put_gb_s > 0.01 and facts.get_gb_s > 0.01 and facts.shm_free > 0
+    assert facts.put_gb_s > 0.01 and facts.get_gb_s > 0.01
     assert not [entry for entry in os.listdir("/dev/shm") if entry.startswith(f"torchspec-selfcheck-{os.getpid()}")]

@@ -138,6 +138,8 @@ class Damaged(msgspec.Struct, frozen=True):
 
 
 class Hello(Message, frozen=True, kw_only=True):
+    """Who the client is, with its proof of the token; answered by :class:`Welcome`."""
+
     proof: bytes
     """``greeting.prove`` of the token, the challenge, and the two fields below."""
     role: str
@@ -280,6 +282,8 @@ class Opened(Message, frozen=True, kw_only=True):
 
 
 class Welcome(Message, frozen=True, kw_only=True):
+    """The client is let in: what run this is, and what it needs of it."""
+
     run: str
     incarnation: int
     store: dict[str, Any]
@@ -303,6 +307,8 @@ class PackReady(Message, frozen=True, kw_only=True):
 
 
 class Work(Message, frozen=True, kw_only=True):
+    """Answers :class:`Pull`, within the room that it gave."""
+
     leases: list[Lease]
 
 

@@ -26,7 +26,7 @@ def _grouped(query: Tensor, heads: int) -> Tensor:
 
 
 def merge(out: Tensor, lse: Tensor, query: Tensor, extra_key: Tensor, extra_value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Add the single keys to causal (out [R, h, d], lse [R, h])."""
+    """Add the single keys, extra_key and extra_value [R, k, g, d], to causal (out [R, h, d], lse [R, h]); query is [R, h, d]. Returns both, merged."""
     q = _grouped(query, extra_key.shape[2])
     score = torch.einsum("rgqd,regd->rgqe", q, _wide(extra_key)).flatten(1, 2) * scale
     merged = torch.logaddexp(lse, torch.logsumexp(score, dim=-1))
@@ -38,6 +38,17 @@ def merge(out: Tensor, lse: Tensor, query: Tensor, extra_key: Tensor, extra_valu
 def merge_backward(
     grad: Tensor, query: Tensor, extra_key: Tensor, extra_value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """What the single keys add: gradients of query [R, h, d], extra_key and extra_value [R, k, g, d].
+
+    Args:
+        grad: [R, h, d] of the merged output.
+        query: [R, h, d].
+        extra_key: [R, k, g, d], g key-value heads.
+        extra_value: [R, k, g, d].
+        out: [R, h, d], merged.
+        lse: [R, h] log-sum-exp of all keys.
+        scale: of the scores.
+    """
     groups = extra_key.shape[2]
     q, g = _grouped(query, groups), _grouped(grad, groups)
     ek, ev = _wide(extra_key), _wide(extra_value)
@@ -81,6 +92,16 @@ def _ungroup(x: Tensor, block: int) -> Tensor:
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention of some rows inside their conversations: output [R, h, d] and log-sum-exp [R, h].
+
+    Args:
+        query: [R, h, d] of the rows.
+        key: [N, g, d] of the whole pack, g key-value heads.
+        value: [N, g, d].
+        rows: [R] positions in the pack, ascending.
+        cu_seqlens: [S + 1] where conversations begin and end.
+        scale: of the scores.
+    """
     out = torch.empty_like(query, dtype=_wide(query).dtype)
     lse = out.new_empty(query.shape[:2])
     for first, end, start, stop in _blocks(rows, cu_seqlens):
@@ -95,6 +116,10 @@ def causal(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, cu_seqlens: 
 def causal_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, rows: Tensor, cu_seqlens: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query [R, h, d], key and value [N, g, d], given grad [R, h, d] of the output.
+
+    ``out`` and ``lse`` may be those of :func:`merge`: the softmax is over all keys then, and these are the causal keys' part of it.
+    """
     d_query = torch.empty_like(query, dtype=_wide(query).dtype)
     d_key, d_value = torch.zeros_like(key, dtype=d_query.dtype), torch.zeros_like(value, dtype=d_query.dtype)
     delta = (_wide(grad) * _wide(out)).sum(-1)

@@ -200,11 +200,13 @@ class DraftModule(pl.LightningModule):
     # -- steps
 
     def forward(self, batch: PackedBatch, measure: bool = False) -> StepOutput:
+        """Loss and metric sums of a pack of this rank; ``measure`` adds alpha and what was accepted."""
         assert self.task is not None
         output: StepOutput = self.task(batch, measure=measure)
         return output
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """Scalar: this pack's share of the step's loss, scaled so that its mean over ranks and micro-batches has the gradient of the whole."""
         output = self.forward(batch)
         self._sums = StepSums.of(output, batch) if self._sums is None else self._sums.add(output, batch)
         if self.loss.lk_lambda:
@@ -232,6 +234,7 @@ class DraftModule(pl.LightningModule):
         self.log("acceptance", values["expected_acceptance_greedy"], prog_bar=True, logger=False)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """``accepted`` [rows]: leading right steps of each supervised row, in order."""
         with torch.no_grad():
             output = self.forward(batch, measure=True)
         sums = self._val_sums.get(dataloader_idx)

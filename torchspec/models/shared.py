@@ -139,10 +139,6 @@ class Weight:
         """[out, in] in the compute type."""
         return self.store.data[self.rows, self.columns]
 
-    def add_gradient(self, d_y: Tensor, x: Tensor) -> None:
-        """Add the gradient that a product with input x [R, in] and output gradient d_y [R, out] gives."""
-        self.store.add(self.rows, self.columns, d_y, x)
-
 
 class _RowStore:
     """[M, C] activations and the sum of their gradients."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from torchspec.errors import UserError
 from torchspec.transfer import make_server, open_store
@@ -28,8 +26,6 @@ class StoreFacts:
     get_gb_s: float
     start_s: float
     """Seconds until the store was ready."""
-    shm_free: int
-    """Bytes free in ``shm_dir``; 0 when there is no such directory."""
 
 
 def selfcheck(config: StoreConfig) -> StoreFacts:
@@ -41,7 +37,6 @@ def selfcheck(config: StoreConfig) -> StoreFacts:
     """
     import torch
 
-    free = shutil.disk_usage(config.shm_dir).free if Path(config.shm_dir).is_dir() else 0
     run = f"selfcheck-{os.getpid()}-{time.monotonic_ns():x}"
     began = time.perf_counter()
     server = make_server(config, run=run, budget=2 * _NBYTES)
@@ -70,4 +65,4 @@ def selfcheck(config: StoreConfig) -> StoreFacts:
             store.close()
     finally:
         server.close()
-    return StoreFacts(server.kind, server.reason, _NBYTES / min(put) / 1e9, _NBYTES / min(get) / 1e9, started, free)
+    return StoreFacts(server.kind, server.reason, _NBYTES / min(put) / 1e9, _NBYTES / min(get) / 1e9, started)
