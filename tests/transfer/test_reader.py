@@ -141,3 +141,25 @@ def test_a_mooncake_whose_memory_holder_stands_still_is_given_up(tmp_path: Path,
     finally:
         os.kill(server.pids[0], signal.SIGCONT)  # type: ignore[attr-defined]
         server.close()
+
+
+def test_a_buffer_that_was_outgrown_is_given_back(server: StoreServer, store: Store, new_key: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clients: list[Any] = []
+    buffer = type(store).buffer
+
+    def seen(this: Any, nbytes: int, **device: str) -> torch.Tensor:
+        clients.append(this)
+        return buffer(this, nbytes, **device)
+
+    monkeypatch.setattr(type(store), "buffer", seen)
+    keys = {size: new_key() for size in (100, 5000, 20_000, 300, 30_000)}
+    for size, key in keys.items():
+        store.put([key], [torch.full((size,), size % 251, dtype=torch.uint8)])
+    clients.clear()
+    reader = StoreReader(server.address)
+    for size, key in keys.items():
+        slots, problems = reader.read([key], [size], stopped=no)
+        assert not problems and slots[0].eq(size % 251).all()
+    assert len(clients) == 4 and [kept.numel() for kept in clients[0]._buffers] == [30_000]
+    reader.close()
+    store.delete(list(keys.values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,24 @@ def test_part_of_a_buffer_moves(store: Store, new_key: Callable[[], str]) -> Non
     assert store.get([key], [out[128:9000]]) == [4936]
     assert torch.equal(out[128 : 128 + 4936], whole[64:5000])
     assert out[:128].eq(0).all()
+
+
+def test_a_buffer_that_is_given_back_is_kept_no_longer(server: StoreServer, new_key: Callable[[], str]) -> None:
+    store: Any = open_store(server.address)
+    one, two = store.buffer(10_000), store.buffer(5000)
+    one.copy_(pattern(10_000))
+    key, out = new_key(), torch.empty(10_000, dtype=torch.uint8)
+    store.put([key], [one])
+    store.release(one)
+    assert [kept is two for kept in store._buffers] == [True]
+    if store.kind == "mooncake":
+        assert store._registered == [(two.data_ptr(), two.data_ptr() + 5000)]
+    assert store.get([key], [out]) == [10_000] and torch.equal(out, pattern(10_000))
+    again = new_key()
+    store.put([again], [one])  # memory like any other now: it goes through a copy
+    assert store.get([again], [one.zero_()]) == [10_000] and torch.equal(one, pattern(10_000))
+    store.delete([key, again])
+    store.close()
 
 
 def test_missing_key(store: Store, new_key: Callable[[], str]) -> None:

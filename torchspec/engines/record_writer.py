@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,9 @@ from torchspec.transfer.store import Address, Store, StoreError
 
 log = logging.getLogger(__name__)
 _FULL_WAIT = 60.0
-"""Seconds to wait for room in a store that is full although credit should prevent that."""
+"""Seconds to wait for room in a store that is full although credit should prevent that; of a batch, all in all."""
+_ENDS = 5.0
+"""Seconds for the thread to look up, and again to end."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,14 @@ class RecordWriter:
         return found
 
     def close(self) -> None:
-        """Finish what is in the queue and end. Idempotent."""
+        """Finish what is in the queue and end; a put that does not return is left behind, and the client with it. Idempotent."""
         if self._thread.is_alive():
-            self._jobs.put(None)
-            self._thread.join(5.0)
+            with suppress(queue.Full):
+                self._jobs.put(None, timeout=_ENDS)
+            self._thread.join(_ENDS)
+        if self._thread.is_alive():
+            log.warning("the store does not take the last records: they are left behind")
+            return
         self._buffer = None
         self._store.close()
 
@@ -124,15 +130,16 @@ class RecordWriter:
     def _write(self, batch: Captured) -> Written:
         values = self._fill(batch)
         done = [Finished(lease.id, value.numel(), ids.numel()) for lease, value, ids in zip(batch.leases, values, batch.ids, strict=True)]
+        deadline = time.monotonic() + _FULL_WAIT
         try:
-            put_when_room(self._store, [lease.key for lease in batch.leases], values)
+            put_when_room(self._store, [lease.key for lease in batch.leases], values, deadline=deadline)
             return Written(finished=done)
         except Exception as error:
             log.warning("put of %d records failed (%s): one by one", len(values), one_line(error))
         written = Written()
         for lease, value, result in zip(batch.leases, values, done, strict=True):
             try:
-                put_when_room(self._store, [lease.key], [value])
+                put_when_room(self._store, [lease.key], [value], deadline=deadline)
                 written.finished.append(result)
             except Exception as error:
                 written.failed.append(Failed(lease.id, one_line(error)))
@@ -142,6 +149,11 @@ class RecordWriter:
         """Records in the buffer, sealed."""
         sizes = [self._spec.nbytes(ids.numel()) for ids in batch.ids]
         if self._buffer is None or self._buffer.numel() < sum(sizes):
+            outgrown, self._buffer = self._buffer, None
+            if outgrown is not None:
+                if self._stream is not None:
+                    self._stream.synchronize()  # a batch that failed half-way may be on its way into it
+                self._store.release(outgrown)
             self._buffer = self._store.buffer(sum(sizes) * 5 // 4)
         slots = list(torch.split(self._buffer[: sum(sizes)], sizes))
         for row, (slot, ids) in enumerate(zip(slots, batch.ids, strict=True)):
@@ -155,13 +167,18 @@ class RecordWriter:
         return [seal(slot, self._spec, ids.numel(), ids.numel(), producer=self._producer) for slot, ids in zip(slots, batch.ids, strict=True)]
 
 
-def put_when_room(store: Store, keys: Sequence[str], values: Sequence[Tensor]) -> None:
+def put_when_room(store: Store, keys: Sequence[str], values: Sequence[Tensor], *, deadline: float | None = None) -> None:
     """Put; a full store is waited for.
 
+    Args:
+        store, keys, values: as of :meth:`Store.put`.
+        deadline: of the waiting, on the monotonic clock; None is a minute from now. Once it is over there is still one try.
+
     Raises:
-        StoreError: as of :meth:`Store.put`; ``full`` after a minute of waiting.
+        StoreError: as of :meth:`Store.put`; ``full`` at the deadline.
     """
-    deadline = time.monotonic() + _FULL_WAIT
+    if deadline is None:
+        deadline = time.monotonic() + _FULL_WAIT
     delay = 0.05
     while True:
         try:

@@ -162,6 +162,16 @@ class MooncakeStore:
         self._buffers.append(tensor)
         return tensor
 
+    def release(self, buffer: Tensor) -> None:
+        client = self._open()
+        span = (buffer.data_ptr(), buffer.data_ptr() + buffer.numel())
+        if span in self._registered:  # memory that the transport refused is not
+            self._registered.remove(span)
+            code = client.unregister_buffer(span[0])
+            if code != 0:
+                raise StoreError("io", "", f"giving back {buffer.numel()} bytes: {_words(code)}")
+        self._buffers = [kept for kept in self._buffers if kept is not buffer]
+
     def put(self, keys: Sequence[str], values: Sequence[Tensor]) -> None:
         client = self._open()
         for key, value in zip(keys, values, strict=True):
@@ -233,15 +243,9 @@ class MooncakeStore:
         """[nbytes] of registered host memory for values that are not in a buffer; grows in powers of two."""
         if self._stage is None or self._stage.numel() < nbytes:
             if self._stage is not None:
-                self._forget(self._stage)
+                self.release(self._stage)
             self._stage = self.buffer(max(1 << 20, 1 << (nbytes - 1).bit_length()))
         return self._stage[:nbytes]
-
-    def _forget(self, tensor: Tensor) -> None:
-        span = (tensor.data_ptr(), tensor.data_ptr() + tensor.numel())
-        self._open().unregister_buffer(span[0])
-        self._registered.remove(span)
-        self._buffers = [kept for kept in self._buffers if kept is not tensor]
 
 
 @functools.cache

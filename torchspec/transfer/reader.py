@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torchspec.transfer.store import Address, Store, StoreError
@@ -93,8 +94,9 @@ class StoreReader:
         total = sum(sizes)
         while self._buffer is None or self._buffer.numel() < total:
             late = self.late
+            outgrown, self._buffer = self._buffer, None
             try:
-                self._buffer = self._call(lambda store: store.buffer(total), 0, stopped)
+                self._buffer = self._call(partial(_grown, outgrown=outgrown, nbytes=total), 0, stopped)
             except StoreError as error:
                 if error.reason == "unreachable" or self.late == late:
                     raise
@@ -131,6 +133,13 @@ class StoreReader:
         if client is not None:
             client.end()
         return client
+
+
+def _grown(store: Store, *, outgrown: Tensor | None, nbytes: int) -> Tensor:
+    """A larger buffer in the place of one."""
+    if outgrown is not None:
+        store.release(outgrown)
+    return store.buffer(nbytes)
 
 
 class _Client:

@@ -134,6 +134,9 @@ class ShardStore:
         memory = torch.empty(nbytes, dtype=torch.uint8)
         return memory.pin_memory() if torch.cuda.is_available() else memory
 
+    def release(self, buffer: Tensor) -> None:
+        """Nothing: it is not kept here."""
+
     def get(self, keys: Sequence[str], outs: Sequence[Tensor]) -> list[int]:
         return [self._reader.read(int(key), out) for key, out in zip(keys, outs, strict=True)]
 

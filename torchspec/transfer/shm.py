@@ -53,6 +53,9 @@ class ShmStore:
         self._buffers.append(torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pin))
         return self._buffers[-1]
 
+    def release(self, buffer: Tensor) -> None:
+        self._buffers = [kept for kept in self._buffers if kept is not buffer]
+
     def put(self, keys: Sequence[str], values: Sequence[Tensor]) -> None:
         directory = self._open()
         for key, value in zip(keys, values, strict=True):

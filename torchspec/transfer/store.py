@@ -65,9 +65,13 @@ class Store(Protocol):
     def buffer(self, nbytes: int, *, device: str = "cpu") -> Tensor:
         """[nbytes] uint8 memory that the transport moves without another copy (registered; page-locked where CUDA is present).
 
-        It belongs to the store and is released by :meth:`close`. Memory that the transport cannot move by itself (a CUDA device
+        It belongs to the store until :meth:`release` or :meth:`close`. Memory that the transport cannot move by itself (a CUDA device
         without support in the transport) is given all the same and goes through a host copy.
         """
+        ...
+
+    def release(self, buffer: Tensor) -> None:
+        """Give back what :meth:`buffer` gave (that very tensor); nothing may be moving into it or out of it."""
         ...
 
     def put(self, keys: Sequence[str], values: Sequence[Tensor]) -> None:
