@@ -420,6 +420,18 @@ def test_a_worker_started_by_hand_works_and_ends_with_the_run(make: Callable[...
     assert worker.returncode == 0 and b"ended the run" in output
 
 
+def test_a_worker_by_hand_does_not_take_the_name_of_one_that_is_loading(make: Callable[..., EngineGroup]) -> None:
+    group = make(budget=SMALL)
+    endpoint = group.start()
+    worker = hand_started(endpoint, token=endpoint.token, name="worker-0")
+    said, _ = worker.communicate(timeout=60)
+    assert worker.returncode == 2 and b"take another --name" in said, said
+    rank = Rank(endpoint, group.config.spec, random_packs(3))
+    rank.take_all()
+    assert rank.client.ask()["restarts"] == 0
+    rank.close()
+
+
 def test_a_silent_worker_of_another_host_loses_its_leases(make: Callable[..., EngineGroup]) -> None:
     """The coordinator cannot kill it: it drops the connection, and gives the work to another."""
     group = make(engines={"workers": 0, "silence_timeout": 2.0, "lease_timeout": 4.0}, budget=SMALL)

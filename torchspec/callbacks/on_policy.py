@@ -33,6 +33,8 @@ class ServeDraft(pl.Callback):
         self.every_n_steps = every_n_steps
         self._client: Any | None = None
         self._served: int | None = None
+        self._kept: list[Path] = []
+        """Drafts of this process that are on disk, in the order they were served."""
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         policy = trainer.datamodule.corpus.on_policy  # type: ignore[attr-defined]
@@ -40,6 +42,11 @@ class ServeDraft(pl.Callback):
             raise UserError("data.on_policy.answer_workers", 0, "leaves nobody to serve the draft", "set it to 1 or more, or take ServeDraft out")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:  # of an earlier run in this folder: its step numbers say nothing of which is newer
+            for old in _folder(trainer).glob("step-*"):
+                _remove(old)
+        self._kept.clear()
+        trainer.strategy.barrier("serve-draft")  # a rank must not write into what is being removed
         self._serve(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -48,18 +55,19 @@ class ServeDraft(pl.Callback):
 
     def _serve(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._served = step = trainer.global_step
-        folder = Path(trainer.default_root_dir).resolve() / "serve"
+        folder = _folder(trainer)
         checkpoint = folder / f"step-{step}.ckpt"
         trainer.save_checkpoint(checkpoint, weights_only=True)  # every rank: a sharded save is collective
         if trainer.is_global_zero:
-            export_checkpoint(checkpoint, pl_module.target, folder / f"step-{step}")
+            draft = folder / f"step-{step}"
+            export_checkpoint(checkpoint, pl_module.target, draft)
             _remove(checkpoint)
             if self._client is None:
                 self._client = trainer.datamodule.connect("serve-draft")  # type: ignore[attr-defined]
-            self._client.new_draft(str(folder / f"step-{step}"), step)
-            drafts = sorted((path for path in folder.glob("step-*") if path.suffix != ".ckpt"), key=lambda path: int(path.name.removeprefix("step-")))
-            for old in drafts[:-2]:
-                _remove(old)
+            self._client.new_draft(str(draft), step)
+            self._kept.append(draft)
+            while len(self._kept) > 2:
+                _remove(self._kept.pop(0))
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self._close()
@@ -73,8 +81,13 @@ class ServeDraft(pl.Callback):
             self._client = None
 
 
+def _folder(trainer: pl.Trainer) -> Path:
+    """Where the drafts of a run go."""
+    return Path(trainer.default_root_dir).resolve() / "serve"
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)

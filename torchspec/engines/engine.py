@@ -212,12 +212,15 @@ class Engine(Protocol):
 class TakesDrafts(Protocol):
     """An engine that answers with a draft as its speculator; it has room once it has one."""
 
-    def take_draft(self, path: str, step: int) -> None:
+    def take_draft(self, path: str, step: int) -> bool:
         """Speculate with the exported draft in this directory from now on.
 
         Args:
             path: on this host.
             step: optimizer step that it is of.
+
+        Returns:
+            False when what it holds must be finished first; it has no room meanwhile: poll, and call again with this draft or a newer one.
         """
         ...
 

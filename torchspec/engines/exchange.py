@@ -58,6 +58,7 @@ class Workers(Protocol):
     restarts: int
 
     def owns(self, name: str) -> bool: ...
+    def word(self, name: str) -> str: ...
     def ready(self, name: str) -> None: ...
     def disconnected(self, name: str, *, now: float) -> None: ...
     def kill(self, name: str, why: str) -> None: ...
@@ -144,7 +145,8 @@ class Exchange:
         peer.close()
 
     def _hello(self, peer: Peer, client: Client, message: Hello) -> None:
-        problem = greeting.problem_of(message, client.challenge.nonce, self.config["token"])
+        word = self._supervisor.word(message.name) if message.role == "worker" else ""
+        problem = greeting.problem_of(message, client.challenge.nonce, self.config["token"], word=word)
         if problem is None and message.role not in _FROM:
             problem = f"unknown role {message.role!r}"
         if problem is None and message.role == "worker" and message.name in self.views:

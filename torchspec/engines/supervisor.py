@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torchspec
 from torchspec.engines.client import Endpoint
+from torchspec.engines.greeting import WORD_VARIABLE
 from torchspec.processes import kill_group
 
 log = logging.getLogger("torchspec.supervisor")
@@ -37,10 +39,14 @@ class WorkerProcess:
     restarts: int = 0
     next_start: float = 0.0
     kill_at: float | None = None
+    word: str = ""
+    """Of the process that was started last, random: it proves its name with it (``greeting.py``)."""
 
     def start(self, endpoint: Endpoint, *, now: float) -> None:
         """Start a fresh interpreter in a session of its own."""
-        environment = {**os.environ, "TORCHSPEC_TOKEN": endpoint.token, "TORCHSPEC_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        self.word = secrets.token_hex(16)
+        environment = {**os.environ, "TORCHSPEC_TOKEN": endpoint.token, WORD_VARIABLE: self.word, "PYTHONUNBUFFERED": "1"}
+        environment["TORCHSPEC_PARENT"] = str(os.getpid())
         root = str(Path(torchspec.__file__).resolve().parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
         on_cpu = self.device == "cpu"
@@ -114,6 +120,10 @@ class Supervisor:
     def owns(self, name: str) -> bool:
         """Whether a worker was started here, by name."""
         return any(process.name == name for process in self.processes)
+
+    def word(self, name: str) -> str:
+        """What the process that was started under this name knows beside the run token; "" where none was."""
+        return next((process.word for process in self.processes if process.name == name), "")
 
     def ready(self, name: str) -> None:
         """The worker has said so."""

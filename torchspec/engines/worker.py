@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from torchspec.engines.connection import SILENCE, Closed, Connection
 from torchspec.engines.engine import Engine, EngineConfig, Job, OnPolicy, TakesDrafts
-from torchspec.engines.greeting import Refused, greet
+from torchspec.engines.greeting import WORD_VARIABLE, Refused, greet
 from torchspec.engines.messages import ANSWERER, Answered, Beat, Cancel, Failed, Finished, NewDraft, Pull, Ready, Report, Stop, ToWorker, Work
 from torchspec.engines.parent import die_with
 from torchspec.errors import UserError
@@ -53,7 +53,7 @@ def build(kind: str, job: Job) -> Engine:
     return engine
 
 
-def work(host: str, port: int, *, token: str, name: str, device: str) -> None:
+def work(host: str, port: int, *, token: str, name: str, device: str, word: str = "") -> None:
     """Serve a coordinator until it ends.
 
     Args:
@@ -61,6 +61,7 @@ def work(host: str, port: int, *, token: str, name: str, device: str) -> None:
         token: of the run.
         name: unique among the run's workers.
         device: torch device, cpu or cuda:0.
+        word: of a worker that the coordinator started (``greeting.WORD_VARIABLE``); "" by hand.
 
     Raises:
         UserError: refused, or the engine cannot be built.
@@ -68,7 +69,7 @@ def work(host: str, port: int, *, token: str, name: str, device: str) -> None:
     """
     connection = Connection((host, port), ToWorker, silence=SILENCE)
     try:
-        welcome = greet(connection, token=token, role="worker", name=name)
+        welcome = greet(connection, token=token, role="worker", name=name, word=word)
     except Refused as error:
         raise UserError("coordinator", f"{host}:{port}", str(error), "check address and token, and look at its log") from error
     plain = welcome.job
@@ -114,6 +115,7 @@ def _loop(connection: Connection, engine: Engine) -> None:
     """Pull while there is room, work, report."""
     held = 0
     asked: tuple[int, int] | None = None
+    draft: NewDraft | None = None
     while True:
         samples, tokens = engine.room()
         if samples > 0 and tokens > 0 and asked != (samples, tokens):
@@ -130,14 +132,15 @@ def _loop(connection: Connection, engine: Engine) -> None:
                 asked = None
             elif isinstance(message, NewDraft):
                 assert isinstance(engine, TakesDrafts), "only engines that take drafts are told of them"
-                engine.take_draft(message.path, message.step)
-                asked = None
+                draft = message  # of several the newest: those before it may be gone from the disk
             elif isinstance(message, Cancel):
                 dropped = engine.cancel(message.leases)
                 held -= len(dropped)
                 if dropped:
                     connection.send(Report(finished=[], failed=[Failed(lease, "cancelled") for lease in dropped]))
             message = connection.receive(0.0)
+        if draft is not None and isinstance(engine, TakesDrafts) and engine.take_draft(draft.path, draft.step):
+            draft = asked = None
         if held:
             done, failed = engine.poll(_POLL)
             held -= len(done) + len(failed)
@@ -157,23 +160,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--name", required=True)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    serve(args.coordinator, token=os.environ.get("TORCHSPEC_TOKEN", ""), name=args.name, device=args.device)
+    word = os.environ.pop(WORD_VARIABLE, "")  # of this process, not of those that it starts
+    serve(args.coordinator, token=os.environ.get("TORCHSPEC_TOKEN", ""), name=args.name, device=args.device, word=word)
 
 
-def serve(coordinator: str, *, token: str, name: str, device: str) -> NoReturn:
+def serve(coordinator: str, *, token: str, name: str, device: str, word: str = "") -> NoReturn:
     """:func:`work`, and then the end of this process: 0 after a run's end, 2 for what a user can mend, 1 for anything else.
 
     No engine's atexit may hold the process, and a thread that is still inside torch when the interpreter says good-bye aborts it (Python below 3.14).
 
     Args:
         coordinator: HOST:PORT.
-        token, name, device: as of :func:`work`.
+        token, name, device, word: as of :func:`work`.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     host, _, port = coordinator.rpartition(":")
     code = 0
     try:
-        work(host, int(port), token=token, name=name, device=device)
+        work(host, int(port), token=token, name=name, device=device, word=word)
     except Closed as error:
         log.error("%s", UserError("coordinator", coordinator, f"is gone ({error})", "start the run first, then its workers"))
         code = 2

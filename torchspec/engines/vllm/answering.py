@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from concurrent.futures import wait
 from typing import Any
 
 import torch
@@ -30,8 +29,6 @@ from torchspec.engines.vllm.options import (
 )
 
 log = logging.getLogger(__name__)
-_DRAINS = 600.0
-"""Seconds for answers in flight before a vLLM is started anew."""
 _LOADS = 120.0
 """Seconds for new weights."""
 
@@ -53,6 +50,8 @@ class AnsweringEngine(AsynchronousEngine[Answered]):
         self.spec = job.spec
         self.policy = job.on_policy
         self._llm: Any = None
+        self._ends = False
+        """The vLLM that runs takes no more: another one follows it."""
 
     def start(self) -> dict[str, Any]:
         refuse_random_on_cpu(self.policy.temperature, device=self.job.device, field="data.on_policy.temperature")
@@ -65,19 +64,23 @@ class AnsweringEngine(AsynchronousEngine[Answered]):
         return {"engine": "vllm, answers alone", "versions": versions, "device": self.job.device, "num_layers": self.target.num_layers}
 
     def room(self) -> tuple[int, int]:
-        return super().room() if self._llm is not None else (0, 0)
+        return super().room() if self._llm is not None and not self._ends else (0, 0)
 
-    def take_draft(self, path: str, step: int) -> None:
-        if self._llm is not None:
+    def take_draft(self, path: str, step: int) -> bool:
+        if self._llm is not None and not self._ends:
             problem = self._reload(path)
             if not problem:
                 log.info("speculates with the draft of step %d", step)
-                return
+                return True
             log.info("the draft of step %d goes into a new vLLM: %s", step, problem)
-            wait(set(self._running), timeout=_DRAINS)
-            self.end()
+            self._ends = True
+        if self._held:  # answers of the old one, which are reported as they come
+            return False
+        self.end()
         self._launch(path)
+        self._ends = False
         log.info("vLLM is up with the draft of step %d", step)
+        return True
 
     def _reload(self, path: str) -> str:
         """Weights into the running vLLM; why not, or ""."""

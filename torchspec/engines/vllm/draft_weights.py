@@ -43,6 +43,8 @@ class DraftWeights:
             return "vLLM found the first draft's head equal to the target's, and lets them share it"
         shared = getattr(getattr(target, "model", None), "embed_tokens", None) is getattr(model.model, "embed_tokens", None)
         tensors = {name: tensor for file in sorted(Path(path).glob("*.safetensors")) for name, tensor in load_file(file).items()}
+        if not tensors:
+            return f"there are no weights in {path}"
         if shared:
             tensors.pop("embed_tokens.weight", None)
         initialize_layerwise_reload(model)
