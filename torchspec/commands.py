@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,6 +173,7 @@ def vllm_command(target: str, aux_layers: list[int] | None = None, revision: str
 
     facts = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
     print(serve_command(facts, facts.aux_layers(aux_layers)))
+    print("With vLLM 0.26 add --no-async-scheduling: it does not come up otherwise. TorchSpec must be importable where it runs.", file=sys.stderr)
 
 
 def worker(coordinator: str, name: str | None = None, device: str = "auto") -> None:

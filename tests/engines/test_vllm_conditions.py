@@ -16,18 +16,22 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engines.parts import spec_of
+from tests.engines.parts import save_tiny, spec_of
 from tests.engines.test_vllm_parts import Inbox
 from tests.tiny import save_target
+from torchspec.engines.connection import Closed
 from torchspec.engines.engine import EngineConfig
 from torchspec.engines.vllm.conditions import check, check_cache
 from torchspec.engines.vllm.options import capture_arguments, model_arguments, vllm_config_of
 from torchspec.engines.vllm.orders import PARAMETER, TOKEN_VARIABLE, Destination, Order
-from torchspec.engines.vllm.sink import introduced
+from torchspec.engines.vllm.sink import Capture, introduced
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
 
 vllm = pytest.importorskip("vllm")
+from vllm import SamplingParams  # noqa: E402
+from vllm.v1.request import RequestStatus  # noqa: E402
+
 AUX = (1, 2)
 
 
@@ -74,6 +78,18 @@ def test_what_this_machine_cannot_be_started_with_is_refused_too(right: Any, par
         check(changed)
 
 
+def test_asynchronous_scheduling_is_refused_where_it_loses_states(right: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = copy.copy(right)
+    changed.scheduler_config = copy.copy(right.scheduler_config)
+    changed.scheduler_config.async_scheduling = True
+    check(changed)
+    monkeypatch.setattr(vllm, "__version__", "0.26.1+cu130")
+    with pytest.raises(UserError, match=r"vllm\.async_scheduling=True.*--no-async-scheduling"):
+        check(changed)
+    changed.scheduler_config.async_scheduling = False
+    check(changed)
+
+
 def test_a_cache_of_another_type_than_the_states_is_refused() -> None:
     check_cache(torch.empty(1, dtype=torch.bfloat16), torch.bfloat16)
     with pytest.raises(UserError, match="float8_e4m3fn; the model computes bfloat16"):
@@ -103,11 +119,16 @@ def port() -> Iterator[int]:
     inbox.close()
 
 
-def said_to(connector: Any, target: Path, key: str = "a", *, port: int, alone: bool = False) -> tuple[bool, dict[str, Any]]:
-    """Whether the blocks of a finished request are held, and what is said of its order, which is of this target."""
+def said_to(
+    connector: Any, target: Path, key: str = "a", *, port: int, alone: bool = False, answer: list[int] | None = None, **of_request: Any
+) -> tuple[bool, dict[str, Any]]:
+    """Whether the blocks of a finished request are held, and what is said of its order, which is of this target. With ``answer`` the order is for one."""
     run = Destination({"kind": "shm"}, spec_of(target, AUX), ("127.0.0.1", port), alone=alone).to_dict()
-    order = Order(key=key, tail=[7], answer=False, ids="", run=run).signed("secret")
-    finished = SimpleNamespace(request_id="r", prompt_token_ids=[5, 6], output_token_ids=[1], num_computed_tokens=2, status=SimpleNamespace(name="FINISHED"))
+    order = Order(key=key, tail=[7] if answer is None else [], answer=answer is not None, ids="", run=run).signed("secret")
+    said = answer if answer is not None else [1]
+    finished = SimpleNamespace(request_id="r", prompt_token_ids=[5, 6], output_token_ids=said, num_computed_tokens=1 + len(said))
+    finished.status = RequestStatus[of_request.get("status", "FINISHED_STOPPED")]
+    finished.sampling_params = SamplingParams(temperature=of_request.get("temperature", 0.0))
     finished.kv_transfer_params = {PARAMETER: order.to_dict()}
     holds, said = connector.request_finished(finished, [3])
     return holds, said[PARAMETER]
@@ -155,3 +176,59 @@ def test_an_engine_that_would_never_hear_is_told_so_in_the_answer(right: Any, fo
     connector._unreachable = dict.fromkeys(connector._unreachable, 0.0)  # its time is over
     said_to(connector, folder, port=deaf)
     assert len(tried) == 3
+
+
+@pytest.mark.parametrize("status", ["FINISHED_ABORTED", "FINISHED_ERROR", "FINISHED_IGNORED"])
+def test_an_answer_that_was_cut_off_is_none_and_its_order_may_come_again(right: Any, folder: Path, port: int, status: str) -> None:
+    connector = connector_of(right)
+    holds, said = said_to(connector, folder, port=port, answer=[7, 8], status=status)
+    assert not holds and f"ended ({status}) without a whole answer" in said["error"]
+    for key, ended in (("a", "FINISHED_STOPPED"), ("b", "FINISHED_LENGTH_CAPPED")):
+        assert said_to(connector, folder, key, port=port, answer=[7, 8, 9], status=ended) == (True, {"accepted": key})
+    assert [capture.ids for capture, _ in connector.build_connector_meta(None).captures] == [[5, 6, 7, 8, 9]] * 2
+    assert said_to(connector, folder, "c", port=port, status=status)[0]  # nothing was to be answered, and all states are there
+
+
+def test_random_answers_of_a_cpu_are_refused_whoever_started_it(right: Any, folder: Path, port: int) -> None:
+    connector = connector_of(right)
+    holds, said = said_to(connector, folder, port=port, answer=[7, 8], temperature=0.7)
+    assert not holds and "at temperature 0.7" in said["error"] and "data.on_policy.temperature" in said["error"]
+    assert said_to(connector, folder, port=port, temperature=0.7)[0]  # its one token is thrown away
+    elsewhere = copy.copy(right)
+    elsewhere.device_config = SimpleNamespace(device_type="cuda")
+    connector._vllm_config = elsewhere
+    assert said_to(connector, folder, "b", port=port, answer=[7, 8], temperature=0.7)[0]
+
+
+def test_a_hybrid_target_is_not_answered_and_captured_in_one_pass_whoever_started_it(tmp_path: Path, port: int) -> None:
+    folder = save_tiny(tmp_path / "target", "qwen3_next", hidden=128, dtype=torch.bfloat16)
+    target = Target(TargetConfig(str(folder)))
+    config = vllm_config_of(model_arguments(target, EngineConfig(), max_length=64, device="cpu") | capture_arguments(target, AUX))
+    connector = connector_of(config)
+    holds, said = said_to(connector, folder, port=port, answer=[7, 8])
+    assert not holds and "recurrent layers" in said["error"] and "answer_workers" in said["error"]
+    assert said_to(connector, folder, port=port)[0]
+
+
+def test_what_was_let_go_while_its_engine_was_not_to_be_reached_is_told_later(right: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine would wait two minutes for each otherwise."""
+    connector, inbox = connector_of(right), Inbox()
+    connector._cache = SimpleNamespace(device=torch.device("cpu"))
+    tried: list[int] = []
+
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        tried.append(1)
+        raise Closed("no route")
+
+    run = Destination({"kind": "shm", "directory": "/nowhere"}, spec_of(folder, AUX), ("127.0.0.1", inbox.port)).to_dict()
+    with monkeypatch.context() as broken:
+        broken.setattr("torchspec.engines.vllm.connector.Sink", unreachable)
+        for key in "ab":
+            assert connector._copy(Capture(key, key, [5, 6, 7], 2, [1]), run)()
+    assert len(tried) == 1 and inbox.reports == []
+    connector._unreachable = dict.fromkeys(connector._unreachable, 0.0)  # its time is over
+    assert connector._copy(Capture("c", "c", [5, 6, 7], 2, [1]), run)()
+    told = {report.key: report.error for report in inbox.wait(3)}
+    assert "did not reach the engine" in told["a"] and told["a"] == told["b"] and "/nowhere" in told["c"]
+    connector.shutdown()
+    inbox.close()

@@ -156,4 +156,5 @@ def served_nowhere(tmp_path: Path) -> Served:
 def test_the_command_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = save_target(tmp_path / "target", layers=8)
     main(["vllm_command", "--target", str(target)])
-    assert '"eagle_aux_hidden_state_layer_ids": [2, 4, 5, 8]' in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert '"eagle_aux_hidden_state_layer_ids": [2, 4, 5, 8]' in said.out and "0.26 add --no-async-scheduling" in said.err

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import vllm
 
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
@@ -68,6 +69,9 @@ def _wrong(vllm_config: Any) -> Iterator[tuple[str, Any, str, str]]:
         yield "kv_cache_dtype", cache.cache_dtype, f"would round the hidden states, which the model computes in {dtype}", fix
     if cache.enable_prefix_caching:
         yield "enable_prefix_caching", True, "leaves tokens found in the cache without states (vLLM issue 44485)", "start it with --no-enable-prefix-caching"
+    if vllm.__version__.startswith("0.26.") and vllm_config.scheduler_config.async_scheduling:
+        problem = "may leave a request that is preempted without all of its states in this vLLM"
+        yield "async_scheduling", True, problem, "start it with --no-async-scheduling (engine_args: async_scheduling false), or take a later vLLM"
     for name in _WHOLE:
         if (size := getattr(parallel, name, 1)) > 1:
             yield name, size, "leaves the rank that writes with a part of the states", "use tensor parallelism alone"

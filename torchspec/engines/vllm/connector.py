@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("vllm.torchspec")
 _FORGET = 30.0
 """Seconds without another try after an engine was not to be reached: a try holds up the model."""
+_WHOLE = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED")
+"""How a request ends whose answer is whole."""
 _REMEMBERED = 65536
 """Orders that are known again when they come a second time."""
 
@@ -83,6 +85,8 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         self._waiting: deque[tuple[Capture, dict[str, Any]]] = deque()
         self._copying: dict[str, Callable[[], bool]] = {}
         self._unreachable: dict[str, float] = {}
+        self._untold: dict[str, deque[str]] = {}
+        """Of each run, keys of captures that were let go while its engine was not to be reached."""
 
     # -- in the scheduler
 
@@ -135,12 +139,27 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         prompt = request.prompt_token_ids
         if not prompt:
             raise BadOrder("the request has no token ids")
-        if order.answer and not request.output_token_ids:
-            raise BadOrder(f"the request ended ({request.status.name}) without an answer")
+        if order.answer:
+            self._check_answer(request)
         ids = [*prompt, *(request.output_token_ids if order.answer else order.tail)]
         if order.ids and ids_digest(ids) != order.ids:
             raise BadOrder(f"vLLM made other tokens of the images than the target's own processor did ({len(ids)} tokens in all)")
         return ids
+
+    def _check_answer(self, request: Request) -> None:
+        """Refuse an answer that is not whole, or whose states or tokens this vLLM makes wrongly as it answers and captures in one pass.
+
+        ``VLLMEngine.launch`` refuses the last two before a target is loaded; nobody else knows them of a vLLM that somebody else started.
+        """
+        if self._vllm_config.model_config.is_hybrid:
+            problem = "this target has recurrent layers, and their states go wrong as vLLM answers and captures in one pass (docs/engines.md)"
+            raise BadOrder(f"{problem}: set data.on_policy.answer_workers to 1 or more")
+        sampling = request.sampling_params
+        if sampling is not None and sampling.temperature > 0.0 and self._vllm_config.device_config.device_type == "cpu":
+            problem = f"vLLM's CPU build answers wrongly at temperature {sampling.temperature} while it speculates (docs/engines.md)"
+            raise BadOrder(f"{problem}: set data.on_policy.temperature to 0, or answer on a GPU")
+        if request.status.name not in _WHOLE or not request.output_token_ids:
+            raise BadOrder(f"the request ended ({request.status.name}) without a whole answer")
 
     def _check_run(self, run: dict[str, Any]) -> None:
         """Refuse an order for other states than this server has. A run is looked at once."""
@@ -233,6 +252,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         """Start a copy; returns what says that it is done, or None when there is no room now."""
         sink = self._sink(run)
         if sink is None:
+            self._untold.setdefault(json.dumps(run, sort_keys=True), deque(maxlen=_REMEMBERED)).append(capture.key)
             return lambda: True
         assert self._cache is not None
         return sink.copy(capture, self._cache)
@@ -260,4 +280,6 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
                 log.error("nobody to deliver records to: %s", error)
                 self._unreachable[text] = time.monotonic() + _FORGET
                 return None
+            for key in self._untold.pop(text, ()):
+                self._sinks[text].refuse(key, "vLLM did not reach the engine that ordered it when it had finished")
         return self._sinks[text]

@@ -43,6 +43,8 @@ class VLLMEngine(CapturingEngine):
         import vllm
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from torchspec.engines.vllm.conditions import check
+
         check_version(vllm.__version__, allow_unknown=config.allow_unknown_version)
         self.token = os.environ.setdefault(TOKEN_VARIABLE, os.urandom(16).hex())
         arguments = model_arguments(self.target, config, max_length=self.max_tokens, device=device, images=self.job.images)
@@ -52,6 +54,7 @@ class VLLMEngine(CapturingEngine):
             arguments.setdefault("async_scheduling", False)  # there, a request preempted in mid-flight may end without all of its states
         arguments |= capture_arguments(self.target, self.spec.aux_layers, allow_unknown_version=config.allow_unknown_version, owner=os.getpid())
         vllm_config = vllm_config_of(arguments)
+        check(vllm_config)
         refuse_without_states(vllm_config)
         if self.job.on_policy is not None and not self.job.on_policy.answer_workers and vllm_config.model_config.is_hybrid:
             problem = "is off for a target with recurrent layers: as vLLM answers and captures in one pass, their states went wrong (docs/engines.md)"

@@ -158,22 +158,40 @@ def capture_arguments(target: Target, aux_layers: tuple[int, ...], **connector: 
     }
 
 
-def sampling_params(sampling: Sampling, *, ends: list[int], kv_transfer_params: dict[str, Any] | None = None) -> Any:
-    """vLLM's own form of how to answer.
+def answer_values(sampling: Sampling, *, ends: list[int]) -> dict[str, Any]:
+    """How to answer, as ``SamplingParams`` and the server's completions API both call it.
+
+    What could be changed by a server's own defaults (it takes them from the model's ``generation_config.json``) is named, so that every vLLM samples alike.
 
     Args:
         sampling: length, temperature, nucleus, seed (without meaning for greedy answers).
         ends: token ids after which the target has finished.
+    """
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "seed": None if sampling.temperature == 0.0 else sampling.seed,
+        "max_tokens": sampling.max_new_tokens,
+        "stop_token_ids": ends,
+    }
+
+
+def sampling_params(sampling: Sampling, *, ends: list[int], kv_transfer_params: dict[str, Any] | None = None) -> Any:
+    """vLLM's own form of how to answer.
+
+    Args:
+        sampling, ends: as of :func:`answer_values`.
         kv_transfer_params: for the connector.
     """
     from vllm import SamplingParams
 
     return SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=None if sampling.temperature == 0.0 else sampling.seed,
-        max_tokens=sampling.max_new_tokens,
-        stop_token_ids=ends,
+        **answer_values(sampling, ends=ends),
         detokenize=False,
         extra_args=None if kv_transfer_params is None else {"kv_transfer_params": kv_transfer_params},
     )

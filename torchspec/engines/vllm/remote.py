@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from torchspec.engines.engine import Sampling
 from torchspec.engines.vllm.capture import CapturingEngine
+from torchspec.engines.vllm.options import answer_values
 from torchspec.errors import UserError
 from torchspec.network import route_to
 
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 TOKEN_VARIABLE = "TORCHSPEC_ENGINE_TOKEN"
 _ANSWERS = 600.0
 """Seconds for one request."""
+_HEALTH = 10.0
+"""Seconds for a server to say that it is well."""
 
 
 class BadAnswer(Exception):
@@ -89,11 +92,7 @@ class RemoteVLLMEngine(CapturingEngine):
         body = {
             "model": self._model,
             "prompt": ids,
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": None if sampling.temperature == 0.0 else sampling.seed,
-            "stop_token_ids": self.ends,
+            **answer_values(sampling, ends=self.ends),
             "kv_transfer_params": parameters,
         }
         for last in (False, True):
@@ -102,8 +101,8 @@ class RemoteVLLMEngine(CapturingEngine):
             except httpx.TransportError as error:
                 reason = type(error).__name__
             else:
-                if answer.status_code < 500:
-                    break
+                if answer.status_code < 500 or (last and await self._healthy()):
+                    break  # a healthy server that cannot answer: this request's fault, and no other's
                 reason = f"answers {answer.status_code}: {answer.text[:200]}"
             if last:
                 self._lost = True
@@ -115,6 +114,16 @@ class RemoteVLLMEngine(CapturingEngine):
         if said is None:
             raise BadAnswer("the server has no connector of ours: start it as main.py vllm_command says")
         return dict(said)
+
+    async def _healthy(self) -> bool:
+        """Whether the server says that its engine runs."""
+        import httpx
+
+        try:
+            answer: httpx.Response = await self._client.get("/health", timeout=_HEALTH)
+        except httpx.TransportError:
+            return False
+        return answer.status_code == 200
 
     def gone(self) -> bool:
         return self._lost or self._client is None

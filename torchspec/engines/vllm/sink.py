@@ -143,7 +143,7 @@ class Sink:
         """
         started = time.monotonic()
         if self._problem:
-            self._report(Wrote(key=capture.key, error=self._problem))
+            self.refuse(capture.key, self._problem)
             return _at_once
         tokens = len(capture.ids)
         size = self.spec.layout(tokens, capture.rows).total
@@ -173,6 +173,10 @@ class Sink:
             aux.view(capture.rows, len(self._aux), -1).copy_(chosen[:, : len(self._aux)], non_blocking=True)
             last.copy_(states[:, self._last], non_blocking=True)
             return self._stream.record_event() if self._stream is not None else None
+
+    def refuse(self, key: str, why: str) -> None:
+        """Say of a record that it will not be written."""
+        self._report(Wrote(key=key, error=why))
 
     def gone(self) -> bool:
         """Whether it is of no more use, because the engine at the other end has ended or the store was not to be opened."""
