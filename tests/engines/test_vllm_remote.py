@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 import torch
 
@@ -21,7 +22,8 @@ from tests.engines.parts import read_record, spec_of
 from tests.engines.test_transformers_engine import expected, leases_of, work_off
 from tests.tiny import save_target
 from torchspec.cli import main
-from torchspec.engines.engine import EngineConfig, Job
+from torchspec.engines.engine import EngineConfig, Job, OnPolicy
+from torchspec.engines.messages import Continue
 from torchspec.engines.vllm.remote import TOKEN_VARIABLE, RemoteVLLMEngine
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
@@ -78,10 +80,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     process.wait()
 
 
-def engine_for(served: Served, server: StoreServer, aux: tuple[int, ...] = AUX, deterministic: bool = False, **engine_args: object) -> RemoteVLLMEngine:
+def engine_for(
+    served: Served, server: StoreServer, aux: tuple[int, ...] = AUX, deterministic: bool = False, on_policy: OnPolicy | None = None, **engine_args: object
+) -> RemoteVLLMEngine:
     arguments = {"url": served.url, **engine_args}
     config = EngineConfig(batch_samples=8, batch_tokens=64, start_timeout=4.0, deterministic=deterministic, engine_args=arguments)
-    return RemoteVLLMEngine(Job(TargetConfig(str(served.target)), spec_of(served.target, aux), server.address, config, max_length=MAX_LENGTH, device="cpu"))
+    job = Job(TargetConfig(str(served.target)), spec_of(served.target, aux), server.address, config, max_length=MAX_LENGTH, device="cpu", on_policy=on_policy)
+    return RemoteVLLMEngine(job)
 
 
 @pytest.mark.slow
@@ -107,8 +112,22 @@ def test_a_server_of_somebody_else(served: Served, server: StoreServer, tmp_path
         states, _ = expected(model, samples[done.lease])
         assert record.input_ids.tolist() == samples[done.lease]
         torch.testing.assert_close(record.aux, torch.cat([states[1], states[2]], dim=-1)[: done.rows], rtol=1e-4, atol=1e-4)
-    store.close()
     engine.close()
+
+    for temperature in (0.0, 0.7):  # the second one goes wrong on a CPU
+        engine = engine_for(served, server, on_policy=OnPolicy(temperature=temperature))
+        engine.start()
+        (lease,) = leases_of(samples[2:3])
+        finished, failures = work_off(engine, [msgspec.structs.replace(lease, go_on=Continue(new_tokens=5, seed=1))])
+        if temperature:
+            assert not finished and "at temperature 0.7" in failures[0].reason
+        else:
+            said = read_record(store, lease.key, finished[0].nbytes, engine.spec).input_ids.tolist()
+            with torch.inference_mode():
+                whole = model.generate(torch.tensor([samples[2]]), max_new_tokens=5, do_sample=False)[0].tolist()
+            assert said == whole
+        engine.close()
+    store.close()
 
     monkeypatch.setenv(TOKEN_VARIABLE, "guess")
     stranger = engine_for(served, server)
