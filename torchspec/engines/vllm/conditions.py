@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import vllm
 
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
@@ -62,6 +61,8 @@ def check_cache(cache: torch.Tensor, dtype: torch.dtype) -> None:
 
 def _wrong(vllm_config: Any) -> Iterator[tuple[str, Any, str, str]]:
     """(field, value, problem, fix) of everything that is wrong."""
+    import vllm
+
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     dtype = str(model.dtype).removeprefix("torch.")
     if cache.cache_dtype not in ("auto", dtype):
