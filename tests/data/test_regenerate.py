@@ -151,9 +151,12 @@ def test_other_settings_do_not_mix_in_one_file(target: TargetConfig, tmp_path: P
     (tmp_path / "out.jsonl").write_text(json.dumps(more) + "\n")
     with pytest.raises(UserError, match="top_k=None differs from 5"):
         run(target, tmp_path)
-    (tmp_path / "out.jsonl").write_text("hello\n")
-    with pytest.raises(UserError, match="no regenerate wrote"):
-        run(target, tmp_path)
+    # a file of another kind is left as it is, also where it has no last newline
+    for theirs in ("hello\n", "hello", "[1, 2]", '[{"id": "a"', '{"id": "a", "messages": []}', '{\n"id": "a"', "7"):
+        (tmp_path / "out.jsonl").write_text(theirs)
+        with pytest.raises(UserError, match="no regenerate wrote"):
+            run(target, tmp_path)
+        assert (tmp_path / "out.jsonl").read_text() == theirs
 
 
 def test_failures_are_listed_and_tried_again(target: TargetConfig, tmp_path: Path) -> None:
@@ -177,6 +180,10 @@ def test_rows_without_id_and_with_the_same_id_are_kept_apart(target: TargetConfi
     assert len({row["id"] for row in written}) == 4
     report, _, _ = run(target, tmp_path)
     assert report.skipped == 4
+    rows = [conversation(word, "OLD", id=id) for word, id in (("one", "a#2"), ("two", "a"), ("three", "a"), ("four", "a#3"), ("five", "a"), ("six", "a#2"))]
+    (tmp_path / "out.jsonl").unlink()
+    _, written, _ = run(target, tmp_path, rows)
+    assert [row["id"] for row in sorted(written, key=lambda row: row["id"])] == ["a", "a#2", "a#2#2", "a#3", "a#3#2", "a#4"]
 
 
 def test_limit_takes_the_first_rows(target: TargetConfig, tmp_path: Path) -> None:

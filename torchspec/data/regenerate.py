@@ -310,8 +310,13 @@ def _rows(input: str, messages_key: str | None, limit: int | None) -> tuple[Iter
                 yield "", place, str(error)
                 continue
             id = str(fields.get("id", hashlib.sha256(text).hexdigest()[:16]))
-            seen[id] = seen.get(id, 0) + 1
-            yield _Row(id if seen[id] == 1 else f"{id}#{seen[id]}", place, fields, conversation, [])
+            number = seen[id] = seen.get(id, 0) + 1
+            while number > 1 and f"{id}#{number}" in seen:  # another row's own id
+                number += 1
+            if number > 1:
+                seen[id], id = number, f"{id}#{number}"
+                seen[id] = 1
+            yield _Row(id, place, fields, conversation, [])
 
     return generate(), total
 
@@ -341,17 +346,17 @@ def _open_output(output: Path, made: dict[str, Any]) -> set[str]:
     output.parent.mkdir(parents=True, exist_ok=True)
     if not output.exists():
         return set()
-    done = set()
+    done = set[str]()
     whole = 0
     with output.open("rb") as handle:
         for line in handle:
-            if not line.endswith(b"\n"):
-                break
+            torn = not line.endswith(b"\n")
             try:
                 row = json.loads(line)
-                done.add(row["id"])
-                before = dict(row["sampling"])
-            except (ValueError, KeyError, TypeError):
+                id, before = str(row["id"]), dict(row["sampling"])
+            except (ValueError, KeyError, TypeError) as error:
+                if torn and isinstance(error, ValueError) and b'{"'.startswith(line[:2]):
+                    break
                 raise UserError("output", str(output), f"holds a line that no regenerate wrote (after {len(done)} rows)", "give another output file") from None
             for name in {**made, **before}:
                 if name not in before or name not in made or before[name] != made[name]:
@@ -361,7 +366,9 @@ def _open_output(output: Path, made: dict[str, Any]) -> set[str]:
                         f"differs from {before.get(name)!r}, with which {output} was begun",
                         "use the same settings to go on, or another output file",
                     )
-            whole += len(line)
+            if not torn:
+                done.add(id)
+                whole += len(line)
     with output.open("r+b") as handle:
         handle.truncate(whole)
     return done
