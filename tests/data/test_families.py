@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.data.families import CASES, FAMILIES, FOLDER, answer, renderer, supervised, tokenizer, user
-from torchspec.data.conversations import Conversation, RowError
+from tests.data.families import CASES, FAMILIES, FOLDER, HERMES, TOOLS, answer, renderer, supervised, tokenizer, user
+from torchspec.data.conversations import Conversation, Message, RowError
 from torchspec.data.tokenise import Tokenise
 from torchspec.errors import UserError
 
@@ -91,6 +91,21 @@ def test_text_rendered_elsewhere(name: str) -> None:
         assert rendered.ids.tolist() == again.ids.tolist() and rendered.mask.tolist() == again.mask.tolist()
     with pytest.raises(RowError, match="text has no answer|text does not begin with"):
         found.render(Conversation(text="only words"))
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        (answer("", "it is a"), "<think>\nit is a"),
+        (answer("<think>it is</think>"), "<think>\nit is"),
+        (answer("<think>it is</think>two"), "<think>\nit is\n</think>\n\ntwo"),
+        (answer("im"), "<think>\n\n</think>\n\nim"),
+        (answer("", "we call", call=True), f"<think>\nwe call\n</think>\n\n{HERMES}"),
+    ],
+)
+def test_what_is_supervised_of_an_answer_that_was_cut(message: Message, shown: str) -> None:
+    one = Conversation(messages=(user("the cat"), message), tools=TOOLS, cut=frozenset({1}))
+    assert supervised(tokenizer("qwen3"), renderer("qwen3", variables={"enable_thinking": True}).render(one)) == [shown]
 
 
 @pytest.mark.parametrize("thought", ["over", "runs over", "it runs over it"])

@@ -181,12 +181,12 @@ class Renderer:
         """Index after the last token of an answer that a length limit cut, in ``ids[first:last]``: its call, its words, or the thinking that it was at."""
         while last > first and int(ids[last - 1]) in self._ends:
             last -= 1
-        words = words_of(message) if words_of(message).strip() else reasoning_of(message)
         if message.get("tool_calls") or last == first:
             return last
-        answer = answer[: int(ends[last - 1]) - begin]
-        words = next((shown for shown in (words, words.strip(), words.split("</think>")[-1].strip()) if shown in answer), answer)
-        return min(last, int(np.searchsorted(ends, begin + answer.rfind(words) + len(words), side="right"))) if words else first
+        words, thought, answer = words_of(message), reasoning_of(message), answer[: int(ends[last - 1]) - begin]
+        said = [one for one in (words, words.strip(), words.split("</think>")[-1].strip(), thought, thought.strip()) if one.strip()]
+        shown = next((one for one in said if one in answer), answer if said else "")
+        return min(last, int(np.searchsorted(ends, begin + answer.rfind(shown) + len(shown), side="right"))) if shown else first
 
     def _why_unsupervised(self, conversation: Conversation, text: str) -> str:
         if conversation.text is not None:
