@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,7 @@ def build(source: Path | list[str] | dict[str, float], cache: Path, tokenizer: A
 
 
 def entries(cache: Path) -> list[str]:
-    return sorted(p.name for p in cache.iterdir())
+    return sorted(p.name for p in cache.iterdir() if p.suffix != ".lock")
 
 
 def chat(question: str, answer: str) -> str:
@@ -133,7 +136,7 @@ def test_a_crash_in_the_first_shard_leaves_nothing(tmp_path: Path, tokenizer: An
             build(source, cache, tokenizer)
     assert entries(cache) == []
     key = build(source, cache, tokenizer).folder.name
-    left = cache / f".{key}.{socket.gethostname()}.999999999"  # of a build that was killed before it had anything
+    left = cache / f".{key}.{socket.gethostname()}"  # of a build that was killed before it had anything
     left.mkdir()
     (cache / key / "meta.json").unlink()
     build(source, cache, tokenizer)
@@ -158,8 +161,7 @@ def test_a_build_that_was_killed_goes_on(tmp_path: Path, tokenizer: Any, monkeyp
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Tokenise, "__call__", dies)
         build(source, cache, tokenizer, max_bad_fraction=0.1)
-    (left,) = cache.iterdir()
-    left = left.rename(left.with_suffix(".999999999"))  # as of another process, which is dead
+    (left,) = (path for path in cache.iterdir() if path.is_dir())
     with (left / "tokens.i32").open("ab") as handle:
         handle.write(b"cut off in the middle")
     seen.clear()
@@ -170,6 +172,30 @@ def test_a_build_that_was_killed_goes_on(tmp_path: Path, tokenizer: Any, monkeyp
     assert data.content == unbroken.content and data.summary == unbroken.summary and entries(cache) == [data.folder.name]
     for name in ("tokens.i32", "mask.u8", "offsets.npy", "places.i32", "hashes.u64", "counts.npy", "bad_rows.jsonl"):
         assert (data.folder / name).read_bytes() == (unbroken.folder / name).read_bytes(), name
+
+
+def test_one_process_builds_and_the_others_wait_for_it(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, cache = save_conversations(tmp_path / "a.jsonl", 20), tmp_path / "cache"
+    whole, tokenised = Tokenise.__call__, []
+
+    def slow(self: Tokenise, batch: dict[str, Any]) -> dict[str, Any]:
+        tokenised.append(len(batch["row"]))
+        time.sleep(0.5)
+        return whole(self, batch)
+
+    monkeypatch.setattr(Tokenise, "__call__", slow)
+    with ThreadPoolExecutor(3) as pool:  # a lock is of an open file: threads exclude each other as processes do
+        built = list(pool.map(lambda _: build(source, cache, tokenizer), range(3)))
+    assert sum(tokenised) == 20 and len({data.folder for data in built}) == 1 and entries(cache) == [built[0].folder.name]
+
+
+def test_a_disk_without_locks(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("torchspec.data.prepare.fcntl.flock", refuses)
+    data = build(save_conversations(tmp_path / "a.jsonl", 5), tmp_path / "cache", tokenizer)
+    assert len(data) == 5 and entries(tmp_path / "cache") == [data.folder.name]
 
 
 def test_weights_say_how_often_an_epoch(tmp_path: Path, tokenizer: Any) -> None:

@@ -1,22 +1,26 @@
 """The tokenised data set of some sources: built once, kept under a key of everything that changes it.
 
 The key holds the content of the sources, tokenizer and chat template, the options, and the format of the code: what is stale is never found. An entry is
-written under a temporary name and renamed, so there is no half entry, and two hosts that build the same one on a shared disk do not disturb each other. What a
-build that was killed left on this host is gone on with.
+written under a temporary name and renamed, so there is no half entry. A file lock lets one process build it while others wait for it, and tells what a build
+that was killed left, which is gone on with. On a disk without locks each process builds its own, and the first one counts.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -33,6 +37,7 @@ from torchspec.images import VisionTower
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 _LOOKED_AT = 1000
 """Rows among which the first good one says whether a target without a chat template will do."""
 
@@ -86,12 +91,14 @@ def prepare(
     sources = [source for source, _ in pairs]
     key = _key(sources, options, tokenizer, vocab_size, end_ids, tower)
     folder = cache_dir / key
-    try:
-        dataset = TokenizedDataset(folder)
-    except FileNotFoundError:
-        if folder.exists():  # damaged, or of an older format; one that is not there yet may appear at any moment
-            shutil.rmtree(folder, ignore_errors=True)
-        dataset = _build(folder, sources, options, tokenizer, vocab_size, target_name, end_ids, tower, config_key, max_bad_fraction, num_proc)
+    dataset = _cached(folder)
+    if dataset is None:
+        with _workspace(folder) as building:
+            dataset = _cached(folder)  # another process may have built it while this one waited
+            if dataset is None:
+                if folder.exists():  # damaged, or of an older format; one that is not there yet may appear at any moment
+                    shutil.rmtree(folder, ignore_errors=True)
+                dataset = _build(folder, building, sources, options, tokenizer, vocab_size, target_name, end_ids, tower, config_key, max_bad_fraction, num_proc)
     summary = dataset.summary
     if summary.bad > max_bad_fraction * summary.rows:
         raise _too_many_bad(dataset.folder, summary, max_bad_fraction, config_key)
@@ -117,8 +124,17 @@ def _key(
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
+def _cached(folder: Path) -> TokenizedDataset | None:
+    """The entry, where it is there and whole."""
+    try:
+        return TokenizedDataset(folder)
+    except FileNotFoundError:
+        return None
+
+
 def _build(
     folder: Path,
+    building: Path,
     sources: list[Source],
     options: DataOptions,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -136,7 +152,7 @@ def _build(
         raise UserError(config_key, names, "holds no rows", "check the files")
     rows = (row for source in sources for row, _ in read_rows(source, config_key=config_key))
     renderer = _renderer(itertools.islice(rows, _LOOKED_AT), tokenizer, target_name, options, end_ids)
-    building = _workspace(folder)
+    building.mkdir(exist_ok=True)
     keep = True
     try:
         progress = build(
@@ -182,21 +198,33 @@ def _build(
             shutil.rmtree(building, ignore_errors=True)
 
 
-def _workspace(folder: Path) -> Path:
-    """A folder to build in: what a dead build of this entry left on this host, or a new one."""
+@contextmanager
+def _workspace(folder: Path) -> Iterator[Path]:
+    """Where this entry is built, by this process alone: it may hold what a build that was killed has left."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    mine = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
-    for left in folder.parent.glob(f".{folder.name}.{socket.gethostname()}.*"):
-        if left == mine or not Path(f"/proc/{left.suffix[1:]}").exists():
-            try:
-                if not mine.exists() and (left / "progress.json").is_file():
-                    left.rename(mine)
-            except OSError:  # another process took it
-                continue
-            if left != mine:
-                shutil.rmtree(left, ignore_errors=True)
-    mine.mkdir(exist_ok=True)
-    return mine
+    building = folder.with_name(f".{folder.name}.{socket.gethostname()}")
+    with building.with_name(building.name + ".lock").open("w") as lock:  # the file stays: one that goes could be locked by two
+        try:
+            if not _locked(lock):
+                log.warning("another process builds the data set %s: waiting for it", folder)
+                while not _locked(lock):
+                    time.sleep(0.2)
+        except OSError as error:
+            log.info("%s takes no locks (%s): this process builds for itself", folder.parent, error)
+            yield building.with_name(f"{building.name}.{os.getpid()}")
+            return
+        if building.exists() and not (building / "progress.json").is_file():
+            shutil.rmtree(building)  # of a build that died before it had anything
+        yield building
+
+
+def _locked(file: IO[str]) -> bool:
+    """Lock an open file until it is closed; False while another process has it. OSError where the file system knows no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _renderer(
