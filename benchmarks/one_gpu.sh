@@ -40,7 +40,7 @@ step() { # step NAME SECONDS ARGUMENTS...
   part "$1" "$2" "$python" benchmarks/train_step.py $sizes "${@:3}"
 }
 fit() { # fit NAME SECONDS ARGUMENTS...: a run's figures
-  part "$1" "$2" "$python" main.py fit --trainer.accelerator "$accelerator" --trainer.default_root_dir "$out/$1" --data.target.path "$target" "${@:3}"
+  part "$1" "$2" "$python" main.py fit "${@:3}" --trainer.accelerator "$accelerator" --trainer.default_root_dir "$out/$1" --data.target.path "$target"
   [ -f "$out/$1/pipeline.json" ] && tr -d '\n' <"$out/$1/pipeline.json" | sed 's/ \{2,\}/ /g;s/$/\n/' | tee -a "$out/results.jsonl"
   [ -f "$out/$1/acceptance.jsonl" ] && tail -n 1 "$out/$1/acceptance.jsonl" | tee -a "$out/results.jsonl"
 }
