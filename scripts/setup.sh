@@ -32,7 +32,8 @@ apt_install() {
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
 
-has_library() { { ldconfig -p 2>/dev/null || /sbin/ldconfig -p 2>/dev/null; } | grep -qF "$1"; }
+libraries=$(ldconfig -p 2>/dev/null || /sbin/ldconfig -p 2>/dev/null || true)
+has_library() { [[ $libraries == *"$1"* ]]; } # no pipe: a grep that leaves at its find ends the other side with SIGPIPE
 
 missing=()
 has_library libibverbs.so.1 || missing+=(libibverbs1)

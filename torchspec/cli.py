@@ -10,7 +10,9 @@ import os
 import sys
 import traceback
 import warnings
+from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torchspec.errors import GroupStopped, UserError
@@ -38,6 +40,8 @@ TRAINING: dict[str, str] = {
     "validate": "measure a draft on the validation data",
 }
 
+_STRICT: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
+"""Of every parser: no abbreviations, and errors that are raised, because a page of usage before each hides it."""
 _LAST_RANK = 120.0
 """Seconds for the other ranks to finish after the first."""
 
@@ -63,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             _command(words[0], words[1:])
     except UserError as error:
         _fail(error)
+    except ArgumentError as error:
+        _fail(f"{' '.join(str(error).split())}. Fix: see main.py {words[0]} --help")
     except GroupStopped as error:
         _fail(error, code=1)
     except KeyboardInterrupt:
@@ -82,7 +88,7 @@ def _overview() -> str:
     return f"{head}\n\n{rows}\n\nmain.py COMMAND --help shows the options of a command."
 
 
-def _fail(error: BaseException, code: int = 2) -> None:
+def _fail(error: BaseException | str, code: int = 2) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(code) from None
 
@@ -98,20 +104,30 @@ def _command(name: str, words: list[str]) -> None:
     from torchspec import commands, data_commands
 
     function: Callable[..., Any] = getattr(data_commands if name in DATA_COMMANDS else commands, name)
-    code = auto_cli(function, args=words, as_positional=False, prog=f"main.py {name}", allow_abbrev=False)
+    code = auto_cli(function, args=words, as_positional=False, prog=f"main.py {name}", **_STRICT)
     if isinstance(code, int) and code:
         raise SystemExit(code)
 
 
 def _train(words: list[str]) -> None:
     _quiet()
-    from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+    import lightning.pytorch as pl
+    from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     from torchspec import ranks
     from torchspec.data.datamodule import DraftDataModule
     from torchspec.models.module import DraftModule
     from torchspec.models.parallelize import refuse_fsdp1, register_strategies
     from torchspec.trainer import Trainer
+
+    class SaveConfig(SaveConfigCallback):
+        """Writes the whole configuration of a training run into its folder, whatever the logger."""
+
+        def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+            if stage == "fit":
+                folder = Path(trainer.default_root_dir)
+                folder.mkdir(parents=True, exist_ok=True)
+                self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
 
     class TorchSpecCLI(LightningCLI):
         """LightningCLI with the target configured once, under ``data``."""
@@ -142,8 +158,9 @@ def _train(words: list[str]) -> None:
             DraftDataModule,
             trainer_class=Trainer,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"allow_abbrev": False, **{name: {"allow_abbrev": False} for name in TRAINING}},
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+            parser_kwargs={**_STRICT, **{name: dict(_STRICT) for name in TRAINING}},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=words,

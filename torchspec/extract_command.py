@@ -24,7 +24,7 @@ def run(words: list[str]) -> None:
     from torchspec.data.outputs import output_folder
     from torchspec.transfer.sizes import show_bytes
 
-    parser = ArgumentParser(prog="main.py extract", description=__doc__.split(":", 1)[1].strip(), allow_abbrev=False)
+    parser = ArgumentParser(prog="main.py extract", description=__doc__.split(":", 1)[1].strip(), allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", type=str, help="YAML of a run; its data and model.aux_layers are used. Of several, later ones win key by key")
     parser.add_argument("--output", type=str, required=True, help="folder of the records; one that exists is gone on with")
     parser.add_argument("--part", type=str, default="1/1", help="part of the conversations, such as 2/4, for several calls at once")

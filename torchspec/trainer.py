@@ -26,6 +26,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from torchspec import ranks
 from torchspec.agreement import Agreement, Vote
@@ -59,6 +60,8 @@ class Trainer(pl.Trainer):
     """Signal that ended the run."""
     agreement: Agreement = Agreement()
     """What ranks say to each other of every batch."""
+    _began_at: int = 0
+    """Optimizer steps when training began."""
     torn: bool = False
     """True once this rank leaves alone."""
 
@@ -82,6 +85,18 @@ class Trainer(pl.Trainer):
         self._place_checkpoints(mend=True)
         with self._rank_log(), self._end_with_signal_code():
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+            self._say_if_nothing_was_trained()
+
+    def _run_stage(self) -> Any:
+        self._began_at = self.global_step  # restored by now
+        return super()._run_stage()
+
+    def _say_if_nothing_was_trained(self) -> None:
+        if self.state.finished and self.global_step == self._began_at:
+            why = "a callback stopped it before the first batch, or its limits leave none"
+            if self.resume_path is not None:
+                why = f"{self.resume_path} is at its end: raise trainer.max_epochs, max_steps or limit_train_batches to go on"
+            rank_zero_info(f"this run trained no step: {why}")
 
     def validate(
         self, model: Any = None, dataloaders: Any = None, ckpt_path: Any = None, verbose: bool = True, datamodule: Any = None, weights_only: bool | None = None

@@ -197,7 +197,7 @@ def test_the_users_own_accumulation_may_agree(world: dict[str, str], tmp_path: P
 
 @pytest.mark.parametrize(
     ("data", "said"),
-    [({"packs_per_step": 2}, "packs_per_step"), ({"seed": 5}, "seed"), ({"max_tokens": 170}, "plan_fingerprint"), ({"max_length": 40}, "plan_fingerprint")],
+    [({"packs_per_step": 2}, "packs_per_step"), ({"seed": 5}, "seed"), ({"max_tokens": 170}, "max_tokens"), ({"max_length": 40}, "content|conversations")],
 )
 def test_a_checkpoint_of_another_plan_is_refused(world: dict[str, str], tmp_path: Path, data: dict[str, Any], said: str) -> None:
     alone = {**world, "validate": None}

@@ -26,7 +26,7 @@ def refused(folder: Path, *words: str, expected: tuple[str, ...], **popen: objec
     code, output = run(*words, **popen)
     assert code not in (0, None), output
     lines = [line for line in output.splitlines() if line.strip()]
-    assert lines[-1].startswith("error: ") or "usage" in output, output
+    assert lines[-1].startswith("error: ") and "usage" not in output, output
     assert all(part in lines[-1] for part in expected), output
     assert "Traceback" not in output, output
     assert not (folder / "shm").exists() or store_files(folder) == []

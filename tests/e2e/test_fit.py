@@ -40,7 +40,7 @@ def test_a_run_trains_logs_saves_and_exports(whole: Path) -> None:
     assert len(losses) >= 8
     assert sum(losses[-3:]) < sum(losses[:3])
     assert len(metrics(whole, "val/acceptance_length")) == 1
-    assert (whole / "checkpoints" / "last.ckpt").is_file()
+    assert (whole / "checkpoints" / "last.ckpt").is_file() and (whole / "config.yaml").is_file()
     tensors = load_file(whole / "draft" / "model.safetensors")
     described = json.loads((whole / "draft" / "config.json").read_text())
     assert described["architectures"] == ["LlamaForCausalLMEagle3"] and described["draft_vocab_size"] == 128

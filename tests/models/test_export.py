@@ -167,14 +167,15 @@ def test_card_and_tokenizer(tmp_path: Path) -> None:
     facts = {
         "loss": {"forward_kl": 1.0, "tv": 0.5}, "start": {"init": "target"},
         "optimizer": {"name": "AdamW", "groups": [{"lr": 3e-4, "betas": [0.9, 0.95]}]}, "schedule": {"name": "Cosine", "warmup_steps": 0.05},
-        "data": {"train": [["some/chats", 1.0], ["more.jsonl", 2.0]], "conversations": 56789, "max_length": 2048, "tokens_per_step": 32768, "on_policy": False},
+        "data": {"train": [["some/chats", 1.0], ["more.jsonl", 2.0]], "conversations": 56789, "max_length": 2048, "tokens_per_step": 32768, "on_policy": False,
+                 "steps_per_epoch": 617},
     }  # fmt: skip
-    training = {"unroll_steps": 5, "step_weights": [1.0, 0.8], "optimizer_steps": 1234, "epochs": 2, "recipe": facts}
+    training = {"unroll_steps": 5, "step_weights": [1.0, 0.8], "optimizer_steps": 1234, "recipe": facts}
     options = ExportOptions(form="sglang", tokenizer=True, target_name="somebody/some-model")
     export_draft(config, {n: p.detach() for n, p in draft.named_parameters()}, None, target, tmp_path / "draft", options=options, training=training)
     card = (tmp_path / "draft" / "README.md").read_text()
     assert "base_model: somebody/some-model" in card and str(tmp_path) not in card
-    assert "--speculative-num-steps 5" in card and "| optimizer steps | 1,234 |" in card and "| step weights | 1, 0.8 |" in card
+    assert "--speculative-num-steps 5" in card and "| optimizer steps | 1,234 (2 epochs) |" in card and "| step weights | 1, 0.8 |" in card
     assert "| loss | forward_kl 1, tv 0.5 |" in card and "| optimizer | AdamW: lr 0.0003, betas 0.9 0.95 |" in card
     assert "| schedule | Cosine: warmup_steps 0.05 |" in card and "| started from | the target's head" in card
     assert "| data | some/chats, 2 x more.jsonl, 56,789 conversations |" in card

@@ -146,6 +146,7 @@ class Corpus:
             "conversations": None if loaded is None else len(loaded),
             "max_length": self.options.max_length,
             "tokens_per_step": self.max_tokens * self.packs_per_step,
+            "steps_per_epoch": None if loaded is None else self.any_plan.steps,
             "on_policy": self.on_policy is not None,
         }
 

@@ -65,6 +65,9 @@ def cursor(plan: Plan, *, steps: int, seed: int, world: int) -> dict[str, Any]:
         "epoch": epoch,
         "packs_trained": step * plan.packs_per_step,
         "packs_per_step": plan.packs_per_step,
+        "max_tokens": plan.max_tokens,
+        "conversations": len(plan.lengths),
+        "content": plan.content,
         "plan_fingerprint": plan.fingerprint,
         "world_size": world,
     }
@@ -76,11 +79,12 @@ def check_cursor(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     Raises:
         UserError: by what differs.
     """
-    for name in ("packs_per_step", "seed", "plan_fingerprint"):
-        if saved.get(name) != ours[name]:
-            what = "data (content, max_length, max_tokens, order)" if name == "plan_fingerprint" else f"data.{name}"
+    data = "data (data.train, data.max_length, the target's template)"
+    settings = {"packs_per_step": "data.packs_per_step", "seed": "data.seed", "max_tokens": "data.max_tokens"}
+    for name, what in {**settings, "conversations": data, "content": data, "plan_fingerprint": "data and order"}.items():
+        if name in saved and saved[name] != ours[name]:
             fix = f"resume with the {what} of the checkpoint, or start a new run"
-            raise UserError(f"ckpt_path ({name})", saved.get(name), f"differs from this run's {ours[name]}", fix)
+            raise UserError(f"ckpt_path ({name})", saved[name], f"differs from this run's {ours[name]}", fix)
 
 
 def set_progress(trainer: pl.Trainer, *, batches_per_epoch: int, packs_per_step: int, saved_world: int) -> None:

@@ -100,7 +100,6 @@ def export_checkpoint(
         "unroll_steps": facts["unroll_steps"],
         "step_weights": facts["step_weights"],
         "optimizer_steps": entries.get("global_step"),
-        "epochs": None if entries.get("epoch") is None else entries["epoch"] + 1,
         "recipe": facts.get("recipe", {}),
     }
     return export_draft(config, weights, trained, target, directory, options=options, training=training)

@@ -28,7 +28,7 @@ def model_card(
         dtype: of the tensors.
         parameters: number of trained values.
         target_name: hub id of the target, where it is known by another name than ``target.config.path``.
-        training: facts by their name (``unroll_steps``, ``step_weights``, ``optimizer_steps``, ``epochs``, ``recipe``); what is missing is left out.
+        training: facts by their name (``unroll_steps``, ``step_weights``, ``optimizer_steps``, ``recipe``); what is missing is left out.
     """
     facts = dict(training or {})
     name = target_name or target.config.path
@@ -77,10 +77,14 @@ def _training(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if facts.get("step_weights") is not None:
         rows.append(("step weights", ", ".join(f"{weight:.4g}" for weight in facts["step_weights"])))
     if facts.get("optimizer_steps") is not None:
-        rows.append(("optimizer steps", f"{facts['optimizer_steps']:,}"))
-    if facts.get("epochs") is not None:
-        rows.append(("epochs begun", str(facts["epochs"])))
+        rows.append(("optimizer steps", f"{facts['optimizer_steps']:,}" + _epochs(facts)))
     return rows + recipe.rows(facts.get("recipe") or {})
+
+
+def _epochs(facts: Mapping[str, Any]) -> str:
+    """How often the data were seen, where it is known how many steps that takes."""
+    steps = (facts.get("recipe") or {}).get("data", {}).get("steps_per_epoch")
+    return f" ({facts['optimizer_steps'] / steps:.3g} epochs)" if steps else ""
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:
