@@ -121,10 +121,13 @@ def _train(words: list[str]) -> None:
     from torchspec.trainer import Trainer
 
     class SaveConfig(SaveConfigCallback):
-        """Writes the whole configuration of a training run into its folder, whatever the logger."""
+        """Writes the whole configuration into the folder of a run, whatever the logger, once it trains: a run that was refused leaves what is there."""
 
-        def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-            if stage == "fit":
+        def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+            """Nothing yet."""
+
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if trainer.is_global_zero:
                 folder = Path(trainer.default_root_dir)
                 folder.mkdir(parents=True, exist_ok=True)
                 self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
@@ -159,7 +162,6 @@ def _train(words: list[str]) -> None:
             trainer_class=Trainer,
             seed_everything_default=0,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             parser_kwargs={**_STRICT, **{name: dict(_STRICT) for name in TRAINING}},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
