@@ -13,6 +13,7 @@ import pytest
 
 from tests.data import toy
 from tests.tiny import save_conversations, save_target
+from torchspec.data.progress import check_cursor
 from torchspec.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,13 +198,21 @@ def test_the_users_own_accumulation_may_agree(world: dict[str, str], tmp_path: P
 
 @pytest.mark.parametrize(
     ("data", "said"),
-    [({"packs_per_step": 2}, "packs_per_step"), ({"seed": 5}, "seed"), ({"max_tokens": 170}, "max_tokens"), ({"max_length": 40}, "content|conversations")],
+    [({"packs_per_step": 2}, "packs_per_step"), ({"seed": 5}, "seed"), ({"max_tokens": 170}, "max_tokens"), ({"max_length": 40}, "content")],
 )
 def test_a_checkpoint_of_another_plan_is_refused(world: dict[str, str], tmp_path: Path, data: dict[str, Any], said: str) -> None:
     alone = {**world, "validate": None}
     fit(tmp_path / "first", alone, trainer={"max_steps": 1})  # type: ignore[arg-type]
     with pytest.raises(UserError, match=rf"ckpt_path \({said}\)"):
         fit(tmp_path / "rest", alone, data=data, resume=str(tmp_path / "first" / "last.ckpt"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["packs_per_step", "seed", "max_tokens", "conversations", "content", "plan_fingerprint"])
+def test_a_position_that_lacks_what_it_is_of_is_refused(name: str) -> None:
+    whole = {"packs_per_step": 4, "seed": 0, "max_tokens": 160, "conversations": 24, "content": "xxh3:1", "plan_fingerprint": "2"}
+    check_cursor(whole, whole)
+    with pytest.raises(UserError, match=rf"ckpt_path \({name}\)"):
+        check_cursor({key: value for key, value in whole.items() if key != name}, whole)
 
 
 @pytest.mark.slow

@@ -82,9 +82,9 @@ def check_cursor(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     data = "data (data.train, data.max_length, the target's template)"
     settings = {"packs_per_step": "data.packs_per_step", "seed": "data.seed", "max_tokens": "data.max_tokens"}
     for name, what in {**settings, "conversations": data, "content": data, "plan_fingerprint": "data and order"}.items():
-        if name in saved and saved[name] != ours[name]:
+        if saved.get(name) != ours[name]:
             fix = f"resume with the {what} of the checkpoint, or start a new run"
-            raise UserError(f"ckpt_path ({name})", saved[name], f"differs from this run's {ours[name]}", fix)
+            raise UserError(f"ckpt_path ({name})", saved.get(name), f"differs from this run's {ours[name]}", fix)
 
 
 def set_progress(trainer: pl.Trainer, *, batches_per_epoch: int, packs_per_step: int, saved_world: int) -> None:
