@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 from tests.models.differences import PRUNED, STEPS, WEIGHTS, against_reference, made_for, packing
 from tests.models.packs import Conversation, conversation, draft_config, pack, task
 from tests.models.variants import VARIANTS
 from torchspec.errors import UserError
+from torchspec.models.parallelize import check_reduced
 
 
 @pytest.mark.parametrize("draft_ids", [None, PRUNED], ids=["full", "pruned"])
@@ -27,6 +29,23 @@ def test_accepted_is_the_run_of_right_steps() -> None:
     output = made(pack(config, conversations, STEPS))
     accepted = output.accepted
     assert [int((accepted > k).sum()) for k in range(STEPS)] == [int(v) for v in output.sums["correct_so_far"]]
+
+
+def test_the_result_shows_its_tensors_to_fsdp() -> None:
+    """FSDP2 hooks into those that torch's pytree finds in the output; torch 2.11 looks into no dataclass, and trained nothing."""
+    config = draft_config()
+    made = task(config, draft_ids=None, step_weights=WEIGHTS)
+    output = made(pack(config, [conversation(config, [0] + [1] * 8, 0)], STEPS))
+    assert any(leaf is output.loss for leaf in tree_flatten(output)[0])
+
+
+def test_a_step_without_gradients_is_refused_when_sharded() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    with pytest.raises(RuntimeError, match="no sharded parameter"):
+        check_reduced(optimizer)
+    weight.grad = torch.zeros(2)
+    check_reduced(optimizer)
 
 
 @pytest.mark.parametrize("variant", ["plain", "MLA", "three layers, Qwen3, EAGLE-3.1"])

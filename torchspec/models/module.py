@@ -25,7 +25,7 @@ from torchspec.models.draft_config import DraftConfig
 from torchspec.models.losses import LossWeights
 from torchspec.models.metrics import StepSums
 from torchspec.models.muon import mark_hidden_matrices
-from torchspec.models.parallelize import parallelize, sync_gradients
+from torchspec.models.parallelize import check_reduced, parallelize, sync_gradients
 from torchspec.models.recipe import recipe
 from torchspec.models.resume import check_resume, check_weights, describe
 from torchspec.models.schedules import Schedule
@@ -218,6 +218,10 @@ class DraftModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self.device_mesh is not None and self.task is not None:
             sync_gradients(self.task, (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.device_mesh is not None:
+            check_reduced(optimizer)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0

@@ -108,3 +108,13 @@ def sync_gradients(task: nn.Module, last: bool) -> None:
     """Told before every micro-batch of a sharded task: gradients are reduced, and gathered weights given up, after the last one of a step alone."""
     task.set_requires_gradient_sync(last)  # type: ignore[operator]  # fully_shard adds these methods
     task.set_reshard_after_backward(last)  # type: ignore[operator]
+
+
+def check_reduced(optimizer: torch.optim.Optimizer) -> None:
+    """Before a step of a sharded task: FSDP has given its gradients to the parameters that the optimizer steps.
+
+    Raises:
+        RuntimeError: none has one. FSDP hooks into what the task's forward returns; a result that it cannot look into trains nothing.
+    """
+    if all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"]):
+        raise RuntimeError("no sharded parameter has a gradient: FSDP2 did not see the backward (is the task's output a tuple of tensors?)")

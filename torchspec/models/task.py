@@ -6,8 +6,7 @@ collective.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +31,12 @@ _NOISE = 0.1
 """What is left of fc's random weights there."""
 
 
-@dataclass(frozen=True)
-class StepOutput:
-    """Result of a batch on this rank."""
+class StepOutput(NamedTuple):
+    """Result of a batch on this rank.
+
+    A named tuple, because FSDP2 hooks into the tensors that torch's pytree finds in a module's output: in a dataclass torch 2.11 finds none, and then
+    gradients are neither reduced nor given to the optimizer, without a word.
+    """
 
     loss: Tensor
     """Scalar: sum_k w_k * (this rank's loss sum of step k) / count_k; adds up over ranks and micro-batches to the loss of the optimizer step."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchspec.engines.connection import BadFrame, Closed, Connection
 from torchspec.engines.greeting import prove
 from torchspec.engines.messages import Challenge, Stop
-from torchspec.engines.record_writer import one_line, put_when_room
+from torchspec.engines.record_writer import one_line, put_when_room, quick_handoffs
 from torchspec.engines.vllm.cache import HiddenStateCache
 from torchspec.engines.vllm.orders import REPORTER, Destination, Introduce, Wrote
 from torchspec.transfer import open_store
@@ -113,6 +113,7 @@ class Sink:
     """
 
     def __init__(self, destination: Destination, *, token: str, layer_ids: tuple[int, ...], max_tokens: int, producer: str, device: torch.device) -> None:
+        quick_handoffs()
         self.spec = destination.spec
         self._aux = [layer_ids.index(i) for i in self.spec.aux_layers]
         self._last = layer_ids.index(max(layer_ids))
