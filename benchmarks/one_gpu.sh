@@ -49,7 +49,8 @@ has facts && part facts 60 "$python" -c '
 import json, torch, lightning, transformers
 say = {"torch": torch.__version__, "lightning": lightning.__version__, "transformers": transformers.__version__}
 print(json.dumps(say | {"devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}))'
-has tests && part tests 240 "$python" -m pytest -q -p no:cacheprovider $tests
+spread=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 8") # Triton compiles most of the time
+has tests && part tests 300 "$python" -m pytest -q -p no:cacheprovider $spread $tests
 if has step; then
   if [ -n "${SMOKE:-}" ]; then
     step step 120 --tokens 64 --draft_vocab 128 512 --steps 2 --warm 1
@@ -84,6 +85,7 @@ if has curve; then
 fi
 if has memory && [ -z "${SMOKE:-}" ]; then
   step memory 60 --tokens 65536 --draft_vocab 32000 --steps 1 --warm 1
+  export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True # the last GiB are lost to fragments otherwise
   step recompute 90 --tokens 131072 --draft_vocab 32000 --recompute --steps 1 --warm 1
 fi
 if has draft; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only two GPUs can show, in about five minutes: benchmarks/two_gpus.sh [FOLDER]
+# Everything that only two GPUs can show, in about ten minutes: benchmarks/two_gpus.sh [FOLDER]
 # Results are JSON lines in FOLDER/results.jsonl, written as they come; each part has a time limit and fails alone.
 # SMOKE=1 runs the same parts with small sizes on two CPU processes (gloo). PYTHON chooses the interpreter; PARTS a subset.
 set -u
@@ -37,7 +37,7 @@ fi
 if has target; then
   part target 150 "$python" benchmarks/two_gpus.py target "$out/target" $small --layers "${LAYERS:-36}" &
 fi
-has paths && part paths "${PATHS_LIMIT:-170}" "$python" benchmarks/two_gpus.py paths "$out/paths" $small --jobs "${JOBS:-4}"
+has paths && part paths "${PATHS_LIMIT:-300}" "$python" benchmarks/two_gpus.py paths "$out/paths" $small --jobs "${JOBS:-8}"
 wait
 if has scaling; then
   if [ -n "${SMOKE:-}" ]; then
@@ -49,7 +49,7 @@ if has scaling; then
     for strategy in ddp fsdp2; do scale "apart-$strategy" 60 --strategies $strategy --tokens 4096 --draft_vocab 32000 --profile --stops --steps 8; done
   fi
 fi
-has engines && part engines "${ENGINES_LIMIT:-180}" "$python" benchmarks/two_gpus.py engines "$out/engines" --target "$out/target" $small --store "${STORE:-mooncake}"
+has engines && part engines "${ENGINES_LIMIT:-300}" "$python" benchmarks/two_gpus.py engines "$out/engines" --target "$out/target" $small --store "${STORE:-mooncake}"
 if has scaling && [ -z "${SMOKE:-}" ]; then
   scale accumulated 60 --tokens 4096 --draft_vocab 32000 --accumulate 4 --steps 4 --warm 1
 fi
