@@ -19,7 +19,7 @@ in step-0 rows) at step k is the target row j+k: target logits are needed for th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -35,6 +35,9 @@ class UnrollRows:
     ``index[k]`` [R_k]: which entries of ``base`` are supervised at step k; ``index[0]`` is 0..R_0-1.
     ``keep[k]`` [R_k]: which entries of ``index[k-1]`` survive into step k; ``keep[0]`` equals ``index[0]``.
     ``depth`` [R_0]: steps that supervise each entry of ``base``; stays on the host, for loops that must not wait for a device.
+    ``at`` [R_0 + .. + R_{K-1}]: ``base[index[k]]`` of every step, one after the other, and ``step``, beside it, the k of each.
+    ``where`` [K, N] int32: the row of step k that each pack position has, or -1.
+    ``onto[k]`` int32: the row of step k that each row of step k-1 ([R_{k-1}]; for k = 0 each pack position, [N]) becomes, or -1.
     The target distribution of entry j at step k is that of entry j+k (x_{t+2+k} given its prefix).
     """
 
@@ -42,6 +45,24 @@ class UnrollRows:
     index: tuple[Tensor, ...]
     keep: tuple[Tensor, ...]
     depth: Tensor
+    at: Tensor
+    step: Tensor
+    where: Tensor
+    onto: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, base: Tensor, index: Sequence[Tensor], keep: Sequence[Tensor], *, depth: Tensor, total: int) -> UnrollRows:
+        """With the rest derived, for a pack of ``total`` positions; everything on the host."""
+        at = [base[entries] for entries in index]
+        sizes = [total, *[len(entries) for entries in index]]
+        where = torch.full((len(index), total), -1, dtype=torch.int32)
+        onto = []
+        for k, entries in enumerate(index):
+            rows = torch.arange(len(entries), dtype=torch.int32)
+            where[k, at[k]] = rows
+            onto.append(torch.full((sizes[k],), -1, dtype=torch.int32).index_copy_(0, keep[k] if k else base, rows))
+        step = torch.repeat_interleave(torch.arange(len(index)), torch.tensor(sizes[1:]))
+        return cls(base, tuple(index), tuple(keep), depth, torch.cat(at), step, where, tuple(onto))
 
     @property
     def steps(self) -> int:
@@ -50,7 +71,8 @@ class UnrollRows:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> UnrollRows:
         """The same rows with ``fn`` applied to each tensor but ``depth``."""
-        return UnrollRows(fn(self.base), tuple(fn(t) for t in self.index), tuple(fn(t) for t in self.keep), self.depth)
+        index, keep, onto = (tuple(fn(t) for t in tensors) for tensors in (self.index, self.keep, self.onto))
+        return UnrollRows(fn(self.base), index, keep, self.depth, fn(self.at), fn(self.step), fn(self.where), onto)
 
     def consecutive(self) -> bool:
         """Whether ``base[j] + k == base[j + k]`` for every entry j of every step k, as :func:`unroll_rows` has it. Waits for the device that holds them."""
@@ -181,4 +203,5 @@ def unroll_rows(turn: np.ndarray, cu_seqlens: np.ndarray, steps: int) -> UnrollR
     index = [np.flatnonzero(depth[base] > k) for k in range(steps)]
     keep = [index[0]] + [np.flatnonzero(depth[base][index[k - 1]] > k) for k in range(1, steps)]
     as_tensor = lambda a: torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64))  # noqa: E731
-    return UnrollRows(as_tensor(base), tuple(map(as_tensor, index)), tuple(map(as_tensor, keep)), as_tensor(np.minimum(depth[base], steps)))
+    lists = [list(map(as_tensor, arrays)) for arrays in (index, keep)]
+    return UnrollRows.of(as_tensor(base), *lists, depth=as_tensor(np.minimum(depth[base], steps)), total=turn.shape[0])

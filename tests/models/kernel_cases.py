@@ -51,6 +51,37 @@ def norm(rows: int, width: int, dtype: torch.dtype, *, placed: bool) -> None:
     close("d_weight", d_weight, w.grad, dtype)
 
 
+def advance(rows: int, number: int, width: int, dtype: torch.dtype, *, normed_residual: bool, every: bool, state: bool) -> None:
+    """Two uses of one norm: the weight's gradient is summed over them."""
+    from torchspec.models.kernels import advance as kernel
+
+    place = torch.randperm(rows, generator=torch.Generator().manual_seed(3))[:number].sort().values.to(DEVICE)
+    to = torch.full((rows,), -1, dtype=torch.int32, device=DEVICE).index_copy(0, place, torch.arange(number, dtype=torch.int32, device=DEVICE))
+    weight = make(width, dtype=torch.float32, seed=2).to(dtype).float()
+    w = weight.double().requires_grad_()
+    partial = kernel.sums(width, DEVICE)
+    for seed in (10, 20):
+        x, d_normed, d_residual = make(rows, width, dtype=dtype, seed=seed), *(make(number, width, dtype=dtype, seed=seed + i) for i in (1, 2))
+        d_every, wide = make(rows, width, dtype=dtype, seed=seed + 3), make(rows, width + 8, dtype=dtype, seed=seed + 4)
+        d_state = wide[:, 8:] if state else None
+        exact = x.double().requires_grad_()
+        whole = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5) * w
+        results = [whole[place], whole[place] if normed_residual else exact[place], whole]
+        grads = [d_normed, d_residual, d_every if every else torch.zeros_like(d_every)]
+        total = sum((result * grad.double()).sum() for result, grad in zip(results, grads, strict=True))
+        (total + ((exact * d_state.double()).sum() if d_state is not None else 0.0)).backward()
+        assert exact.grad is not None
+        normed, residual, found, inverse = kernel.forward(x, weight, 1e-5, to, number, normed_residual=normed_residual, every=every)
+        close("normed", normed, results[0].detach(), dtype)
+        close("residual", residual, results[1].detach(), dtype)
+        if every:
+            close("every", found, whole.detach(), dtype)
+        d_x = kernel.backward(d_normed, d_residual, d_every if every else None, d_state, x, weight, to, inverse, partial, normed_residual=normed_residual)
+        close("d_x", d_x, exact.grad, dtype)
+    assert w.grad is not None
+    close("d_weight", partial.sum(0), w.grad, dtype)
+
+
 def swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
     from torchspec.models.kernels import swiglu as kernel
 

@@ -32,6 +32,13 @@ def test_norm(shape: tuple[int, int], placed: bool, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("normed_residual", "every", "state"), [(False, False, True), (True, False, True), (False, True, False), (True, True, True)])
+@pytest.mark.parametrize("shape", sizes([(5, 3, 24), (9, 9, 5), (4, 0, 8), (0, 0, 8)], [(301, 280, 576), (1000, 999, 4096), (77, 40, 7168), (5000, 1, 128)]))
+def test_advance(shape: tuple[int, int, int], normed_residual: bool, every: bool, state: bool, dtype: torch.dtype) -> None:
+    cases.advance(*shape, dtype, normed_residual=normed_residual, every=every, state=state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", sizes([(1, 3), (5, 24), (0, 8)], [(513, 1536), (257, 12288), (3, 14337)]))
 def test_swiglu(shape: tuple[int, int], dtype: torch.dtype) -> None:
     cases.swiglu(*shape, dtype)

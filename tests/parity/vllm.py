@@ -80,8 +80,9 @@ def target_states(target: Path, sequences: list[list[int]], aux_layers: tuple[in
     return found
 
 
-def unrolled(base: Tensor, steps: int) -> UnrollRows:
-    """Rows of an unroll of ``steps`` steps at each of ``base`` [P]: a turn of that many tokens, of which the first alone lasts to the end.
+def unrolled(base: Tensor, steps: int, total: int) -> UnrollRows:
+    """Rows of an unroll of ``steps`` steps at each of ``base`` [P] in a pack of ``total`` tokens: a turn of that many tokens, of which the first
+    alone lasts to the end.
 
     Rows of a turn follow each other (``UnrollRows``), so each proposal has ``steps`` of them; from step 1 on only its first is computed.
     """
@@ -89,11 +90,12 @@ def unrolled(base: Tensor, steps: int) -> UnrollRows:
     every, first = torch.arange(count * steps), steps * torch.arange(count)
     depth = torch.ones_like(every)
     depth[first] = steps
-    return UnrollRows(
-        base=(base[:, None] + torch.arange(steps)).flatten(),
-        index=(every, *[first] * (steps - 1)),
-        keep=(every, *[first] * (steps > 1), *[torch.arange(count)] * (steps - 2)),
+    return UnrollRows.of(
+        (base[:, None] + torch.arange(steps)).flatten(),
+        (every, *[first] * (steps - 1)),
+        (every, *[first] * (steps > 1), *[torch.arange(count)] * (steps - 2)),
         depth=depth,
+        total=total,
     )
 
 
@@ -129,7 +131,7 @@ def our_drafts(draft: Eagle3Draft, ids_of_rows: Tensor | None, prefixes: list[li
             cu_seqlens=torch.from_numpy(cu.astype(np.int32)),
             sample_ids=tuple(range(count)),
             counts=torch.ones(step + 1),
-            rows=unrolled(base, step + 1),
+            rows=unrolled(base, step + 1, len(ids)),
         )
         with torch.no_grad():
             z = draft.lm_head(draft.norm(draft(batch)[step]))

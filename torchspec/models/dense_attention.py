@@ -16,7 +16,7 @@ from torchspec.models import kernels
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.norm import RMSNorm
 from torchspec.models.rope import rotate
-from torchspec.models.shared import Weight, linear, wide
+from torchspec.models.shared import Residual, Weight, linear, wide
 
 Turn = tuple[Tensor, Tensor]
 """cos and sin of the rows, [R, 1, d/2] in fp32 (fp64 where the draft computes in it); see ``rope.tables``."""
@@ -45,7 +45,7 @@ class Projections(Protocol):
     def all(self, flat: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of the same rows."""
 
-    def output(self, attended: Tensor, residual: Tensor) -> Tensor:
+    def output(self, attended: Tensor, residual: Residual) -> Tensor:
         """[R, h, d] to the residual stream, added to ``residual`` [R, H]."""
 
 
@@ -95,7 +95,7 @@ class DenseProjections:
         query, key, value = self._heads(flat, (self.query_size, side, side), turn)
         return query, key, value
 
-    def output(self, attended: Tensor, residual: Tensor) -> Tensor:
+    def output(self, attended: Tensor, residual: Residual) -> Tensor:
         return linear(attended.flatten(1), self.o, bias=self.o_bias, residual=residual)
 
     def _heads(self, flat: Tensor, sizes: tuple[int, ...], turn: Turn) -> list[Tensor]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from torchspec.batch import PackedBatch
+from torchspec.models.advance import Entered, Entrance
 from torchspec.models.attention import Conversations, Queries, UnrollMemory
 from torchspec.models.dense_attention import DenseAttention, Projections, Turn
 from torchspec.models.draft_config import DraftConfig
@@ -30,7 +31,7 @@ from torchspec.models.mla import LatentAttention
 from torchspec.models.mlp import MLP, mlp_block
 from torchspec.models.norm import Norm, RMSNorm
 from torchspec.models.rope import check_reach, frequencies, tables
-from torchspec.models.shared import Addend, SharedRows, Weight, linear, take
+from torchspec.models.shared import Addend, Residual, SharedRows, Weight, linear, take
 
 
 class DraftLayer(nn.Module):
@@ -50,9 +51,10 @@ class DraftLayer(nn.Module):
 class _Layer:
     """A layer during one forward pass: weights in the compute type, fused where one product serves, and what its attention has seen."""
 
-    def __init__(self, layer: DraftLayer, dtype: torch.dtype, *, fp8: bool) -> None:
+    def __init__(self, layer: DraftLayer, dtype: torch.dtype, *, normed_residual: bool, fp8: bool) -> None:
+        first = hasattr(layer, "hidden_norm")
         self.norm, self.mlp_norm = layer.input_layernorm.cast(), layer.post_attention_layernorm.cast()
-        self.hidden_norm = layer.hidden_norm.cast() if hasattr(layer, "hidden_norm") else None
+        self.entrance = Entrance(layer.hidden_norm.cast() if first else self.norm, normed_residual=first and normed_residual)
         self.attention: Projections = layer.self_attn.cast(dtype)
         self.gate_up = Weight.of([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight], dtype, fp8=fp8)
         self.down = Weight.of([layer.mlp.down_proj.weight], dtype, fp8=fp8)
@@ -134,7 +136,7 @@ class Eagle3Draft(nn.Module):
         rows = batch.rows
         assert rows.base.is_cuda or rows.consecutive(), "rows that some step supervises are not consecutive: use unroll_rows"
         check_reach(self.config, int(batch.cu_seqlens.diff().max()) + rows.steps - 1 if batch.num_tokens else 0)
-        layers = [_Layer(layer, self.compute_dtype, fp8=self.fp8) for layer in self.layers]  # type: ignore[arg-type]
+        layers = [_Layer(layer, self.compute_dtype, normed_residual=self.config.norm_before_residual, fp8=self.fp8) for layer in self.layers]  # type: ignore[arg-type]
         hidden = self._project_aux(batch.aux)
         embedded = self._embed(batch, layers[0])
         final = self.norm.cast() if final is None else final
@@ -143,7 +145,10 @@ class Eagle3Draft(nn.Module):
             if step == 0:
                 hidden = self._first_step(hidden, embedded, batch, layers)
             else:
-                hidden = self._later_step(take(hidden, rows.keep[step]), embedded, batch, layers, step)
+                entered = layers[0].entrance(hidden, rows.keep[step], rows.onto[step])
+                if not self.config.norm_output:
+                    outputs[-1] = entered.state
+                hidden = self._later_step(entered, embedded, batch, layers, step)
             outputs.append(hidden)
             if self.config.norm_output:
                 hidden = final(hidden)
@@ -176,13 +181,6 @@ class Eagle3Draft(nn.Module):
             SharedRows.of(linear(normed, half.part(rows=key_value, columns=half.columns), bias=bias[1])),
         )
 
-    def _normed(self, layer: _Layer, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's normed hidden state, and its residual."""
-        if layer.hidden_norm is None:
-            return layer.norm(hidden), hidden
-        normed = layer.hidden_norm(hidden)
-        return normed, normed if self.config.norm_before_residual else hidden
-
     def _project(self, index: int, attention: Projections, x: Tensor, part: slice, addends: list[Addend]) -> Tensor:
         """Rows ``part`` of a layer's input projection, [R, part]; in the first layer x is the hidden half and the addends are the other."""
         if index:
@@ -195,7 +193,7 @@ class Eagle3Draft(nn.Module):
         wide = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
         return tables(inverse.to(wide), self.rope_factor, position, wide)
 
-    def _finish(self, layer: _Layer, attended: Tensor, residual: Tensor) -> Tensor:
+    def _finish(self, layer: _Layer, attended: Tensor, residual: Residual) -> Tensor:
         """Output projection, residual, MLP."""
         hidden = layer.attention.output(attended, residual)
         return mlp_block(hidden, layer.mlp_norm.weight, layer.gate_up, layer.down, eps=layer.mlp_norm.eps, recompute=self.recompute)
@@ -209,12 +207,17 @@ class Eagle3Draft(nn.Module):
         for index, layer in enumerate(layers):
             attention = layer.attention
             query, key_value = slice(0, attention.query_size), slice(attention.query_size, None)
-            x, residual = self._normed(layer, hidden)
-            key, value = attention.keys_values(self._project(index, attention, x, key_value, [Addend(embedded.key_value, None)]), turn)
-            layer.memory = UnrollMemory(key, value, conversations, entries=rows.base.shape[0], slots=rows.steps - 1)
             last = index == len(layers) - 1
             if last:
-                x, residual = take(x, rows.base), take(residual, rows.base)
+                entered = layer.entrance(hidden, rows.base, rows.onto[0], every=True)
+                every_x, x, residual = entered.every, entered.normed, entered.residual
+            else:
+                every_x = x = layer.entrance.norm(hidden)
+                residual = Residual(x if layer.entrance.normed_residual else hidden)
+            assert every_x is not None
+            key, value = attention.keys_values(self._project(index, attention, every_x, key_value, [Addend(embedded.key_value, None)]), turn)
+            layer.memory = UnrollMemory(key, value, conversations, entries=rows.base.shape[0], slots=rows.steps - 1)
+            if last:
                 turn = (turn[0][rows.base], turn[1][rows.base])
             at = rows.base if last else every
             flat = self._project(index, attention, x, query, [Addend(embedded.query, None)])
@@ -222,15 +225,16 @@ class Eagle3Draft(nn.Module):
             hidden = self._finish(layer, attended, residual)
         return hidden
 
-    def _later_step(self, hidden: Tensor, embedded: _Embedded, batch: PackedBatch, layers: list[_Layer], step: int) -> Tensor:
-        """Step k >= 1 on the rows that it supervises; hidden [R_k, H] is their output of the step before."""
+    def _later_step(self, entered: Entered, embedded: _Embedded, batch: PackedBatch, layers: list[_Layer], step: int) -> Tensor:
+        """Step k >= 1 on the rows that it supervises, R_k of them, entered into the first layer."""
         entries = batch.rows.index[step]
         at = batch.rows.base[entries]
         turn = self._turn(batch.position[at] + step)
         queries = Queries.of(at, entries, batch.num_tokens)
         addends = [Addend(embedded.query, (entries if len(layers) == 1 else at) + step), Addend(embedded.key_value, at + step)]
+        hidden = entered.state
         for index, layer in enumerate(layers):
-            x, residual = self._normed(layer, hidden)
+            x, residual = (layer.entrance.norm(hidden), Residual(hidden)) if index else (entered.normed, entered.residual)
             query, key, value = layer.attention.all(self._project(index, layer.attention, x, slice(None), addends), turn)
             assert layer.memory is not None
             layer.memory.append(key, value, entries)

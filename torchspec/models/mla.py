@@ -21,7 +21,7 @@ from torchspec.models.dense_attention import Projections, Turn
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.norm import RMSNorm
 from torchspec.models.rope import rotate_pairs
-from torchspec.models.shared import Weight, linear
+from torchspec.models.shared import Residual, Weight, linear
 
 
 class LatentAttention(nn.Module):
@@ -66,7 +66,7 @@ class LatentProjections:
         low_query, low_key = flat.split([self.query_size, flat.shape[1] - self.query_size], dim=-1)
         return self.queries(low_query, turn), *self.keys_values(low_key, turn)
 
-    def output(self, attended: Tensor, residual: Tensor) -> Tensor:
+    def output(self, attended: Tensor, residual: Residual) -> Tensor:
         return linear(attended[..., : self.attention.sizes.v_head_dim].flatten(1), self.o, residual=residual)
 
     def queries(self, flat: Tensor, turn: Turn) -> Tensor:

@@ -204,11 +204,20 @@ class Addend:
     place: Tensor | None
 
 
+@dataclass(frozen=True)
+class Residual:
+    """Rows [R, H] that a product is added to."""
+
+    rows: Tensor
+    spare: bool = False
+    """Nobody else reads them: the sum may take their place."""
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, token: Tensor, bias: Tensor | None, residual: Tensor | None, weight: Weight, stores: list[tuple[_RowStore, Tensor | None]],
-        *tokens: Tensor,
+        ctx: Any, x: Tensor, token: Tensor, bias: Tensor | None, residual: Tensor | None, spare: bool, weight: Weight,
+        stores: list[tuple[_RowStore, Tensor | None]], *tokens: Tensor,
     ) -> Tensor:  # fmt: skip
         # the weight's own token is not kept here: it would tie the graph into a circle
         ctx.weight, ctx.stores, ctx.bias = (weight.store, weight.rows, weight.columns), stores, None if bias is None else bias.dtype
@@ -217,6 +226,9 @@ class _Linear(torch.autograd.Function):
         if stores:
             start = _side_by_side(stores, x.shape[0])
             y = torch.addmm(start, x, data.t(), out=start)
+        elif residual is not None and spare:
+            y = torch.addmm(residual, x, data.t(), out=residual)
+            ctx.mark_dirty(residual)
         elif residual is not None:
             y = torch.addmm(residual, x, data.t())
         else:
@@ -235,7 +247,7 @@ class _Linear(torch.autograd.Function):
             first += shared.data.shape[1]
         empty = d_y.new_empty(0)
         d_bias = None if ctx.bias is None else d_y.sum(0, dtype=ctx.bias)
-        return d_x, empty, d_bias, d_y if ctx.needs_input_grad[3] else None, None, None, *[empty] * len(ctx.stores)
+        return d_x, empty, d_bias, d_y if ctx.needs_input_grad[3] else None, None, None, None, *[empty] * len(ctx.stores)
 
 
 def _side_by_side(stores: list[tuple[_RowStore, Tensor | None]], number: int) -> Tensor:
@@ -254,7 +266,7 @@ def _side_by_side(stores: list[tuple[_RowStore, Tensor | None]], number: int) ->
     return start
 
 
-def linear(x: Tensor, weight: Weight, *, bias: Tensor | None = None, residual: Tensor | None = None, addends: Sequence[Addend] = ()) -> Tensor:
+def linear(x: Tensor, weight: Weight, *, bias: Tensor | None = None, residual: Residual | None = None, addends: Sequence[Addend] = ()) -> Tensor:
     """x W^T, plus what is given.
 
     Args:
@@ -268,7 +280,9 @@ def linear(x: Tensor, weight: Weight, *, bias: Tensor | None = None, residual: T
         [R, out] in the compute type.
     """
     assert residual is None or not addends
-    y: Tensor = _Linear.apply(x, weight.token, bias, residual, weight, [(a.rows.store, a.place) for a in addends], *[a.rows.token for a in addends])
+    rows, spare = (None, False) if residual is None else (residual.rows, residual.spare)
+    stores = [(a.rows.store, a.place) for a in addends]
+    y: Tensor = _Linear.apply(x, weight.token, bias, rows, spare, weight, stores, *[a.rows.token for a in addends])
     return y
 
 
