@@ -119,12 +119,115 @@ def rows(number: int, total: int, width: int, dtype: torch.dtype) -> None:
     x = make(number, width, dtype=dtype, seed=1)
     where = torch.full((total,), -1, device=DEVICE).index_copy(0, place, torch.arange(number, device=DEVICE))
     expected = torch.full((total, width), 2.5, dtype=dtype, device=DEVICE).index_copy(0, place, x)
-    assert torch.equal(kernel.spread(x, where, 2.5), expected)
+    more = make(number, width, dtype=dtype, seed=3)
+    for given in ([x], [x, more], [more, x, x]):
+        spread = kernel.spread(given, where, total + 3)
+        for source, found in zip(given, spread, strict=True):
+            assert torch.equal(found, torch.zeros(total + 3, width, dtype=dtype, device=DEVICE).index_copy(0, place, source))
+    assert torch.equal(kernel.spread_columns(x, where, total + 3, 2.5)[:, :total], expected.t())
+    assert kernel.spread_columns(x, where, total + 3, 2.5)[:, total:].eq(2.5).all()
     start = make(total, width, dtype=torch.float32, seed=2)
     for at in (place, None):
         ours = start.clone()
         kernel.add(ours, x, at)
         close("add", ours, start.double().index_add(0, torch.arange(number, device=DEVICE) if at is None else at, x.double()), torch.float32)
+
+
+def gather(rows: int, groups: int, size: int, dtype: torch.dtype) -> None:
+    from torchspec.models.kernels import rows as kernel
+
+    sums = tuple(torch.full((rows, groups, size), float("nan"), device=DEVICE) for _ in range(2))
+    total = [torch.zeros(rows, groups, size, dtype=torch.float64, device=DEVICE) for _ in range(2)]
+    for seed in (1, 2, 3):
+        key = make(groups, rows, size, dtype=dtype, seed=seed).transpose(0, 1)
+        value = make(rows + 1, groups + 1, size, dtype=dtype, seed=seed + 5)[1:, 1:]
+        kernel.gather(key, value, (sums[0], sums[1]), first=seed == 1)
+        total = [total[0] + key.double(), total[1] + value.double()]
+    for name, ours, exact in zip(("key", "value"), sums, total, strict=True):
+        close(name, ours, exact, torch.float32)
+
+
+def heads(number: int, queries: int, groups: int, size: int, dtype: torch.dtype) -> None:
+    """Queries alone, keys and values alone, all three; and back."""
+    from torchspec.models.kernels import heads as kernel
+    from torchspec.models.rope import rotate
+
+    total, padded, entries_of, slots = number + 3, number + 5, number + 2, 3
+    order = lambda high, seed: torch.randperm(high, generator=torch.Generator().manual_seed(seed))[:number].sort().values.to(DEVICE)  # noqa: E731
+    at, entries = order(total, 0), order(entries_of, 1)
+    where = torch.full((total,), -1, dtype=torch.int32, device=DEVICE).index_copy(0, at, torch.arange(number, dtype=torch.int32, device=DEVICE))
+    angle = make(number, 1, size // 2, dtype=torch.float32, seed=2, scale=3.0)
+    cos, sin = angle.cos(), angle.sin()
+    flat = make(number, (queries + 2 * groups) * size + 8, dtype=dtype, seed=3)[:, : (queries + 2 * groups) * size]
+    all_heads = flat.double().unflatten(1, (-1, size))
+    q, k, v = all_heads.split([queries, groups, groups], dim=1)
+    q, k = rotate(q, cos.double(), sin.double()), rotate(k, cos.double(), sin.double())
+
+    nan = lambda *shape: torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)  # noqa: E731
+    for later in (False, True):
+        query, key, value = nan(padded, queries, size), nan(entries_of, slots, groups, size), nan(entries_of, slots, groups, size)
+        part = flat if later else flat[:, : queries * size]
+        slot = {"key": key[:, 1], "value": value[:, 1], "entries": entries} if later else {"key": None, "value": None, "entries": None}
+        kernel.split(part, cos, sin, query=query, where=where, **slot)
+        close("query", query, torch.zeros(padded, queries, size, dtype=torch.float64, device=DEVICE).index_copy(0, at, q), dtype)
+        if later:
+            close("key", key[entries, 1], k, dtype)
+            close("value", value[entries, 1], v, dtype)
+            assert int(key.isnan().sum()) == int(value.isnan().sum()) == key.numel() - k.numel()
+    key, value = nan(padded, groups, size), nan(padded, groups, size)
+    kernel.split(flat[:, queries * size :], cos, sin, query=None, key=key, value=value, where=None, entries=None)
+    more = torch.zeros(padded - number, groups, size, dtype=torch.float64, device=DEVICE)
+    close("key", key, torch.cat([k, more]), dtype)
+    close("value", value, torch.cat([v, more]), dtype)
+
+    d_query = make(number, queries, size, dtype=dtype, seed=4)
+    d_key, d_value = (make(entries_of, slots, groups, size, dtype=torch.float32, seed=seed) for seed in (5, 6))
+    back = lambda x: rotate(x.double(), cos.double(), -sin.double())  # noqa: E731
+    slotted = [d_key[entries, 1], d_value[entries, 1]]
+    found = kernel.join(number, cos, sin, d_query=d_query, d_key=d_key[:, 1], d_value=d_value[:, 1], entries=entries, dtype=dtype)
+    close("all", found, torch.cat([back(d_query), back(slotted[0]), slotted[1].double()], dim=1).flatten(1), dtype)
+    found = kernel.join(number, cos, sin, d_query=d_query, d_key=None, d_value=None, entries=None, dtype=dtype)
+    close("queries", found, back(d_query).flatten(1), dtype)
+    found = kernel.join(number, cos, sin, d_query=None, d_key=d_key[:, 1], d_value=d_value[:, 1], entries=None, dtype=dtype)
+    close("keys, values", found, torch.cat([back(d_key[:number, 1]), d_value[:number, 1].double()], dim=1).flatten(1), dtype)
+
+
+class CausalInTorch:
+    """Stands for ``attention_flash.Causal`` where no flash kernel runs: the same promises, other strides, NaN where nothing may be read."""
+
+    def __init__(self, like: Tensor, *, total: int, bounds: Tensor, longest: int) -> None:
+        self.total, self.bounds, self.rows = total, bounds.cpu(), -(-total // 8) * 8
+        assert longest == int(self.bounds.diff().max())
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        from torchspec.models import attention_torch
+
+        self._check(query, key, value)
+        every = torch.arange(self.total, device=query.device)
+        out, lse = attention_torch.causal(*(t[: self.total] for t in (query, key, value)), every, self.bounds, scale)
+        return self._wide(out), self._wide(lse)
+
+    def backward(self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, ...]:
+        from torchspec.models import attention_torch
+
+        self._check(grad, query, key, value, out)
+        assert lse.is_contiguous() and lse.shape == (query.shape[1], self.rows) and lse[:, self.total :].eq(torch.inf).all()
+        every = torch.arange(self.total, device=query.device)
+        given = [t[: self.total] for t in (grad, query, key, value, out, lse.t())]
+        d_query, d_key, d_value = attention_torch.causal_backward(*given, every, self.bounds, scale)
+        return self._wide(d_query), *(torch.nn.functional.pad(t, (0, 0, 0, 0, 0, self.rows - self.total)) for t in (d_key, d_value))
+
+    def _check(self, *given: Tensor) -> None:
+        for t in given:
+            assert t.is_contiguous() and t.shape[0] == self.rows and t[self.total :].eq(0).all() and torch.isfinite(t).all()
+
+    def _wide(self, x: Tensor) -> Tensor:
+        """[N, h, ..] in an array [h, P + 1, .. + 8] of NaN."""
+        x = x.transpose(0, 1)
+        found = x.new_full((x.shape[0], self.rows + 1, *(size + 8 for size in x.shape[2:])), torch.nan)
+        place = found[:, : self.total] if x.ndim == 2 else found[:, : self.total, : x.shape[2]]
+        place.copy_(x)
+        return (found[:, :-1] if x.ndim == 2 else found[:, :-1, : x.shape[2]]).transpose(0, 1)
 
 
 def quantise(rows: int, width: int, dtype: torch.dtype, *, factor: bool) -> None:
@@ -162,10 +265,11 @@ def merge(number: int, heads: int, groups: int, size: int, slots: int, count: in
     total, entries_of, scale = number + 4, number + 2, size**-0.5
     at = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:number].sort().values.to(DEVICE)
     entries = torch.randperm(entries_of, generator=torch.Generator().manual_seed(1))[:number].sort().values.to(DEVICE)
-    causal, lse = make(total, heads, size, dtype=dtype, seed=1), make(heads, total, dtype=torch.float32, seed=2).t()
-    query, grad = make(number, heads, size, dtype=dtype, seed=3), make(number, heads, size, dtype=dtype, seed=4)
+    causal, lse = make(heads, total, size, dtype=dtype, seed=1).transpose(0, 1), make(heads, total, dtype=torch.float32, seed=2).t()
+    spread, grad = make(total, heads, size, dtype=dtype, seed=3), make(number, heads, size, dtype=dtype, seed=4)
+    query = spread[at]
     key, value = make(entries_of, slots, groups, size, dtype=dtype, seed=5), make(entries_of, slots, groups, size, dtype=dtype, seed=6)
-    out, merged = kernel.forward(causal, lse, query, key, value, rows=at, entries=entries, count=count, scale=scale)
+    out, merged = kernel.forward(causal, lse, spread, key, value, rows=at, entries=entries, count=count, scale=scale)
     k, v = key[entries, :count].double(), value[entries, :count].double()
     expected, expected_lse = causal[at].double(), lse[at].double()
     if count:
@@ -173,7 +277,7 @@ def merge(number: int, heads: int, groups: int, size: int, slots: int, count: in
     close("out", out, expected, dtype)
     close("lse", merged, expected_lse, torch.float32)
 
-    d_causal = make(total, heads, size, dtype=dtype, seed=7)
+    d_causal = make(total, heads + 1, size + 8, dtype=dtype, seed=7)[:, 1:, 8:]
     sums = [make(*key.shape, dtype=torch.float32, seed=8), make(*key.shape, dtype=torch.float32, seed=9)]
     wanted = [total_.double().clone() for total_ in sums]
     d_query = d_causal[at].double()
@@ -182,7 +286,7 @@ def merge(number: int, heads: int, groups: int, size: int, slots: int, count: in
         d_query = d_query + more
         wanted[0][entries, :count] += d_key
         wanted[1][entries, :count] += d_value
-    found = kernel.backward(grad, query, out, merged, key, value, d_causal, *sums, rows=at, entries=entries, count=count, scale=scale)
+    found = kernel.backward(grad, spread, out, merged, key, value, d_causal, *sums, rows=at, entries=entries, count=count, scale=scale)
     close("d_query", found, d_query, dtype)
     close("d_key", sums[0], wanted[0], torch.float32, 3.0)
     close("d_value", sums[1], wanted[1], torch.float32, 3.0)

@@ -57,6 +57,20 @@ def test_rows(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", sizes([(3, 2, 5), (1, 1, 8), (0, 2, 4)], [(700, 8, 128), (1001, 3, 64), (64, 5, 80)]))
+def test_gather(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    cases.gather(*shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", sizes([(3, 4, 2, 8), (5, 3, 1, 10), (1, 2, 2, 4), (0, 2, 1, 4)], [(301, 32, 8, 128), (129, 9, 3, 64), (65, 24, 8, 80), (33, 14, 2, 192)])
+)
+def test_heads(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    cases.heads(*shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("factor", [False, True])
 @pytest.mark.parametrize("shape", sizes([(3, 37), (1, 4), (0, 8)], [(65, 32000), (301, 12288)]))
 def test_quantise(shape: tuple[int, int], factor: bool, dtype: torch.dtype) -> None:
@@ -97,6 +111,20 @@ STEPS_SEEN = [("plain", PRUNED, False), ("plain", None, True), ("Qwen3, norm_bef
 """Variants that the interpreter has time for."""
 if REAL:
     STEPS_SEEN += [(variant, draft_ids, False) for variant in VARIANTS for draft_ids in (None, PRUNED)]
+
+
+FLASHED = [("plain", 9.0), ("plain", 0.0), ("two layers, EAGLE-3.1, bias, norm_before_residual", 9.0), ("MLA", 9.0), ("heads wider than H", 1.2)]
+
+
+@pytest.mark.parametrize(("variant", "spread"), FLASHED)
+def test_whole_step_around_a_flash_kernel(variant: str, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same on the path that a GPU takes in half precision, with the library's kernel made in torch; queries kept spread (9.0) and as they are (0.0)."""
+    from torchspec.models import attention_flash, attention_fused
+
+    monkeypatch.setattr(attention_fused, "_SPREAD", spread)
+    monkeypatch.setattr(attention_flash, "serves", lambda query: query.dtype != torch.float64)
+    monkeypatch.setattr(attention_flash, "Causal", cases.CausalInTorch)
+    test_whole_step(variant, PRUNED, False, monkeypatch)
 
 
 @pytest.mark.parametrize(("variant", "draft_ids", "recompute"), STEPS_SEEN)

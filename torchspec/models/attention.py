@@ -17,13 +17,18 @@ Letters: N rows of the pack, M step-0 entries (supervised rows), R query rows, h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchspec.models import attention_torch, kernels
+from torchspec.models.dense_attention import Projections, Turn
 from torchspec.models.shared import wide
+
+if TYPE_CHECKING:
+    from torchspec.models.attention_flash import Causal
 
 
 @dataclass(frozen=True)
@@ -62,31 +67,53 @@ class Conversations:
         return cls(bounds, torch.searchsorted(sequence, number).int(), int(bounds.diff().max()) if bounds.shape[0] > 1 else 0)
 
 
-class _Store:
-    """Keys and values of one layer and the sums of their gradients."""
+class Store:
+    """Keys and values of one layer and the sums of their gradients.
 
-    def __init__(self, key: Tensor, value: Tensor, conversations: Conversations, entries: int, slots: int) -> None:
-        self.key, self.value, self.conversations = key, value, conversations
-        self.extra_key, self.extra_value = (t.new_empty(entries, slots, *t.shape[1:]) for t in (key, value))
-        self.count = 0
+    Args:
+        like: a key, [.., g, d].
+        conversations: of the pack.
+        total: N.
+        entries: M.
+        slots: E.
+    """
+
+    def __init__(self, like: Tensor, conversations: Conversations, *, total: int, entries: int, slots: int) -> None:
+        self.conversations, self.total, self.count = conversations, total, 0
+        self.causal = _causal(like, conversations, total)
+        """The flash kernel, where it serves."""
+        self.key = self.value = like
+        """[P, g, d] of step 0; P is N, or what the flash kernel wants."""
+        self.extra_key, self.extra_value = (like.new_empty(entries, slots, *like.shape[-2:]) for _ in range(2))
         self._sums: tuple[Tensor, Tensor] | None = None
         self._extra_sums: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def rows(self) -> int:
+        """P."""
+        return self.total if self.causal is None else self.causal.rows
 
     def add(self, d_key: Tensor, d_value: Tensor) -> None:
         """Add to the gradients of the step-0 keys and values."""
         kind = wide(self.key.dtype)
-        if self._sums is None:
+        if kernels.usable(d_key):
+            from torchspec.models.kernels import rows
+
+            first = self._sums is None
+            if self._sums is None:
+                self._sums = torch.empty_like(self.key, dtype=kind), torch.empty_like(self.value, dtype=kind)
+            rows.gather(d_key, d_value, self._sums, first=first)
+        elif self._sums is None:
             self._sums = d_key.to(kind), d_value.to(kind)
         else:
             self._sums[0].add_(d_key)
             self._sums[1].add_(d_value)
 
-    def collect(self) -> tuple[Tensor, Tensor]:
-        """Gradients of the step-0 keys and values. Autograd comes here after every step, so the sums of a further backward begin anew."""
+    def collect(self) -> tuple[Tensor, Tensor] | None:
+        """Gradients [P, g, d] of the step-0 keys and values, in the type of the sums. Autograd comes here after every step, so the sums of a further
+        backward begin anew."""
         found, self._sums, self._extra_sums = self._sums, None, None
-        if found is None:
-            return torch.zeros_like(self.key), torch.zeros_like(self.value)
-        return found[0].to(self.key.dtype), found[1].to(self.value.dtype)
+        return found
 
     @property
     def extra_sums(self) -> tuple[Tensor, Tensor]:
@@ -96,23 +123,51 @@ class _Store:
             self._extra_sums = torch.zeros_like(self.extra_key, dtype=kind), torch.zeros_like(self.extra_value, dtype=kind)
         return self._extra_sums
 
+    def attend(self, query: Tensor, queries: Queries, scale: float) -> tuple[Tensor, Tensor]:
+        """By the flash kernel: [R, h, d] and log-sum-exp [R, h], for a spread query [P, h, d]."""
+        from torchspec.models import attention_flash
+
+        assert self.causal is not None
+        return attention_flash.forward(
+            query, self.key, self.value, self.extra_key, self.extra_value,
+            causal=self.causal, at=queries.at, entries=queries.entries, count=self.count, scale=scale,
+        )  # fmt: skip
+
+    def attend_backward(self, grad: Tensor, query: Tensor, out: Tensor, lse: Tensor, queries: Queries, count: int, scale: float) -> Tensor:
+        """Gradient [R, h, d] of the query, which is [P, h, d] or [R, h, d]; those of keys and values are added here."""
+        from torchspec.models import attention_flash
+
+        assert self.causal is not None
+        sums = self.extra_sums if count else (self.extra_key, self.extra_value)
+        d_query, d_key, d_value = attention_flash.backward(
+            grad, query, self.key, self.value, self.extra_key, self.extra_value, out, lse, *sums,
+            causal=self.causal, at=queries.at, where=queries.where, entries=queries.entries, count=count, scale=scale,
+        )  # fmt: skip
+        self.add(d_key, d_value)
+        return d_query
+
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, store: _Store, key: Tensor, value: Tensor) -> Tensor:
-        ctx.store = store
+    def forward(ctx: Any, store: Store, key: Tensor, value: Tensor) -> Tensor:
+        ctx.store, ctx.shape, ctx.kind = store, key.shape, key.dtype
+        more = (0, 0, 0, 0, 0, store.rows - key.shape[0])
+        store.key, store.value = (F.pad(t, more) if more[-1] else t.contiguous() for t in (key, value))
         return key.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.store.collect()
+        found = ctx.store.collect()
+        if found is None:
+            return None, *(grads[0].new_zeros(ctx.shape) for _ in range(2))
+        return None, *(total[: ctx.shape[0]].to(ctx.kind) for total in found)
 
 
 class _Append(torch.autograd.Function):
     """Fill the next slot. Autograd comes back here when every later step has added to the slot's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, store: _Store, token: Tensor, key: Tensor, value: Tensor, entries: Tensor) -> Tensor:
+    def forward(ctx: Any, store: Store, token: Tensor, key: Tensor, value: Tensor, entries: Tensor) -> Tensor:
         ctx.store, ctx.slot = store, store.count
         ctx.save_for_backward(entries)
         store.extra_key[entries, store.count] = key
@@ -130,16 +185,13 @@ class _Append(torch.autograd.Function):
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, store: _Store, token: Tensor, query: Tensor, queries: Queries) -> Tensor:
+    def forward(ctx: Any, store: Store, token: Tensor, query: Tensor, queries: Queries) -> Tensor:
         query, scale = query.contiguous(), query.shape[-1] ** -0.5
         ctx.store, ctx.queries, ctx.count = store, queries, store.count
-        if _flash(query):
-            from torchspec.models import attention_flash
+        if store.causal is not None:
+            from torchspec.models.kernels import rows
 
-            out, lse = attention_flash.forward(
-                query, store.key, store.value, store.extra_key, store.extra_value, at=queries.at, where=queries.where, entries=queries.entries,
-                count=store.count, bounds=store.conversations.on_device, longest=store.conversations.longest, scale=scale,
-            )  # fmt: skip
+            out, lse = store.attend(rows.spread([query], queries.where, store.rows)[0], queries, scale)
         else:
             out, lse = attention_torch.causal(query, store.key, store.value, queries.at, store.conversations.bounds, scale)
             if store.count:
@@ -153,34 +205,27 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, out, lse = ctx.saved_tensors
         store, queries, count, grad, scale = ctx.store, ctx.queries, ctx.count, grads[0].contiguous(), query.shape[-1] ** -0.5
-        if _flash(query):
-            from torchspec.models import attention_flash
-
-            sums = store.extra_sums if count else (store.extra_key, store.extra_value)
-            d_query, d_key, d_value = attention_flash.backward(
-                grad, query, store.key, store.value, store.extra_key, store.extra_value, out, lse, *sums, at=queries.at, where=queries.where,
-                entries=queries.entries, count=count, bounds=store.conversations.on_device, longest=store.conversations.longest, scale=scale,
-            )  # fmt: skip
-        else:
-            d_query, d_key, d_value = attention_torch.causal_backward(
-                grad, query, store.key, store.value, out, lse, queries.at, store.conversations.bounds, scale
-            )
-            if count:
-                key, value = store.extra_key[queries.entries, :count], store.extra_value[queries.entries, :count]
-                more, d_extra_key, d_extra_value = attention_torch.merge_backward(grad, query, key, value, out, lse, scale)
-                d_query = d_query + more
-                for total, part in zip(store.extra_sums, (d_extra_key, d_extra_value), strict=True):
-                    total[queries.entries, :count] += part
+        if store.causal is not None:
+            return None, query.new_empty(0), store.attend_backward(grad, query, out, lse, queries, count, scale), None
+        d_query, d_key, d_value = attention_torch.causal_backward(grad, query, store.key, store.value, out, lse, queries.at, store.conversations.bounds, scale)
+        if count:
+            key, value = store.extra_key[queries.entries, :count], store.extra_value[queries.entries, :count]
+            more, d_extra_key, d_extra_value = attention_torch.merge_backward(grad, query, key, value, out, lse, scale)
+            d_query = d_query + more
+            for total, part in zip(store.extra_sums, (d_extra_key, d_extra_value), strict=True):
+                total[queries.entries, :count] += part
         store.add(d_key, d_value)
         return None, query.new_empty(0), d_query.to(query.dtype), None
 
 
-def _flash(query: Tensor) -> bool:
-    if not (query.is_cuda and kernels.usable(query)):
-        return False
+def _causal(like: Tensor, conversations: Conversations, total: int) -> Causal | None:
+    if not kernels.usable(like):
+        return None
     from torchspec.models import attention_flash
 
-    return attention_flash.serves(query)
+    if not attention_flash.serves(like):
+        return None
+    return attention_flash.Causal(like, total=total, bounds=conversations.on_device, longest=conversations.longest)
 
 
 class UnrollMemory:
@@ -194,7 +239,7 @@ class UnrollMemory:
     """
 
     def __init__(self, key: Tensor, value: Tensor, conversations: Conversations, *, entries: int, slots: int) -> None:
-        self._store = _Store(key.detach(), value.detach(), conversations, entries, slots)
+        self._store = Store(key.detach(), conversations, total=key.shape[0], entries=entries, slots=slots)
         self._token: Tensor = _Start.apply(self._store, key, value)
 
     def append(self, key: Tensor, value: Tensor, entries: Tensor) -> None:
@@ -205,3 +250,13 @@ class UnrollMemory:
         """[R, h, d] for queries [R, h, d] after RoPE, in their type."""
         attended: Tensor = _Attend.apply(self._store, self._token, query, queries)
         return attended
+
+    def first(self, attention: Projections, flat: Tensor, turn: Turn, queries: Queries) -> Tensor:
+        """Step 0: [R, h, d] for the projection's query part."""
+        return self.attend(attention.queries(flat, turn), queries)
+
+    def later(self, attention: Projections, flat: Tensor, turn: Turn, queries: Queries) -> Tensor:
+        """A later step: [R, h, d] for the whole projection, whose keys and values are appended."""
+        query, key, value = attention.all(flat, turn)
+        self.append(key, value, queries.entries)
+        return self.attend(query, queries)

@@ -7,8 +7,6 @@ but it wants a plan for each shape, so lengths are padded to a multiple of 512),
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -22,11 +20,11 @@ def serves(query: Tensor) -> bool:
     return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
 
 
-def _alone(key: Tensor, bounds: Tensor) -> bool:
+def _alone(key: Tensor, total: int, conversations: int) -> bool:
     """Whether cuDNN does the causal part."""
     return (
-        bounds.shape[0] == 2
-        and key.shape[0] >= _LONG
+        conversations == 1
+        and total >= _LONG
         and key.shape[-1] <= 128
         and torch.backends.cuda.cudnn_sdp_enabled()
         and torch.backends.cudnn.is_available()
@@ -34,87 +32,99 @@ def _alone(key: Tensor, bounds: Tensor) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class _Padded:
-    """Rows made up to a multiple, as cuDNN's [1, heads, rows, d]."""
+class Causal:
+    """The library's kernel for one pack. Letters as in ``attention.py``; P is N, made up to a multiple where cuDNN does it.
 
-    total: int
+    Args:
+        like: a key, [.., d].
+        total: N.
+        bounds: [S+1] int32 conversation bounds on the device.
+        longest: tokens of the longest conversation.
+    """
 
-    def of(self, x: Tensor, where: Tensor | None = None) -> Tensor:
-        """Spread x over the rows by ``where``; without it x has one row each."""
-        if where is None:
-            spread = x.new_zeros(self.rows, *x.shape[1:])
-            spread[: self.total] = x
-        else:
-            spread = rows.spread(x, self._where(where))
-        return spread.transpose(0, 1)[None]
+    def __init__(self, like: Tensor, *, total: int, bounds: Tensor, longest: int) -> None:
+        self.alone = _alone(like, total, bounds.shape[0] - 1)
+        self.total, self.bounds, self.longest = total, bounds, longest
+        self.rows = -(-total // _ROUND) * _ROUND if self.alone else total
+        """P."""
+        self._state = torch.zeros(2, dtype=torch.int64, device=like.device)
+        """Of the random generator, which nothing here draws from."""
 
-    def lse(self, lse: Tensor, where: Tensor) -> Tensor:
-        """[R, h] as cuDNN keeps it, [1, h, rows, 1]."""
-        return rows.spread(lse, self._where(where), float("inf")).t().contiguous()[None, :, :, None]
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """[P, h, d] and log-sum-exp [P, h] fp32, at any strides, for contiguous query [P, h, d] and key, value [P, g, d]."""
+        if self.alone:
+            found, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*map(_four, (query, key, value)), None, True, 0.0, True, False, scale=scale)
+            return found[0].transpose(0, 1), lse[0, :, :, 0].transpose(0, 1)
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            query, key, value, self.bounds, self.bounds, self.longest, self.longest, 0.0, True, False, scale=scale
+        )
+        return out, lse.transpose(0, 1)
 
-    @property
-    def rows(self) -> int:
-        return -(-self.total // _ROUND) * _ROUND
+    def backward(self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query [P, h, d], key and value [P, g, d], at any strides, for grad and out [P, h, d] and lse [h, P], contiguous as the rest."""
+        if self.alone:
+            seed = self._state[0]
+            found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+                *map(_four, (grad, query, key, value, out)), lse[None, :, :, None], seed, seed, None, None, None, self.rows, self.rows, 0.0, True, scale=scale
+            )
+            d_query, d_key, d_value = (part[0].transpose(0, 1) for part in found)
+            return d_query, d_key, d_value
+        state = self._state.view(torch.uint64)
+        d_query, d_key, d_value = torch.ops.aten._flash_attention_backward(
+            grad, query, key, value, out, lse, self.bounds, self.bounds, self.longest, self.longest, 0.0, True, state, state[:0], scale=scale
+        )
+        return d_query, d_key, d_value
 
-    def _where(self, where: Tensor) -> Tensor:
-        return torch.nn.functional.pad(where, (0, self.rows - self.total), value=-1)
+
+def _four(x: Tensor) -> Tensor:
+    """[P, heads, d] as cuDNN's [1, heads, P, d]."""
+    return x.transpose(0, 1)[None]
 
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor, extra_value: Tensor,
-    *, at: Tensor, where: Tensor, entries: Tensor, count: int, bounds: Tensor, longest: int, scale: float,
+    *, causal: Causal, at: Tensor, entries: Tensor, count: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend.
 
     Args:
-        query: [R, h, d].
-        key, value: [N, g, d] of step 0.
+        query: [P, h, d], spread.
+        key, value: [P, g, d] of step 0.
         extra_key, extra_value: [M, E, g, d] later keys by entry and slot.
+        causal: the kernel for step 0's keys.
         at: [R] pack row of each query.
-        where: [N] query of each pack row, or -1.
         entries: [R] entry of each query.
         count: slots that this step reads.
-        bounds: [S+1] int32 conversation bounds on the device.
-        longest: tokens of the longest conversation.
         scale: on scores.
 
     Returns:
         [R, h, d], and the log-sum-exp [R, h] in fp32.
     """
-    if _alone(key, bounds):
-        pad = _Padded(key.shape[0])
-        four, stats, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            pad.of(query, where), pad.of(key), pad.of(value), None, True, 0.0, True, False, scale=scale
-        )
-        out, lse = four[0].transpose(0, 1).contiguous(), stats[0, :, :, 0]
-    else:
-        spread = rows.spread(query, where)
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(spread, key, value, bounds, bounds, longest, longest, 0.0, True, False, scale=scale)
-    return merge.forward(out, lse.transpose(0, 1), query, extra_key, extra_value, rows=at, entries=entries, count=count, scale=scale)
+    out, lse = causal.forward(query, key, value, scale)
+    return merge.forward(out, lse, query, extra_key, extra_value, rows=at, entries=entries, count=count, scale=scale)
 
 
 def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor, extra_value: Tensor, out: Tensor, lse: Tensor,
     d_extra_key: Tensor, d_extra_value: Tensor,
-    *, at: Tensor, where: Tensor, entries: Tensor, count: int, bounds: Tensor, longest: int, scale: float,
+    *, causal: Causal, at: Tensor, where: Tensor, entries: Tensor, count: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of :func:`forward`: of query [R, h, d], key and value [N, g, d]; those of the later keys are added to the fp32 ``d_extra_...``."""
-    if _alone(key, bounds):
-        pad = _Padded(key.shape[0])
-        seed = torch.zeros((), dtype=torch.int64, device=query.device)
-        found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            pad.of(grad, where), pad.of(query, where), pad.of(key), pad.of(value), pad.of(out, where), pad.lse(lse, where), seed, seed, None, None, None,
-            pad.rows, pad.rows, 0.0, True, scale=scale,
-        )  # fmt: skip
-        d_query, d_key, d_value = (part[0].transpose(0, 1).contiguous()[: key.shape[0]] for part in found)
+    """Gradients of :func:`forward`: of query [R, h, d], key and value [P, g, d] at any strides; those of the later keys are added to the fp32 ``d_extra_...``.
+
+    Args:
+        grad: [R, h, d].
+        query: [P, h, d], spread, or [R, h, d].
+        out, lse: from the forward.
+        where: [N] query of each pack row, or -1.
+        key, value, extra_key, extra_value, causal, at, entries, count, scale: as in the forward.
+    """
+    if query.shape[0] == causal.rows:
+        wide_grad, wide_out = rows.spread([grad, out], where, causal.rows)
     else:
-        state = torch.zeros(2, dtype=torch.uint64, device=query.device)
-        d_query, d_key, d_value = torch.ops.aten._flash_attention_backward(
-            rows.spread(grad, where), rows.spread(query, where), key, value, rows.spread(out, where),
-            rows.spread(lse, where, float("inf")).transpose(0, 1).contiguous(),
-            bounds, bounds, longest, longest, 0.0, True, state, state.new_empty(0), scale=scale,
-        )  # fmt: skip
+        wide_grad, wide_out, query = rows.spread([grad, out, query], where, causal.rows)
+    wide_lse = rows.spread_columns(lse, where, causal.rows, float("inf"))
+    d_query, d_key, d_value = causal.backward(wide_grad, query, key, value, wide_out, wide_lse, scale)
+    del wide_grad, wide_out
     more = merge.backward(
         grad, query, out, lse, extra_key, extra_value, d_query, d_extra_key, d_extra_value, rows=at, entries=entries, count=count, scale=scale
     )

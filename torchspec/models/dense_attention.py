@@ -35,6 +35,10 @@ class Projections(Protocol):
     """Of ``inputs``, in the type that sums are kept in: so autograd sums its gradients over the steps."""
     query_size: int
     """Rows of the query part."""
+    only_turned: bool
+    """Whether flat is the heads of queries, keys and values side by side, and RoPE by halves all that happens to them."""
+    head_size: int
+    """d."""
 
     def queries(self, flat: Tensor, turn: Turn) -> Tensor:
         """From the query part: [R, h, d], scaled so that the softmax of q.k / sqrt(d) is the layer's own."""
@@ -82,6 +86,7 @@ class DenseProjections:
         self.o = Weight.of([attention.o_proj.weight], dtype)
         self.o_bias = None if attention.o_proj.bias is None else attention.o_proj.bias.to(wide(dtype))
         self.norms = [attention.q_norm.cast(), attention.k_norm.cast()] if hasattr(attention, "q_norm") else [None, None]
+        self.only_turned, self.head_size = self.norms == [None, None], attention.head_dim
 
     def queries(self, flat: Tensor, turn: Turn) -> Tensor:
         return self._heads(flat, (flat.shape[1],), turn)[0]
@@ -101,7 +106,7 @@ class DenseProjections:
     def _heads(self, flat: Tensor, sizes: tuple[int, ...], turn: Turn) -> list[Tensor]:
         """Query, key and value parts, as far as there are any, as heads [R, heads, d]; the first two after norm (Qwen3 style) and RoPE."""
         size = self.attention.head_dim
-        if kernels.usable(flat) and self.norms == [None, None]:
+        if kernels.usable(flat) and self.only_turned:
             return list(_Heads.apply(flat, sizes, size, *turn))
         heads = [part.unflatten(-1, (-1, size)) for part in flat.split(sizes, dim=-1)]
         for i, norm in enumerate(self.norms[: len(heads)]):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torchspec.batch import PackedBatch
 from torchspec.models.advance import Entered, Entrance
 from torchspec.models.attention import Conversations, Queries, UnrollMemory
+from torchspec.models.attention_fused import FusedMemory, remember
 from torchspec.models.dense_attention import DenseAttention, Projections, Turn
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.embedding import lookup
@@ -58,7 +59,7 @@ class _Layer:
         self.attention: Projections = layer.self_attn.cast(dtype)
         self.gate_up = Weight.of([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight], dtype, fp8=fp8)
         self.down = Weight.of([layer.mlp.down_proj.weight], dtype, fp8=fp8)
-        self.memory: UnrollMemory | None = None
+        self.memory: UnrollMemory | FusedMemory | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,14 @@ class _Embedded:
     """[M, query part] at the step-0 entries; at all rows where a second layer needs their queries too."""
     key_value: SharedRows
     """[N, key-value part] at all rows."""
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """The rows that a step computes."""
+
+    queries: Queries
+    turn: Turn
 
 
 class Eagle3Draft(nn.Module):
@@ -140,15 +149,16 @@ class Eagle3Draft(nn.Module):
         hidden = self._project_aux(batch.aux)
         embedded = self._embed(batch, layers[0])
         final = self.norm.cast() if final is None else final
+        asking = self._asking(batch)
         outputs: list[Tensor] = []
         for step in range(rows.steps):
             if step == 0:
-                hidden = self._first_step(hidden, embedded, batch, layers)
+                hidden = self._first_step(hidden, embedded, batch, layers, asking[0])
             else:
                 entered = layers[0].entrance(hidden, rows.keep[step], rows.onto[step])
                 if not self.config.norm_output:
                     outputs[-1] = entered.state
-                hidden = self._later_step(entered, embedded, batch, layers, step)
+                hidden = self._later_step(entered, embedded, layers, asking[step], step)
             outputs.append(hidden)
             if self.config.norm_output:
                 hidden = final(hidden)
@@ -193,15 +203,22 @@ class Eagle3Draft(nn.Module):
         wide = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
         return tables(inverse.to(wide), self.rope_factor, position, wide)
 
+    def _asking(self, batch: PackedBatch) -> list[_Asking]:
+        """The rows of each step, their angles in one go."""
+        rows = batch.rows
+        sizes = [entries.shape[0] for entries in rows.index]
+        cos, sin = (table.split(sizes) for table in self._turn(batch.position[rows.at] + rows.step))
+        steps = zip(rows.at.split(sizes), rows.index, rows.where, cos, sin, strict=True)
+        return [_Asking(Queries(at, entries, where), (c, s)) for at, entries, where, c, s in steps]
+
     def _finish(self, layer: _Layer, attended: Tensor, residual: Residual) -> Tensor:
         """Output projection, residual, MLP."""
         hidden = layer.attention.output(attended, residual)
         return mlp_block(hidden, layer.mlp_norm.weight, layer.gate_up, layer.down, eps=layer.mlp_norm.eps, recompute=self.recompute)
 
-    def _first_step(self, hidden: Tensor, embedded: _Embedded, batch: PackedBatch, layers: list[_Layer]) -> Tensor:
+    def _first_step(self, hidden: Tensor, embedded: _Embedded, batch: PackedBatch, layers: list[_Layer], asking: _Asking) -> Tensor:
         """Step 0: keys and values of all rows in every layer; the last layer's queries and MLP for supervised rows alone."""
         rows = batch.rows
-        every = torch.arange(batch.num_tokens, device=hidden.device)
         turn = self._turn(batch.position)
         conversations = Conversations.of(batch.cu_seqlens, batch.sequence)
         for index, layer in enumerate(layers):
@@ -214,29 +231,23 @@ class Eagle3Draft(nn.Module):
             else:
                 every_x = x = layer.entrance.norm(hidden)
                 residual = Residual(x if layer.entrance.normed_residual else hidden)
+                every = torch.arange(batch.num_tokens, device=hidden.device)
             assert every_x is not None
-            key, value = attention.keys_values(self._project(index, attention, every_x, key_value, [Addend(embedded.key_value, None)]), turn)
-            layer.memory = UnrollMemory(key, value, conversations, entries=rows.base.shape[0], slots=rows.steps - 1)
-            if last:
-                turn = (turn[0][rows.base], turn[1][rows.base])
-            at = rows.base if last else every
+            flat = self._project(index, attention, every_x, key_value, [Addend(embedded.key_value, None)])
+            layer.memory = remember(attention, flat, turn, conversations, entries=rows.base.shape[0], slots=rows.steps - 1)
+            asks = asking if last else _Asking(Queries(every, every, every), turn)
             flat = self._project(index, attention, x, query, [Addend(embedded.query, None)])
-            attended = layer.memory.attend(attention.queries(flat, turn), Queries.of(at, rows.index[0] if last else every, batch.num_tokens))
-            hidden = self._finish(layer, attended, residual)
+            hidden = self._finish(layer, layer.memory.first(attention, flat, asks.turn, asks.queries), residual)
         return hidden
 
-    def _later_step(self, entered: Entered, embedded: _Embedded, batch: PackedBatch, layers: list[_Layer], step: int) -> Tensor:
+    def _later_step(self, entered: Entered, embedded: _Embedded, layers: list[_Layer], asking: _Asking, step: int) -> Tensor:
         """Step k >= 1 on the rows that it supervises, R_k of them, entered into the first layer."""
-        entries = batch.rows.index[step]
-        at = batch.rows.base[entries]
-        turn = self._turn(batch.position[at] + step)
-        queries = Queries.of(at, entries, batch.num_tokens)
+        at, entries = asking.queries.at, asking.queries.entries
         addends = [Addend(embedded.query, (entries if len(layers) == 1 else at) + step), Addend(embedded.key_value, at + step)]
         hidden = entered.state
         for index, layer in enumerate(layers):
             x, residual = (layer.entrance.norm(hidden), Residual(hidden)) if index else (entered.normed, entered.residual)
-            query, key, value = layer.attention.all(self._project(index, layer.attention, x, slice(None), addends), turn)
             assert layer.memory is not None
-            layer.memory.append(key, value, entries)
-            hidden = self._finish(layer, layer.memory.attend(query, queries), residual)
+            flat = self._project(index, layer.attention, x, slice(None), addends)
+            hidden = self._finish(layer, layer.memory.later(layer.attention, flat, asking.turn, asking.queries), residual)
         return hidden

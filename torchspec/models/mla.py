@@ -61,6 +61,7 @@ class LatentProjections:
         sizes = attention.sizes
         self.qk = sizes.qk_nope_head_dim + sizes.qk_rope_head_dim
         self.width = max(self.qk, sizes.v_head_dim)
+        self.only_turned, self.head_size = False, self.width
 
     def all(self, flat: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
         low_query, low_key = flat.split([self.query_size, flat.shape[1] - self.query_size], dim=-1)

@@ -22,9 +22,9 @@ from torch import Tensor
 from torchspec.models.kernels import power_of_two
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "l_row", "l_head"])
 def _forward(
-    causal, causal_lse, query, extra_key, extra_value, rows, entries, out, lse, count, group, size, heads, slots, scale, l_row, l_head,
+    causal, causal_lse, query, extra_key, extra_value, rows, entries, out, lse, count, group, size, heads, slots, scale, c_row, c_head, l_row, l_head,
     GROUP: tl.constexpr, SLOTS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """A program does one row and one key-value head."""
@@ -35,8 +35,8 @@ def _forward(
     seen = mine[:, None] & (column[None, :] < size)
     n = tl.load(rows + r).to(tl.int64)
     own = head[:, None] * size + column[None, :]
-    q = tl.load(query + r * heads * size + own, mask=seen, other=0.0).to(tl.float32)
-    total = tl.load(causal + n * heads * size + own, mask=seen, other=0.0).to(tl.float32)
+    q = tl.load(query + n * heads * size + own, mask=seen, other=0.0).to(tl.float32)
+    total = tl.load(causal + n * c_row + head[:, None] * c_head + column[None, :], mask=seen, other=0.0).to(tl.float32)
     top = tl.load(causal_lse + n * l_row + head * l_head, mask=mine, other=0.0)
     key_heads = heads // group
     base = ((tl.load(entries + r).to(tl.int64) * slots) * key_heads + g) * size + column
@@ -54,9 +54,10 @@ def _forward(
     tl.store(lse + r * heads + head, higher + tl.log(weight), mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _backward(
     grad, query, out, lse, extra_key, extra_value, causal_d_query, rows, entries, d_query, d_key, d_value, count, group, size, heads, slots, scale,
+    c_row, c_head,
     GROUP: tl.constexpr, SLOTS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """A program does one row and one key-value head."""
@@ -68,11 +69,11 @@ def _backward(
     n = tl.load(rows + r).to(tl.int64)
     own = head[:, None] * size + column[None, :]
     at = r * heads * size + own
-    q = tl.load(query + at, mask=seen, other=0.0).to(tl.float32)
+    q = tl.load(query + n * heads * size + own, mask=seen, other=0.0).to(tl.float32)
     d_out = tl.load(grad + at, mask=seen, other=0.0).to(tl.float32)
     delta = tl.sum(d_out * tl.load(out + at, mask=seen, other=0.0).to(tl.float32), axis=1)
     merged = tl.load(lse + r * heads + head, mask=mine, other=float("inf"))
-    total = tl.load(causal_d_query + n * heads * size + own, mask=seen, other=0.0).to(tl.float32)
+    total = tl.load(causal_d_query + n * c_row + head[:, None] * c_head + column[None, :], mask=seen, other=0.0).to(tl.float32)
     key_heads = heads // group
     base = ((tl.load(entries + r).to(tl.int64) * slots) * key_heads + g) * size + column
     slot = tl.arange(0, SLOTS)
@@ -96,9 +97,9 @@ def forward(
     """Merge.
 
     Args:
-        causal: [N, h, d] causal output; rows ``rows`` are read.
+        causal: [N, h, d] causal output, any strides of rows and heads; rows ``rows`` are read.
         causal_lse: [N, h] fp32, any strides.
-        query: [R, h, d].
+        query: [N, h, d], contiguous; rows ``rows`` are read.
         extra_key, extra_value: [M, E, g, d].
         rows: [R] pack rows.
         entries: [R] rows of the slots.
@@ -108,14 +109,15 @@ def forward(
     Returns:
         out [R, h, d] in the type of ``query``; lse [R, h] fp32.
     """
-    number, heads, size = query.shape
+    number, heads, size = rows.shape[0], *query.shape[1:]
     groups, slots = extra_key.shape[2], extra_key.shape[1]
-    out, lse = torch.empty_like(query), torch.empty(number, heads, dtype=torch.float32, device=query.device)
+    causal = causal if causal.stride(2) == 1 else causal.contiguous()
+    out, lse = query.new_empty(number, heads, size), torch.empty(number, heads, dtype=torch.float32, device=query.device)
     if number:
         _forward[(number, groups)](
             causal, causal_lse, query, extra_key, extra_value, rows, entries, out, lse, count, heads // groups, size, heads, slots, scale,
-            causal_lse.stride(0), causal_lse.stride(1), GROUP=power_of_two(heads // groups), SLOTS=power_of_two(max(count, 1)), SIZE=power_of_two(size),
-            num_warps=4,
+            causal.stride(0), causal.stride(1), causal_lse.stride(0), causal_lse.stride(1),
+            GROUP=power_of_two(heads // groups), SLOTS=power_of_two(max(count, 1)), SIZE=power_of_two(size), num_warps=4,
         )  # fmt: skip
     return out, lse
 
@@ -127,22 +129,23 @@ def backward(
     """Gradients of :func:`forward`.
 
     Args:
-        grad: [R, h, d] of the result; all contiguous.
+        grad: [R, h, d] of the result, contiguous.
         query, out, lse: given to and returned by the forward.
-        causal_d_query: [N, h, d] query gradient of the causal part, given the merged output and log-sum-exp.
+        causal_d_query: [N, h, d] query gradient of the causal part, given the merged output and log-sum-exp; any strides of rows and heads.
         d_key, d_value: [M, E, g, d] fp32; the slots' gradients are added to them.
         extra_key, extra_value, rows, entries, count, scale: as in the forward.
 
     Returns:
         d_query [R, h, d], both parts, in the type of ``query``.
     """
-    number, heads, size = query.shape
+    number, heads, size = grad.shape
     groups, slots = extra_key.shape[2], extra_key.shape[1]
-    d_query = torch.empty_like(query)
+    causal_d_query = causal_d_query if causal_d_query.stride(2) == 1 else causal_d_query.contiguous()
+    d_query = query.new_empty(number, heads, size)
     if number:
         _backward[(number, groups)](
             grad, query, out, lse, extra_key, extra_value, causal_d_query, rows, entries, d_query, d_key, d_value, count, heads // groups, size, heads,
-            slots, scale, GROUP=power_of_two(heads // groups), SLOTS=power_of_two(max(count, 1)), SIZE=power_of_two(size),
-            num_warps=4,
+            slots, scale, causal_d_query.stride(0), causal_d_query.stride(1),
+            GROUP=power_of_two(heads // groups), SLOTS=power_of_two(max(count, 1)), SIZE=power_of_two(size), num_warps=4,
         )  # fmt: skip
     return d_query

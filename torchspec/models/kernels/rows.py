@@ -1,7 +1,9 @@
-"""Moving rows: spreading some over a longer, otherwise constant tensor, and adding some to an fp32 sum (rows are distinct, so no atomics are needed);
+"""Moving rows: spreading some over a longer, otherwise constant tensor, and adding to fp32 sums (rows are distinct, so no atomics are needed);
 and scaling a whole tensor by a number that is on the device."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -10,14 +12,42 @@ from torch import Tensor
 _BLOCK = 1024
 
 
-@triton.jit
-def _spread(x, where, result, width, fill, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["positions"])
+def _spread(x, more, third, where, result, more_result, third_result, positions, width, SECOND: tl.constexpr, THIRD: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     seen = column < width
-    source = tl.load(where + row).to(tl.int64)
-    values = tl.load(x + source * width + column, mask=seen & (column * 0 + source >= 0), other=fill)
-    tl.store(result + row * width + column, values, mask=seen)
+    source = tl.load(where + row, mask=row < positions, other=-1).to(tl.int64)
+    found = seen & (column * 0 + source >= 0)
+    tl.store(result + row * width + column, tl.load(x + source * width + column, mask=found, other=0.0), mask=seen)
+    if SECOND:
+        tl.store(more_result + row * width + column, tl.load(more + source * width + column, mask=found, other=0.0), mask=seen)
+    if THIRD:
+        tl.store(third_result + row * width + column, tl.load(third + source * width + column, mask=found, other=0.0), mask=seen)
+
+
+@triton.jit(do_not_specialize=["positions", "total"])
+def _turn(x, where, result, positions, total, width, fill, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, BLOCK)
+    source = tl.load(where + row, mask=row < positions, other=-1).to(tl.int64)
+    lane = (column < width)[None, :]
+    values = tl.load(x + source[:, None] * width + column[None, :], mask=(source >= 0)[:, None] & lane, other=fill)
+    tl.store(result + column[None, :].to(tl.int64) * total + row[:, None], values, mask=(row < total)[:, None] & lane)
+
+
+@triton.jit
+def _gather(key, value, key_sum, value_sum, width, k_row, v_row, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    seen = column < width
+    k = tl.load(key + row * k_row + column, mask=seen, other=0.0).to(tl.float32)
+    v = tl.load(value + row * v_row + column, mask=seen, other=0.0).to(tl.float32)
+    at = row * width + column
+    if not FIRST:
+        k += tl.load(key_sum + at, mask=seen, other=0.0)
+        v += tl.load(value_sum + at, mask=seen, other=0.0)
+    tl.store(key_sum + at, k, mask=seen)
+    tl.store(value_sum + at, v, mask=seen)
 
 
 @triton.jit
@@ -38,21 +68,55 @@ def _scale(x, factor, total, BLOCK: tl.constexpr):
         tl.store(x + at, (tl.load(x + at, mask=at < total).to(tl.float32) * by).to(x.dtype.element_ty), mask=at < total)
 
 
-def spread(x: Tensor, where: Tensor, fill: float = 0.0) -> Tensor:
-    """[R, ...] to [N, ...]: row n is ``x[where[n]]``, or ``fill`` where that is negative.
+def spread(tensors: Sequence[Tensor], where: Tensor, total: int) -> list[Tensor]:
+    """Up to three tensors [R, ...] of one shape to [P, ...]: row n is ``x[where[n]]``, or zeros where that is negative and from N on.
+
+    Args:
+        tensors: of one shape and type.
+        where: [N] integers.
+        total: P, at least N.
+    """
+    given = [x.contiguous() for x in tensors]
+    results = [x.new_empty(total, *x.shape[1:]) for x in given]
+    width = results[0][0].numel() if total else 0
+    if width:
+        block = min(_BLOCK, triton.next_power_of_2(width))
+        full = [*given, *[given[0]] * (3 - len(given))], [*results, *[results[0]] * (3 - len(given))]
+        _spread[(total, triton.cdiv(width, block))](
+            *full[0], where, *full[1], where.shape[0], width, SECOND=len(given) > 1, THIRD=len(given) > 2, BLOCK=block, num_warps=4
+        )
+    return results
+
+
+def spread_columns(x: Tensor, where: Tensor, total: int, fill: float) -> Tensor:
+    """[R, h] to [h, P], contiguous: column n is ``x[where[n]]``, or ``fill`` where that is negative and from N on.
 
     Args:
         x: contiguous.
         where: [N] integers.
-        fill: of rows that have no source.
+        total: P, at least N.
+        fill: of columns that have no source.
     """
-    x = x.contiguous()
-    result = x.new_empty(where.shape[0], *x.shape[1:])
-    width = result[0].numel() if where.shape[0] else 0
-    if width:
-        block = min(_BLOCK, triton.next_power_of_2(width))
-        _spread[(where.shape[0], triton.cdiv(width, block))](x, where, result, width, fill, BLOCK=block, num_warps=4)
+    x, width = x.contiguous(), x.shape[1]
+    result = x.new_empty(width, total)
+    if total:
+        _turn[(triton.cdiv(total, 32),)](x, where, result, where.shape[0], total, width, fill, ROWS=32, BLOCK=triton.next_power_of_2(width), num_warps=4)
     return result
+
+
+def gather(key: Tensor, value: Tensor, sums: tuple[Tensor, Tensor], *, first: bool) -> None:
+    """Add two tensors to their sums in fp32, or put them there.
+
+    Args:
+        key, value: [N, g, d].
+        sums: [N, g, d] fp32 each, contiguous.
+        first: the sums hold nothing yet.
+    """
+    key, value = (x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous() for x in (key, value))
+    rows, width = key.shape[0], key.shape[1] * key.shape[2]
+    if rows:
+        block = min(_BLOCK, triton.next_power_of_2(width))
+        _gather[(rows, triton.cdiv(width, block))](key, value, *sums, width, key.stride(0), value.stride(0), FIRST=first, BLOCK=block, num_warps=4)
 
 
 def add(total: Tensor, x: Tensor, place: Tensor | None) -> None:
