@@ -117,7 +117,7 @@ TWINS = (
              "torch.ops.aten.silu_backward(d_act * up, gate)", "d_act * up * torch.sigmoid(gate)", _UNROLL),
     Mutation("twins", "RoPE turned the other way in one half", "models/rope.py", "low * cos - high * sin", "low * cos + high * sin", _UNROLL),
     Mutation("twins", "shared rows keep the last step's gradient", "models/shared.py",
-             "index_add_(0, place, grad.to", "index_copy_(0, place, grad.to", _UNROLL),
+             "index_add_(0, place + shift, part.to", "index_copy_(0, place + shift, part.to", _UNROLL),
     Mutation("twins", "a weight's gradient of the first step alone", "models/shared.py",
              "torch.cat(outs) if len(outs) > 1 else outs[0]).t(), torch.cat(ins) if len(ins) > 1 else ins[0]", "outs[0]).t(), ins[0]", _UNROLL),
     Mutation("twins", "a state's target of the step before", "models/loss.py", "torch.cat([entries + k for k", "torch.cat([entries for k", _UNROLL),

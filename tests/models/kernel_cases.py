@@ -124,13 +124,24 @@ def rows(number: int, total: int, width: int, dtype: torch.dtype) -> None:
         spread = kernel.spread(given, where, total + 3)
         for source, found in zip(given, spread, strict=True):
             assert torch.equal(found, torch.zeros(total + 3, width, dtype=dtype, device=DEVICE).index_copy(0, place, source))
-    assert torch.equal(kernel.spread_columns(x, where, total + 3, 2.5)[:, :total], expected.t())
-    assert kernel.spread_columns(x, where, total + 3, 2.5)[:, total:].eq(2.5).all()
-    start = make(total, width, dtype=torch.float32, seed=2)
-    for at in (place, None):
-        ours = start.clone()
-        kernel.add(ours, x, at)
-        close("add", ours, start.double().index_add(0, torch.arange(number, device=DEVICE) if at is None else at, x.double()), torch.float32)
+    narrow = x[:, :33].contiguous()
+    columns = kernel.spread_columns(narrow, where, total + 3, 2.5)
+    assert torch.equal(columns[:, :total], expected[:, :33].t())
+    assert columns[:, total:].eq(2.5).all()
+
+    second, shift = width // 2 + 1, 2
+    data = make(total + shift, width, dtype=dtype, seed=4), make(total + shift, second, dtype=dtype, seed=5)
+    starts = make(total + shift, width, dtype=torch.float32, seed=2), make(total + shift, second, dtype=torch.float32, seed=6)
+    grad = make(number, width + second + 8, dtype=dtype, seed=7)[:, 8:]
+    for places in ((place,), (None,), (place, place), (None, place), (place, None)):
+        chosen = [torch.arange(number, device=DEVICE) if at is None else at + shift for at in places]
+        found = kernel.beside([(t, at, shift) for t, at in zip(data, places, strict=False)], number)
+        assert torch.equal(found, torch.cat([t[at] for t, at in zip(data, chosen, strict=False)], dim=1))
+        ours, given = [start.clone() for start in starts[: len(places)]], grad[:, : found.shape[1]]
+        kernel.add([(t, at, shift) for t, at in zip(ours, places, strict=True)], given)
+        parts = given.double().split([t.shape[1] for t in ours], dim=1)
+        for t, start, at, part in zip(ours, starts, chosen, parts, strict=False):
+            close("add", t, start.double().index_add(0, at, part), torch.float32)
 
 
 def gather(rows: int, groups: int, size: int, dtype: torch.dtype) -> None:

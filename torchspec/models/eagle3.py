@@ -243,7 +243,7 @@ class Eagle3Draft(nn.Module):
     def _later_step(self, entered: Entered, embedded: _Embedded, layers: list[_Layer], asking: _Asking, step: int) -> Tensor:
         """Step k >= 1 on the rows that it supervises, R_k of them, entered into the first layer."""
         at, entries = asking.queries.at, asking.queries.entries
-        addends = [Addend(embedded.query, (entries if len(layers) == 1 else at) + step), Addend(embedded.key_value, at + step)]
+        addends = [Addend(embedded.query, entries if len(layers) == 1 else at, step), Addend(embedded.key_value, at, step)]
         hidden = entered.state
         for index, layer in enumerate(layers):
             x, residual = (layer.entrance.norm(hidden), Residual(hidden)) if index else (entered.normed, entered.residual)

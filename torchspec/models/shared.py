@@ -147,21 +147,12 @@ class _RowStore:
         self.data = data
         self._sum: Tensor | None = None
 
-    def add(self, place: Tensor | None, grad: Tensor) -> None:
-        """Add to the gradient of rows ``place`` (distinct), or of all."""
-        if self._sum is None and place is None:
-            self._sum = grad.to(wide(grad.dtype), copy=True)
-            return
+    @property
+    def sum(self) -> Tensor:
+        """[M, C], of all that came so far."""
         if self._sum is None:
-            self._sum = torch.zeros(self.data.shape, dtype=wide(grad.dtype), device=grad.device)
-        if kernels.usable(grad):
-            from torchspec.models.kernels import rows
-
-            rows.add(self._sum, grad, place)
-        elif place is None:
-            self._sum += grad
-        else:
-            self._sum.index_add_(0, place, grad.to(self._sum.dtype))
+            self._sum = torch.zeros_like(self.data, dtype=wide(self.data.dtype))
+        return self._sum
 
     def collect(self) -> Tensor:
         """The sum, once, in the data's type."""
@@ -192,16 +183,21 @@ class SharedRows:
     @classmethod
     def of(cls, value: Tensor) -> SharedRows:
         """Share [M, C]."""
-        store = _RowStore(value.detach())
+        store = _RowStore(value.detach().contiguous())
         return cls(store, _Keep.apply(store, value))
 
 
 @dataclass(frozen=True)
 class Addend:
-    """Rows ``place`` (distinct; None for all) of shared rows, to be added to a product's result."""
+    """Rows ``place + shift`` (distinct; None for all) of shared rows, to be added to a product's result."""
 
     rows: SharedRows
     place: Tensor | None
+    shift: int = 0
+
+
+_Part = tuple[_RowStore, Tensor | None, int]
+"""Store, place and shift of an addend."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +213,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, token: Tensor, bias: Tensor | None, residual: Tensor | None, spare: bool, weight: Weight,
-        stores: list[tuple[_RowStore, Tensor | None]], *tokens: Tensor,
+        stores: list[_Part], *tokens: Tensor,
     ) -> Tensor:  # fmt: skip
         # the weight's own token is not kept here: it would tie the graph into a circle
         ctx.weight, ctx.stores, ctx.bias = (weight.store, weight.rows, weight.columns), stores, None if bias is None else bias.dtype
@@ -241,29 +237,34 @@ class _Linear(torch.autograd.Function):
         store, rows, columns = ctx.weight
         d_x = torch.mm(d_y, store.data[rows, columns]) if ctx.needs_input_grad[0] else None
         store.add(rows, columns, d_y, x)
-        first = 0
-        for shared, place in ctx.stores:
-            shared.add(place, d_y[:, first : first + shared.data.shape[1]])
-            first += shared.data.shape[1]
+        if ctx.stores:
+            _add_apart(ctx.stores, d_y)
         empty = d_y.new_empty(0)
         d_bias = None if ctx.bias is None else d_y.sum(0, dtype=ctx.bias)
         return d_x, empty, d_bias, d_y if ctx.needs_input_grad[3] else None, None, None, None, *[empty] * len(ctx.stores)
 
 
-def _side_by_side(stores: list[tuple[_RowStore, Tensor | None]], number: int) -> Tensor:
+def _side_by_side(stores: list[_Part], number: int) -> Tensor:
     """The stores' rows next to each other, [R, sum of their widths]; a new tensor."""
-    first, data = 0, stores[0][0].data
-    start = data.new_empty(number, sum(store.data.shape[1] for store, _ in stores))
-    for store, place in stores:
-        into = start[:, first : first + store.data.shape[1]]
+    if kernels.usable(stores[0][0].data):
+        from torchspec.models.kernels import rows
+
+        return rows.beside([(store.data, place, shift) for store, place, shift in stores], number)
+    return torch.cat([store.data[:number] if place is None else store.data[place + shift] for store, place, shift in stores], dim=1)
+
+
+def _add_apart(stores: list[_Part], grad: Tensor) -> None:
+    """The other way round: [R, sum of their widths] to the stores' sums."""
+    if kernels.usable(grad):
+        from torchspec.models.kernels import rows
+
+        rows.add([(store.sum, place, shift) for store, place, shift in stores], grad)
+        return
+    for (store, place, shift), part in zip(stores, grad.split([store.data.shape[1] for store, _, _ in stores], dim=1), strict=True):
         if place is None:
-            into.copy_(store.data)
-        elif len(stores) == 1:
-            torch.index_select(store.data, 0, place, out=start)
+            store.sum.add_(part)
         else:
-            into.copy_(store.data[place])
-        first += store.data.shape[1]
-    return start
+            store.sum.index_add_(0, place + shift, part.to(store.sum.dtype))
 
 
 def linear(x: Tensor, weight: Weight, *, bias: Tensor | None = None, residual: Residual | None = None, addends: Sequence[Addend] = ()) -> Tensor:
@@ -274,14 +275,14 @@ def linear(x: Tensor, weight: Weight, *, bias: Tensor | None = None, residual: R
         weight: [out, in].
         bias: [out], in the type that its gradient is to have.
         residual: [R, out], with a gradient of its own. Not together with addends.
-        addends: shared rows; side by side they are [R, out].
+        addends: one or two of shared rows; side by side they are [R, out].
 
     Returns:
         [R, out] in the compute type.
     """
     assert residual is None or not addends
     rows, spare = (None, False) if residual is None else (residual.rows, residual.spare)
-    stores = [(a.rows.store, a.place) for a in addends]
+    stores = [(a.rows.store, a.place, a.shift) for a in addends]
     y: Tensor = _Linear.apply(x, weight.token, bias, rows, spare, weight, stores, *[a.rows.token for a in addends])
     return y
 

@@ -1,5 +1,5 @@
-"""Moving rows: spreading some over a longer, otherwise constant tensor, and adding to fp32 sums (rows are distinct, so no atomics are needed);
-and scaling a whole tensor by a number that is on the device."""
+"""Moving rows: spreading some over a longer, otherwise constant tensor, taking some of two tensors side by side, and adding to fp32 sums (rows are
+distinct, so no atomics are needed); and scaling a whole tensor by a number that is on the device."""
 
 from __future__ import annotations
 
@@ -50,14 +50,50 @@ def _gather(key, value, key_sum, value_sum, width, k_row, v_row, FIRST: tl.const
     tl.store(value_sum + at, v, mask=seen)
 
 
-@triton.jit
-def _add(total, place, x, width, x_stride, t_stride, PLACED: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    seen = column < width
-    target = tl.load(place + row).to(tl.int64) if PLACED else row
-    at = total + target * t_stride + column
-    tl.store(at, tl.load(at, mask=seen) + tl.load(x + row * x_stride + column, mask=seen).to(tl.float32), mask=seen)
+@triton.jit(do_not_specialize=["shift", "more_shift"])
+def _beside(
+    x, more, place, more_place, result, shift, more_shift, width, more_width, blocks,
+    PLACED: tl.constexpr, MORE_PLACED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lane = tl.arange(0, BLOCK)
+    into = result + row * (width + more_width)
+    source = row
+    if block < blocks:
+        if PLACED:
+            source = tl.load(place + row).to(tl.int64) + shift
+        column = block * BLOCK + lane
+        tl.store(into + column, tl.load(x + source * width + column, mask=column < width), mask=column < width)
+    else:
+        if MORE_PLACED:
+            source = tl.load(more_place + row).to(tl.int64) + more_shift
+        column = (block - blocks) * BLOCK + lane
+        tl.store(into + width + column, tl.load(more + source * more_width + column, mask=column < more_width), mask=column < more_width)
+
+
+@triton.jit(do_not_specialize=["shift", "more_shift"])
+def _add(
+    total, more, place, more_place, x, shift, more_shift, width, more_width, blocks, x_stride,
+    PLACED: tl.constexpr, MORE_PLACED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lane = tl.arange(0, BLOCK)
+    source = x + row * x_stride
+    target = row
+    if block < blocks:
+        if PLACED:
+            target = tl.load(place + row).to(tl.int64) + shift
+        column = block * BLOCK + lane
+        at = total + target * width + column
+        seen = column < width
+        tl.store(at, tl.load(at, mask=seen, other=0.0) + tl.load(source + column, mask=seen, other=0.0).to(tl.float32), mask=seen)
+    else:
+        if MORE_PLACED:
+            target = tl.load(more_place + row).to(tl.int64) + more_shift
+        column = (block - blocks) * BLOCK + lane
+        at = more + target * more_width + column
+        seen = column < more_width
+        tl.store(at, tl.load(at, mask=seen, other=0.0) + tl.load(source + width + column, mask=seen, other=0.0).to(tl.float32), mask=seen)
 
 
 @triton.jit
@@ -119,18 +155,46 @@ def gather(key: Tensor, value: Tensor, sums: tuple[Tensor, Tensor], *, first: bo
         _gather[(rows, triton.cdiv(width, block))](key, value, *sums, width, key.stride(0), value.stride(0), FIRST=first, BLOCK=block, num_warps=4)
 
 
-def add(total: Tensor, x: Tensor, place: Tensor | None) -> None:
-    """``total[place] += x``.
+Part = tuple[Tensor, Tensor | None, int]
+"""A tensor [M, C], contiguous, and distinct rows of it: ``place + shift`` with place [R], or the first R where that is None."""
+
+
+def beside(parts: Sequence[Part], number: int) -> Tensor:
+    """Rows of one or two tensors next to each other, [R, sum of their widths].
 
     Args:
-        total: [M, C] fp32, rows contiguous.
-        x: [R, C], rows contiguous.
-        place: [R] distinct rows; None for the first R.
+        parts: of one type.
+        number: R.
     """
-    rows, width = x.shape
-    if rows and width:
-        block = min(_BLOCK, triton.next_power_of_2(width))
-        _add[(rows, triton.cdiv(width, block))](total, place, x, width, x.stride(0), total.stride(0), PLACED=place is not None, BLOCK=block, num_warps=4)
+    (x, place, shift), (more, more_place, more_shift) = parts[0], parts[-1]
+    width, more_width = x.shape[1], more.shape[1] if len(parts) > 1 else 0
+    result = x.new_empty(number, width + more_width)
+    if number and result.shape[1]:
+        block = min(_BLOCK, triton.next_power_of_2(max(width, more_width)))
+        blocks = triton.cdiv(width, block)
+        _beside[(number, blocks + triton.cdiv(more_width, block))](
+            x, more, place, more_place, result, shift, more_shift, width, more_width, blocks,
+            PLACED=place is not None, MORE_PLACED=more_place is not None, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return result
+
+
+def add(parts: Sequence[Part], x: Tensor) -> None:
+    """The other way round: columns of ``x`` added to rows of one or two fp32 sums.
+
+    Args:
+        parts: the sums.
+        x: [R, sum of their widths], rows contiguous.
+    """
+    (total, place, shift), (more, more_place, more_shift) = parts[0], parts[-1]
+    width, more_width = total.shape[1], more.shape[1] if len(parts) > 1 else 0
+    if x.numel():
+        block = min(_BLOCK, triton.next_power_of_2(max(width, more_width)))
+        blocks = triton.cdiv(width, block)
+        _add[(x.shape[0], blocks + triton.cdiv(more_width, block))](
+            total, more, place, more_place, x, shift, more_shift, width, more_width, blocks, x.stride(0),
+            PLACED=place is not None, MORE_PLACED=more_place is not None, BLOCK=block, num_warps=4,
+        )  # fmt: skip
 
 
 def scale(x: Tensor, factor: Tensor) -> None:
