@@ -59,6 +59,7 @@ class _Hold(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, total: _Sum, weight: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.total = total
         ctx.save_for_backward(weight)
         return weight.new_empty(0)
@@ -95,7 +96,7 @@ class _Enter(torch.autograd.Function):
             d_state = d_state.contiguous()
         partial = ctx.total.partial(x.shape[1], x.device)
         d_x = advance.backward(d_normed, d_residual, d_every, d_state, x, weight, to, inverse, partial, normed_residual=ctx.normed_residual)
-        return d_x, weight.new_empty(0), None, None, None, None, None, None, None
+        return d_x, None, None, None, None, None, None, None, None
 
 
 class Entrance:

@@ -150,6 +150,7 @@ class Store:
 class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, store: Store, key: Tensor, value: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.store, ctx.shape, ctx.kind = store, key.shape, key.dtype
         more = (0, 0, 0, 0, 0, store.rows - key.shape[0])
         store.key, store.value = (F.pad(t, more) if more[-1] else t.contiguous() for t in (key, value))
@@ -159,7 +160,7 @@ class _Start(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         found = ctx.store.collect()
         if found is None:
-            return None, *(grads[0].new_zeros(ctx.shape) for _ in range(2))
+            return None, None, None
         return None, *(total[: ctx.shape[0]].to(ctx.kind) for total in found)
 
 
@@ -168,6 +169,7 @@ class _Append(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, store: Store, token: Tensor, key: Tensor, value: Tensor, entries: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.store, ctx.slot = store, store.count
         ctx.save_for_backward(entries)
         store.extra_key[entries, store.count] = key
@@ -180,7 +182,7 @@ class _Append(torch.autograd.Function):
         (entries,) = ctx.saved_tensors
         kind = ctx.store.key.dtype
         d_key, d_value = (total[entries, ctx.slot].to(kind) for total in ctx.store.extra_sums)
-        return None, grads[0], d_key, d_value, None
+        return None, None, d_key, d_value, None
 
 
 class _Attend(torch.autograd.Function):
@@ -206,7 +208,7 @@ class _Attend(torch.autograd.Function):
         query, out, lse = ctx.saved_tensors
         store, queries, count, grad, scale = ctx.store, ctx.queries, ctx.count, grads[0].contiguous(), query.shape[-1] ** -0.5
         if store.causal is not None:
-            return None, query.new_empty(0), store.attend_backward(grad, query, out, lse, queries, count, scale), None
+            return None, None, store.attend_backward(grad, query, out, lse, queries, count, scale), None
         d_query, d_key, d_value = attention_torch.causal_backward(grad, query, store.key, store.value, out, lse, queries.at, store.conversations.bounds, scale)
         if count:
             key, value = store.extra_key[queries.entries, :count], store.extra_value[queries.entries, :count]
@@ -215,7 +217,7 @@ class _Attend(torch.autograd.Function):
             for total, part in zip(store.extra_sums, (d_extra_key, d_extra_value), strict=True):
                 total[queries.entries, :count] += part
         store.add(d_key, d_value)
-        return None, query.new_empty(0), d_query.to(query.dtype), None
+        return None, None, d_query.to(query.dtype), None
 
 
 def _causal(like: Tensor, conversations: Conversations, total: int) -> Causal | None:

@@ -30,6 +30,7 @@ class _Begin(torch.autograd.Function):
 
         store.key, store.value = (flat.new_empty(store.rows, *store.extra_key.shape[2:]) for _ in range(2))
         heads.split(flat, cos, sin, query=None, key=store.key, value=store.value, where=None, entries=None)
+        ctx.set_materialize_grads(False)
         ctx.store = store
         ctx.save_for_backward(cos, sin)
         return flat.new_empty(0)
@@ -41,7 +42,7 @@ class _Begin(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         found, kind = ctx.store.collect(), ctx.store.key.dtype
         if found is None:
-            return None, grads[0].new_zeros(cos.shape[0], 2 * ctx.store.key[0].numel()), None, None
+            return None, None, None, None
         d_flat = heads.join(cos.shape[0], cos, sin, d_query=None, d_key=found[0], d_value=found[1], entries=None, dtype=kind)
         return None, d_flat, None, None
 
@@ -61,6 +62,7 @@ class _Step(torch.autograd.Function):
         heads.split(flat, cos, sin, query=query, key=key, value=value, where=queries.where, entries=queries.entries if later else None)
         store.count += later
         out, lse = store.attend(query, queries, size**-0.5)
+        ctx.set_materialize_grads(False)
         ctx.store, ctx.queries, ctx.count, ctx.later = store, queries, store.count, later
         kept = query if query.shape[0] <= _SPREAD * out.shape[0] else query.index_select(0, queries.at)
         ctx.save_for_backward(kept, out, lse, cos, sin)
@@ -72,11 +74,12 @@ class _Step(torch.autograd.Function):
 
         query, out, lse, cos, sin = ctx.saved_tensors
         store, queries, count = ctx.store, ctx.queries, ctx.count
-        d_query = store.attend_backward(grads[0].contiguous(), query, out, lse, queries, count, query.shape[-1] ** -0.5)
+        grad = torch.zeros_like(out) if grads[0] is None else grads[0].contiguous()
+        d_query = store.attend_backward(grad, query, out, lse, queries, count, query.shape[-1] ** -0.5)
         d_key, d_value = (total[:, count - 1] for total in store.extra_sums) if ctx.later else (None, None)
         entries = queries.entries if ctx.later else None
         d_flat = heads.join(out.shape[0], cos, sin, d_query=d_query, d_key=d_key, d_value=d_value, entries=entries, dtype=out.dtype)
-        return None, query.new_empty(0), d_flat, None, None, None, None, None
+        return None, None, d_flat, None, None, None, None, None
 
 
 class FusedMemory:

@@ -2,7 +2,8 @@
 autograd in the compute type, and handed over once.
 
 A shared tensor is a *store* (the data and the sum of its gradients) and a *token*: an empty tensor that stands for it in autograd's graph. Each use takes
-the token and adds to the store in its backward; autograd runs the token's own backward after all uses, and that hands the sum on. A further backward over
+the token and adds to the store in its backward, where the token itself gets None; autograd runs the token's own backward after all uses, and that hands
+the sum on. A further backward over
 the same graph (``retain_graph=True``) begins new sums.
 
     dW = sum over steps of d_y_k^T x_k
@@ -100,6 +101,7 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, store: _WeightStore, *parts: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.store, ctx.kinds = store, [(part.shape[0], part.dtype) for part in parts]
         return store.data.new_empty(0)
 
@@ -165,6 +167,7 @@ class _Keep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, store: _RowStore, value: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.store = store
         return value.new_empty(0)
 
@@ -239,9 +242,8 @@ class _Linear(torch.autograd.Function):
         store.add(rows, columns, d_y, x)
         if ctx.stores:
             _add_apart(ctx.stores, d_y)
-        empty = d_y.new_empty(0)
         d_bias = None if ctx.bias is None else d_y.sum(0, dtype=ctx.bias)
-        return d_x, empty, d_bias, d_y if ctx.needs_input_grad[3] else None, None, None, None, *[empty] * len(ctx.stores)
+        return d_x, None, d_bias, d_y if ctx.needs_input_grad[3] else None, None, None, None, *[None] * len(ctx.stores)
 
 
 def _side_by_side(stores: list[_Part], number: int) -> Tensor:

@@ -140,24 +140,22 @@ class DraftTask(nn.Module):
 
     @staticmethod
     def _summed(loss: Tensor, loss_sum: Tensor, hit: tuple[Tensor, ...], alpha: tuple[Tensor, ...] | None, batch: PackedBatch) -> StepOutput:
-        rows = batch.rows
-        accepted = torch.zeros_like(rows.base)
-        right, chance = torch.ones_like(rows.base, dtype=torch.bool), None if alpha is None else torch.ones_like(alpha[0])
-        table: dict[str, list[Tensor]] = {"rows": [], "correct": [], "correct_so_far": []}
+        """Over a table [K, R_0] of step and step-0 row, so that the number of operations is that of the sums and not of the steps."""
+        rows, steps, total = batch.rows, batch.rows.steps, batch.rows.base.shape[0]
+        place = torch.cat(rows.index) + rows.step * total
+
+        def table(values: tuple[Tensor, ...], kind: torch.dtype) -> Tensor:
+            """With 0 where a step does not supervise a row; the steps that do are the first ones."""
+            return torch.zeros(steps * total, dtype=kind, device=place.device).index_copy_(0, place, torch.cat(values).to(kind)).view(steps, total)
+
+        right = table(hit, torch.int64)
+        so_far = right.cumprod(0)
+        found = {"rows": (rows.where >= 0).sum(1), "correct": right.sum(1), "correct_so_far": so_far.sum(1)}
         if alpha is not None:
-            table |= {"alpha": [], "alpha_so_far": []}
-        for k in range(rows.steps):
-            right = right[rows.keep[k]] & hit[k]
-            accepted.index_add_(0, rows.index[k], right.long())
-            table["rows"].append(torch.full_like(loss_sum[k], hit[k].shape[0]))
-            table["correct"].append(hit[k].sum())
-            table["correct_so_far"].append(right.sum())
-            if alpha is not None and chance is not None:
-                chance = chance[rows.keep[k]] * alpha[k]
-                table["alpha"].append(alpha[k].sum())
-                table["alpha_so_far"].append(chance.sum())
-        sums = {name: torch.stack([value.to(loss_sum.dtype) for value in values]) for name, values in table.items()}
-        return StepOutput(loss, {**sums, "loss": loss_sum}, accepted)
+            chance = table(alpha, alpha[0].dtype)
+            found |= {"alpha": chance.sum(1), "alpha_so_far": chance.cumprod(0).sum(1)}
+        sums = {name: values.to(loss_sum.dtype) for name, values in found.items()}
+        return StepOutput(loss, {**sums, "loss": loss_sum}, so_far.sum(0))
 
     def _nothing(self, steps: int, measure: bool) -> StepOutput:
         """A zero tied to every trainable parameter."""
