@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.plain_step import PlainStep
 from torchspec.batch import PackedBatch, supervised_counts, turns, unroll_rows
 from torchspec.hardware import working_dtype
+from torchspec.models.clipping import clip
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.eagle3 import Eagle3Draft, RMSNorm
 from torchspec.models.target_weights import TargetHead
@@ -150,7 +151,7 @@ def memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Pack
     loss.backward()
     backward_peak = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    clip(optimizer, 1.0)
     optimizer.step()
     step_peak = torch.cuda.max_memory_allocated()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -182,7 +183,10 @@ def measure(name: str, model: torch.nn.Module, loss_of: Callable[[], Tensor], ar
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if name == "plain":
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        else:
+            assert clip(optimizer, 1.0) is not None
         optimizer.step()
         losses.append(loss.detach())
 

@@ -16,11 +16,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.optim import Optimizer
 
 from torchspec.batch import PackedBatch
 from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
 from torchspec.models.checkpoint import read_facts
+from torchspec.models.clipping import clip
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.losses import LossWeights
 from torchspec.models.metrics import StepSums
@@ -178,6 +180,12 @@ class DraftModule(pl.LightningModule):
         if isinstance(scheduler, Schedule) and scheduler.total_steps is None:
             scheduler.set_total_steps(self._planned_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None) -> None:
+        """By norm inside the optimizer's own pass where it can (``clipping.py``), else as Lightning does."""
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and clip(optimizer, float(gradient_clip_val)) is not None:
+            return
+        self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
 
     def _planned_steps(self) -> int:
         """Optimizer steps of the run, from the plan where there is one."""
