@@ -297,10 +297,25 @@ def merge(number: int, heads: int, groups: int, size: int, slots: int, count: in
         d_query = d_query + more
         wanted[0][entries, :count] += d_key
         wanted[1][entries, :count] += d_value
-    found = kernel.backward(grad, spread, out, merged, key, value, d_causal, *sums, rows=at, entries=entries, count=count, scale=scale)
+    given = {"rows": at, "entries": entries, "count": count, "scale": scale}
+    found = kernel.backward(grad, spread, out, merged, key, value, d_causal, *sums, **given)
     close("d_query", found, d_query, dtype)
     close("d_key", sums[0], wanted[0], torch.float32, 3.0)
     close("d_value", sums[1], wanted[1], torch.float32, 3.0)
+
+    # sums that hold nothing yet: everywhere, then at every other row
+    empty = (torch.full_like(sums[0], torch.nan), torch.full_like(sums[1], torch.nan))
+    kernel.backward(grad, spread, out, merged, key, value, d_causal, *empty, **given, fresh=True)
+    before = torch.where(torch.arange(number, device=DEVICE) % 2 == 0, -1, 5).int()
+    half = tuple(t.clone() for t in empty)
+    for t in half:
+        t[entries[::2]] = torch.nan
+    kernel.backward(grad, spread, out, merged, key, value, d_causal, *half, **given, before=before)
+    if count:
+        for name, once, twice, added in zip(("d_key", "d_value"), empty, half, (d_key, d_value), strict=True):
+            close(name, once[entries, :count], added, torch.float32, 3.0)
+            times = torch.where(before < 0, 1.0, 2.0).double()[:, None, None, None]
+            close(name, twice[entries, :count], times * added, torch.float32, 3.0)
 
 
 def target(number: int, vocabulary: int, width: int, dtype: torch.dtype) -> None:

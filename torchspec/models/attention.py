@@ -41,6 +41,8 @@ class Queries:
     """[R] its step-0 entry."""
     where: Tensor
     """[N] the query of each pack row, or -1."""
+    onto: Tensor | None = None
+    """[R] negative where the next step does not ask; None in the last step, or where it is not known."""
 
     @classmethod
     def of(cls, at: Tensor, entries: Tensor, total: int) -> Queries:
@@ -133,15 +135,26 @@ class Store:
             causal=self.causal, at=queries.at, entries=queries.entries, count=self.count, scale=scale,
         )  # fmt: skip
 
-    def attend_backward(self, grad: Tensor, query: Tensor, out: Tensor, lse: Tensor, queries: Queries, count: int, scale: float) -> Tensor:
-        """Gradient [R, h, d] of the query, which is [P, h, d] or [R, h, d]; those of keys and values are added here."""
+    def attend_backward(
+        self, grad: Tensor, query: Tensor, out: Tensor, lse: Tensor, queries: Queries, count: int, scale: float, *, unroll: bool = False
+    ) -> Tensor:
+        """Gradient [R, h, d] of the query, which is [P, h, d] or [R, h, d]; those of keys and values are added here.
+
+        Where this is an ``unroll``, every step's queries come back once, the last step's first: then a slot of an entry has no sum before the last step
+        that asks there, and the sums need not begin with zeros.
+        """
         from torchspec.models import attention_flash
 
         assert self.causal is not None
+        fresh = unroll and self._extra_sums is None
+        if fresh:
+            kind = wide(self.key.dtype)
+            self._extra_sums = torch.empty_like(self.extra_key, dtype=kind), torch.empty_like(self.extra_value, dtype=kind)
         sums = self.extra_sums if count else (self.extra_key, self.extra_value)
         d_query, d_key, d_value = attention_flash.backward(
             grad, query, self.key, self.value, self.extra_key, self.extra_value, out, lse, *sums,
             causal=self.causal, at=queries.at, where=queries.where, entries=queries.entries, count=count, scale=scale,
+            fresh=fresh, before=queries.onto if unroll and not fresh else None,
         )  # fmt: skip
         self.add(d_key, d_value)
         return d_query

@@ -107,7 +107,7 @@ def forward(
 def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor, extra_value: Tensor, out: Tensor, lse: Tensor,
     d_extra_key: Tensor, d_extra_value: Tensor,
-    *, causal: Causal, at: Tensor, where: Tensor, entries: Tensor, count: int, scale: float,
+    *, causal: Causal, at: Tensor, where: Tensor, entries: Tensor, count: int, scale: float, fresh: bool, before: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of :func:`forward`: of query [R, h, d], key and value [P, g, d] at any strides; those of the later keys are added to the fp32 ``d_extra_...``.
 
@@ -116,6 +116,7 @@ def backward(
         query: [P, h, d], spread, or [R, h, d].
         out, lse: from the forward.
         where: [N] query of each pack row, or -1.
+        fresh, before: what ``d_extra_...`` hold, see ``kernels/merge.py``.
         key, value, extra_key, extra_value, causal, at, entries, count, scale: as in the forward.
     """
     if query.shape[0] == causal.rows:
@@ -126,6 +127,7 @@ def backward(
     d_query, d_key, d_value = causal.backward(wide_grad, query, key, value, wide_out, wide_lse, scale)
     del wide_grad, wide_out
     more = merge.backward(
-        grad, query, out, lse, extra_key, extra_value, d_query, d_extra_key, d_extra_value, rows=at, entries=entries, count=count, scale=scale
-    )
+        grad, query, out, lse, extra_key, extra_value, d_query, d_extra_key, d_extra_value,
+        rows=at, entries=entries, count=count, scale=scale, fresh=fresh, before=before,
+    )  # fmt: skip
     return more, d_key, d_value

@@ -75,7 +75,7 @@ class _Step(torch.autograd.Function):
         query, out, lse, cos, sin = ctx.saved_tensors
         store, queries, count = ctx.store, ctx.queries, ctx.count
         grad = torch.zeros_like(out) if grads[0] is None else grads[0].contiguous()
-        d_query = store.attend_backward(grad, query, out, lse, queries, count, query.shape[-1] ** -0.5)
+        d_query = store.attend_backward(grad, query, out, lse, queries, count, query.shape[-1] ** -0.5, unroll=True)
         d_key, d_value = (total[:, count - 1] for total in store.extra_sums) if ctx.later else (None, None)
         entries = queries.entries if ctx.later else None
         d_flat = heads.join(out.shape[0], cos, sin, d_query=d_query, d_key=d_key, d_value=d_value, entries=entries, dtype=out.dtype)

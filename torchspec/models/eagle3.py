@@ -208,8 +208,8 @@ class Eagle3Draft(nn.Module):
         rows = batch.rows
         sizes = [entries.shape[0] for entries in rows.index]
         cos, sin = (table.split(sizes) for table in self._turn(batch.position[rows.at] + rows.step))
-        steps = zip(rows.at.split(sizes), rows.index, rows.where, cos, sin, strict=True)
-        return [_Asking(Queries(at, entries, where), (c, s)) for at, entries, where, c, s in steps]
+        steps = zip(rows.at.split(sizes), rows.index, rows.where, [*rows.onto[1:], None], cos, sin, strict=True)
+        return [_Asking(Queries(at, entries, where, onto), (c, s)) for at, entries, where, onto, c, s in steps]
 
     def _finish(self, layer: _Layer, attended: Tensor, residual: Residual) -> Tensor:
         """Output projection, residual, MLP."""

@@ -56,9 +56,9 @@ def _forward(
 
 @triton.jit(do_not_specialize=["count"])
 def _backward(
-    grad, query, out, lse, extra_key, extra_value, causal_d_query, rows, entries, d_query, d_key, d_value, count, group, size, heads, slots, scale,
+    grad, query, out, lse, extra_key, extra_value, causal_d_query, rows, entries, seen_before, d_query, d_key, d_value, count, group, size, heads, slots, scale,
     c_row, c_head,
-    GROUP: tl.constexpr, SLOTS: tl.constexpr, SIZE: tl.constexpr,
+    FRESH: tl.constexpr, LOOK: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """A program does one row and one key-value head."""
     r, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -81,8 +81,14 @@ def _backward(
     read = (slot < count)[:, None] & (column < size)[None, :]
     k = tl.load(extra_key + place, mask=read, other=0.0).to(tl.float32)
     v = tl.load(extra_value + place, mask=read, other=0.0).to(tl.float32)
-    sum_key = tl.load(d_key + place, mask=read, other=0.0)
-    sum_value = tl.load(d_value + place, mask=read, other=0.0)
+    if FRESH:
+        sum_key, sum_value = tl.zeros([SLOTS, SIZE], tl.float32), tl.zeros([SLOTS, SIZE], tl.float32)
+    else:
+        summed = read
+        if LOOK:
+            summed = read & (tl.load(seen_before + r + slot * 0) >= 0)[:, None]
+        sum_key = tl.load(d_key + place, mask=summed, other=0.0)
+        sum_value = tl.load(d_value + place, mask=summed, other=0.0)
     p = tl.exp(tl.sum(q[:, None, :] * k[None, :, :], axis=2) * scale - merged[:, None])
     d_score = p * (tl.sum(d_out[:, None, :] * v[None, :, :], axis=2) - delta[:, None]) * scale
     total += tl.sum(tl.where((slot < count)[None, :, None], d_score[:, :, None] * k[None, :, :], 0.0), axis=1)
@@ -124,7 +130,7 @@ def forward(
 
 def backward(
     grad: Tensor, query: Tensor, out: Tensor, lse: Tensor, extra_key: Tensor, extra_value: Tensor, causal_d_query: Tensor, d_key: Tensor, d_value: Tensor,
-    *, rows: Tensor, entries: Tensor, count: int, scale: float,
+    *, rows: Tensor, entries: Tensor, count: int, scale: float, fresh: bool = False, before: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Gradients of :func:`forward`.
 
@@ -133,6 +139,8 @@ def backward(
         query, out, lse: given to and returned by the forward.
         causal_d_query: [N, h, d] query gradient of the causal part, given the merged output and log-sum-exp; any strides of rows and heads.
         d_key, d_value: [M, E, g, d] fp32; the slots' gradients are added to them.
+        fresh: they hold nothing yet, at no entry.
+        before: [R] negative where they hold nothing yet at a row's entry; None where they do everywhere.
         extra_key, extra_value, rows, entries, count, scale: as in the forward.
 
     Returns:
@@ -144,8 +152,8 @@ def backward(
     d_query = query.new_empty(number, heads, size)
     if number:
         _backward[(number, groups)](
-            grad, query, out, lse, extra_key, extra_value, causal_d_query, rows, entries, d_query, d_key, d_value, count, heads // groups, size, heads,
-            slots, scale, causal_d_query.stride(0), causal_d_query.stride(1),
+            grad, query, out, lse, extra_key, extra_value, causal_d_query, rows, entries, before, d_query, d_key, d_value, count, heads // groups, size,
+            heads, slots, scale, causal_d_query.stride(0), causal_d_query.stride(1), FRESH=fresh, LOOK=before is not None,
             GROUP=power_of_two(heads // groups), SLOTS=power_of_two(max(count, 1)), SIZE=power_of_two(size), num_warps=4,
         )  # fmt: skip
     return d_query
