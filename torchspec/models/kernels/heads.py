@@ -18,7 +18,7 @@ _ELEMENTS = 2048
 """Of a half that a program turns."""
 
 
-@triton.jit(do_not_specialize=["positions", "rows"])
+@triton.jit(do_not_specialize=["positions", "rows"], do_not_specialize_on_alignment=["where"])
 def _split(
     flat, cos, sin, where, entries, query, key, value, positions, rows, queries, keys, half, f_row, k_row,
     WHERE: tl.constexpr, SLOTTED: tl.constexpr, BLOCK_ROWS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,

@@ -22,7 +22,7 @@ from torch import Tensor
 from torchspec.models.kernels import power_of_two
 
 
-@triton.jit(do_not_specialize=["count", "l_row", "l_head"])
+@triton.jit(do_not_specialize=["count", "l_row", "l_head"], do_not_specialize_on_alignment=["rows"])
 def _forward(
     causal, causal_lse, query, extra_key, extra_value, rows, entries, out, lse, count, group, size, heads, slots, scale, c_row, c_head, l_row, l_head,
     GROUP: tl.constexpr, SLOTS: tl.constexpr, SIZE: tl.constexpr,
@@ -54,7 +54,7 @@ def _forward(
     tl.store(lse + r * heads + head, higher + tl.log(weight), mask=mine)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["rows", "seen_before"])
 def _backward(
     grad, query, out, lse, extra_key, extra_value, causal_d_query, rows, entries, seen_before, d_query, d_key, d_value, count, group, size, heads, slots, scale,
     c_row, c_head,

@@ -12,7 +12,7 @@ from torch import Tensor
 _BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["positions"])
+@triton.jit(do_not_specialize=["positions"], do_not_specialize_on_alignment=["where"])
 def _spread(x, more, third, where, result, more_result, third_result, positions, width, SECOND: tl.constexpr, THIRD: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -26,7 +26,7 @@ def _spread(x, more, third, where, result, more_result, third_result, positions,
         tl.store(third_result + row * width + column, tl.load(third + source * width + column, mask=found, other=0.0), mask=seen)
 
 
-@triton.jit(do_not_specialize=["positions", "total"])
+@triton.jit(do_not_specialize=["positions", "total"], do_not_specialize_on_alignment=["where"])
 def _turn(x, where, result, positions, total, width, fill, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, column = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, BLOCK)
     source = tl.load(where + row, mask=row < positions, other=-1).to(tl.int64)
@@ -50,7 +50,7 @@ def _gather(key, value, key_sum, value_sum, width, k_row, v_row, FIRST: tl.const
     tl.store(value_sum + at, v, mask=seen)
 
 
-@triton.jit(do_not_specialize=["shift", "more_shift"])
+@triton.jit(do_not_specialize=["shift", "more_shift"], do_not_specialize_on_alignment=["place", "more_place"])
 def _beside(
     x, more, place, more_place, result, shift, more_shift, width, more_width, blocks,
     PLACED: tl.constexpr, MORE_PLACED: tl.constexpr, BLOCK: tl.constexpr,
@@ -71,7 +71,7 @@ def _beside(
         tl.store(into + width + column, tl.load(more + source * more_width + column, mask=column < more_width), mask=column < more_width)
 
 
-@triton.jit(do_not_specialize=["shift", "more_shift"])
+@triton.jit(do_not_specialize=["shift", "more_shift"], do_not_specialize_on_alignment=["place", "more_place"])
 def _add(
     total, more, place, more_place, x, shift, more_shift, width, more_width, blocks, x_stride,
     PLACED: tl.constexpr, MORE_PLACED: tl.constexpr, BLOCK: tl.constexpr,
