@@ -39,7 +39,7 @@ from torchspec.models.metrics import StepSums
 from torchspec.models.norm import RMSNorm
 from torchspec.models.parallelize import parallelize
 from torchspec.models.schedules import WSD, Constant, Cosine, Linear
-from torchspec.models.shared import linear
+from torchspec.models.shared import Residual, linear
 from torchspec.target import Target
 from torchspec.transfer import StoreServer
 
@@ -184,7 +184,7 @@ def test_defect_14_small_terms_of_many_steps_do_not_stop_growing() -> None:
     ones, total = torch.ones(1, 16, dtype=torch.bfloat16), torch.zeros(())
     for _ in range(300):
         flat = linear(torch.zeros(1, 32, dtype=torch.bfloat16), projections.inputs, bias=projections.bias)
-        output = projections.output(torch.zeros(1, 4, 8, dtype=torch.bfloat16), ones)
+        output = projections.output(torch.zeros(1, 4, 8, dtype=torch.bfloat16), Residual(ones))
         total = total + flat.float().sum() + output.float().sum() + used(ones).float().sum()
     total.backward()
     for name, parameter in [*((name, p) for name, p in attention.named_parameters() if name.endswith("bias")), ("norm", norm.weight)]:

@@ -130,14 +130,14 @@ def rows(number: int, total: int, width: int, dtype: torch.dtype) -> None:
     assert columns[:, total:].eq(2.5).all()
 
     second, shift = width // 2 + 1, 2
-    data = make(total + shift, width, dtype=dtype, seed=4), make(total + shift, second, dtype=dtype, seed=5)
-    starts = make(total + shift, width, dtype=torch.float32, seed=2), make(total + shift, second, dtype=torch.float32, seed=6)
+    data = make(total + shift, width, dtype=dtype, seed=4), make(total + shift, second + 3, dtype=dtype, seed=5)[:, 3:]
+    starts = make(total + shift, width + 8, dtype=torch.float32, seed=2)[:, 8:], make(total + shift, second, dtype=torch.float32, seed=6)
     grad = make(number, width + second + 8, dtype=dtype, seed=7)[:, 8:]
     for places in ((place,), (None,), (place, place), (None, place), (place, None)):
         chosen = [torch.arange(number, device=DEVICE) if at is None else at + shift for at in places]
         found = kernel.beside([(t, at, shift) for t, at in zip(data, places, strict=False)], number)
         assert torch.equal(found, torch.cat([t[at] for t, at in zip(data, chosen, strict=False)], dim=1))
-        ours, given = [start.clone() for start in starts[: len(places)]], grad[:, : found.shape[1]]
+        ours, given = [t.clone(memory_format=torch.preserve_format) for t in starts[: len(places)]], grad[:, : found.shape[1]]
         kernel.add([(t, at, shift) for t, at in zip(ours, places, strict=True)], given)
         parts = given.double().split([t.shape[1] for t in ours], dim=1)
         for t, start, at, part in zip(ours, starts, chosen, parts, strict=False):

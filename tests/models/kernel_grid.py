@@ -113,15 +113,19 @@ if REAL:
     STEPS_SEEN += [(variant, draft_ids, False) for variant in VARIANTS for draft_ids in (None, PRUNED)]
 
 
-FLASHED = [("plain", 9.0), ("plain", 0.0), ("two layers, EAGLE-3.1, bias, norm_before_residual", 9.0), ("MLA", 9.0), ("heads wider than H", 1.2)]
+FLASHED = [("plain", True), ("plain", False), ("two layers, EAGLE-3.1, bias, norm_before_residual", True)]
+if REAL:
+    FLASHED += [(variant, kept) for variant in VARIANTS for kept in (False, True)]
 
 
-@pytest.mark.parametrize(("variant", "spread"), FLASHED)
-def test_whole_step_around_a_flash_kernel(variant: str, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same on the path that a GPU takes in half precision, with the library's kernel made in torch; queries kept spread (9.0) and as they are (0.0)."""
-    from torchspec.models import attention_flash, attention_fused
+@pytest.mark.parametrize(("variant", "whole"), FLASHED)
+def test_whole_step_around_a_flash_kernel(variant: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same on the path that a GPU takes in half precision, with the library's kernel made in torch. ``whole``: as where nearly all rows are supervised, with
+    queries kept spread and embeddings of all rows projected at once."""
+    from torchspec.models import attention_flash, attention_fused, eagle3
 
-    monkeypatch.setattr(attention_fused, "_SPREAD", spread)
+    monkeypatch.setattr(attention_fused, "_SPREAD", 100.0 if whole else 0.0)
+    monkeypatch.setattr(eagle3, "_NEARLY_ALL", 0.0 if whole else 1.0)
     monkeypatch.setattr(attention_flash, "serves", lambda query: query.dtype != torch.float64)
     monkeypatch.setattr(attention_flash, "Causal", cases.CausalInTorch)
     test_whole_step(variant, PRUNED, False, monkeypatch)

@@ -12,6 +12,7 @@ from tests.models.differences import PRUNED, STEPS, WEIGHTS, against_reference, 
 from tests.models.packs import Conversation, conversation, draft_config, pack, task
 from tests.models.variants import VARIANTS
 from torchspec.errors import UserError
+from torchspec.models import eagle3
 from torchspec.models.parallelize import check_reduced
 
 
@@ -19,6 +20,14 @@ from torchspec.models.parallelize import check_reduced
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_the_reference(variant: str, draft_ids: list[int] | None) -> None:
     found = against_reference(variant, draft_ids)
+    assert {name: value for name, value in found.items() if not value < 1e-6} == {}
+
+
+@pytest.mark.parametrize("variant", ["plain", "attention_bias", "MLA"])
+def test_equals_the_reference_with_embeddings_of_all_rows_projected(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a single layer does where nearly all rows are supervised."""
+    monkeypatch.setattr(eagle3, "_NEARLY_ALL", 0.0)
+    found = against_reference(variant, PRUNED)
     assert {name: value for name, value in found.items() if not value < 1e-6} == {}
 
 

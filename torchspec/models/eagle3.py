@@ -62,15 +62,33 @@ class _Layer:
         self.memory: UnrollMemory | FusedMemory | None = None
 
 
+_NEARLY_ALL = 7 / 8
+"""Share of a pack's rows from which on a step-0 entry's query gets its embedding from a product over all rows."""
+
+
 @dataclass(frozen=True)
 class _Embedded:
     """The first layer's input projection of normed embeddings. Row j of step k embeds the token that row j+k of step 0 does, so one product serves every
     step."""
 
-    query: SharedRows
-    """[M, query part] at the step-0 entries; at all rows where a second layer needs their queries too."""
-    key_value: SharedRows
-    """[N, key-value part] at all rows."""
+    rows: SharedRows
+    """[N, query and key-value part] at all rows, or the key-value part alone."""
+    query: SharedRows | None
+    """[M, query part] at the step-0 entries, where they are few."""
+    query_size: int
+
+    def first_query(self, base: Tensor | None) -> Addend:
+        """Of step 0: at its entries, or at all rows where ``base`` is None."""
+        return Addend(self.rows, base, columns=slice(0, self.query_size)) if self.query is None else Addend(self.query, None)
+
+    def first_key_value(self) -> Addend:
+        """Of step 0, at all rows."""
+        return Addend(self.rows, None, columns=slice(self.query_size if self.query is None else 0, None))
+
+    def later(self, queries: Queries, step: int) -> list[Addend]:
+        """Of a later step, the whole projection."""
+        whole = Addend(self.rows, queries.at, step)
+        return [whole] if self.query is None else [Addend(self.query, queries.entries, step), whole]
 
 
 @dataclass(frozen=True)
@@ -182,14 +200,13 @@ class Eagle3Draft(nn.Module):
         table = self.embed_tokens.weight if self.config.owns_embedding else self.embedding_table
         normed, attention = first.norm(lookup(table, ids).to(self.compute_dtype)), first.attention  # type: ignore[arg-type]
         half = attention.inputs.part(columns=slice(0, self.config.hidden_size))
+        base, bias = batch.rows.base, attention.bias
+        if len(self.layers) > 1 or base.shape[0] >= _NEARLY_ALL * batch.num_tokens:
+            return _Embedded(SharedRows.of(linear(normed, half, bias=bias)), None, attention.query_size)
         query, key_value = slice(0, attention.query_size), slice(attention.query_size, None)
-        bias = (None, None) if attention.bias is None else (attention.bias[query], attention.bias[key_value])
-        return _Embedded(
-            SharedRows.of(
-                linear(take(normed, batch.rows.base) if len(self.layers) == 1 else normed, half.part(rows=query, columns=half.columns), bias=bias[0])
-            ),
-            SharedRows.of(linear(normed, half.part(rows=key_value, columns=half.columns), bias=bias[1])),
-        )
+        parts = [(key_value, normed), (query, take(normed, base))]
+        made = [SharedRows.of(linear(x, half.part(rows=part, columns=half.columns), bias=None if bias is None else bias[part])) for part, x in parts]
+        return _Embedded(made[0], made[1], attention.query_size)
 
     def _project(self, index: int, attention: Projections, x: Tensor, part: slice, addends: list[Addend]) -> Tensor:
         """Rows ``part`` of a layer's input projection, [R, part]; in the first layer x is the hidden half and the addends are the other."""
@@ -233,17 +250,16 @@ class Eagle3Draft(nn.Module):
                 residual = Residual(x if layer.entrance.normed_residual else hidden)
                 every = torch.arange(batch.num_tokens, device=hidden.device)
             assert every_x is not None
-            flat = self._project(index, attention, every_x, key_value, [Addend(embedded.key_value, None)])
+            flat = self._project(index, attention, every_x, key_value, [embedded.first_key_value()])
             layer.memory = remember(attention, flat, turn, conversations, entries=rows.base.shape[0], slots=rows.steps - 1)
             asks = asking if last else _Asking(Queries(every, every, every), turn)
-            flat = self._project(index, attention, x, query, [Addend(embedded.query, None)])
+            flat = self._project(index, attention, x, query, [embedded.first_query(rows.base if last else None)])
             hidden = self._finish(layer, layer.memory.first(attention, flat, asks.turn, asks.queries), residual)
         return hidden
 
     def _later_step(self, entered: Entered, embedded: _Embedded, layers: list[_Layer], asking: _Asking, step: int) -> Tensor:
         """Step k >= 1 on the rows that it supervises, R_k of them, entered into the first layer."""
-        at, entries = asking.queries.at, asking.queries.entries
-        addends = [Addend(embedded.query, entries if len(layers) == 1 else at, step), Addend(embedded.key_value, at, step)]
+        addends = embedded.later(asking.queries, step)
         hidden = entered.state
         for index, layer in enumerate(layers):
             x, residual = (layer.entrance.norm(hidden), Residual(hidden)) if index else (entered.normed, entered.residual)

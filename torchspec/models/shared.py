@@ -14,7 +14,7 @@ On CUDA each term is added by the matrix product itself, into fp32; elsewhere th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -197,10 +197,11 @@ class Addend:
     rows: SharedRows
     place: Tensor | None
     shift: int = 0
+    columns: slice = field(default_factory=lambda: _ALL)
 
 
-_Part = tuple[_RowStore, Tensor | None, int]
-"""Store, place and shift of an addend."""
+_Part = tuple[_RowStore, slice, Tensor | None, int]
+"""Store, columns, place and shift of an addend."""
 
 
 @dataclass(frozen=True)
@@ -248,25 +249,27 @@ class _Linear(torch.autograd.Function):
 
 def _side_by_side(stores: list[_Part], number: int) -> Tensor:
     """The stores' rows next to each other, [R, sum of their widths]; a new tensor."""
-    if kernels.usable(stores[0][0].data):
+    parts = [(store.data[:, columns], place, shift) for store, columns, place, shift in stores]
+    if kernels.usable(parts[0][0]):
         from torchspec.models.kernels import rows
 
-        return rows.beside([(store.data, place, shift) for store, place, shift in stores], number)
-    return torch.cat([store.data[:number] if place is None else store.data[place + shift] for store, place, shift in stores], dim=1)
+        return rows.beside(parts, number)
+    return torch.cat([data[:number] if place is None else data[place + shift] for data, place, shift in parts], dim=1)
 
 
 def _add_apart(stores: list[_Part], grad: Tensor) -> None:
     """The other way round: [R, sum of their widths] to the stores' sums."""
+    parts = [(store.sum[:, columns], place, shift) for store, columns, place, shift in stores]
     if kernels.usable(grad):
         from torchspec.models.kernels import rows
 
-        rows.add([(store.sum, place, shift) for store, place, shift in stores], grad)
+        rows.add(parts, grad)
         return
-    for (store, place, shift), part in zip(stores, grad.split([store.data.shape[1] for store, _, _ in stores], dim=1), strict=True):
+    for (total, place, shift), part in zip(parts, grad.split([total.shape[1] for total, _, _ in parts], dim=1), strict=True):
         if place is None:
-            store.sum.add_(part)
+            total.add_(part)
         else:
-            store.sum.index_add_(0, place + shift, part.to(store.sum.dtype))
+            total.index_add_(0, place + shift, part.to(total.dtype))
 
 
 def linear(x: Tensor, weight: Weight, *, bias: Tensor | None = None, residual: Residual | None = None, addends: Sequence[Addend] = ()) -> Tensor:
@@ -284,7 +287,7 @@ def linear(x: Tensor, weight: Weight, *, bias: Tensor | None = None, residual: R
     """
     assert residual is None or not addends
     rows, spare = (None, False) if residual is None else (residual.rows, residual.spare)
-    stores = [(a.rows.store, a.place, a.shift) for a in addends]
+    stores = [(a.rows.store, a.columns, a.place, a.shift) for a in addends]
     y: Tensor = _Linear.apply(x, weight.token, bias, rows, spare, weight, stores, *[a.rows.token for a in addends])
     return y
 

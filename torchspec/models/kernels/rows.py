@@ -52,7 +52,7 @@ def _gather(key, value, key_sum, value_sum, width, k_row, v_row, FIRST: tl.const
 
 @triton.jit(do_not_specialize=["shift", "more_shift"], do_not_specialize_on_alignment=["place", "more_place"])
 def _beside(
-    x, more, place, more_place, result, shift, more_shift, width, more_width, blocks,
+    x, more, place, more_place, result, shift, more_shift, width, more_width, stride, more_stride, blocks,
     PLACED: tl.constexpr, MORE_PLACED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -63,17 +63,17 @@ def _beside(
         if PLACED:
             source = tl.load(place + row).to(tl.int64) + shift
         column = block * BLOCK + lane
-        tl.store(into + column, tl.load(x + source * width + column, mask=column < width), mask=column < width)
+        tl.store(into + column, tl.load(x + source * stride + column, mask=column < width), mask=column < width)
     else:
         if MORE_PLACED:
             source = tl.load(more_place + row).to(tl.int64) + more_shift
         column = (block - blocks) * BLOCK + lane
-        tl.store(into + width + column, tl.load(more + source * more_width + column, mask=column < more_width), mask=column < more_width)
+        tl.store(into + width + column, tl.load(more + source * more_stride + column, mask=column < more_width), mask=column < more_width)
 
 
 @triton.jit(do_not_specialize=["shift", "more_shift"], do_not_specialize_on_alignment=["place", "more_place"])
 def _add(
-    total, more, place, more_place, x, shift, more_shift, width, more_width, blocks, x_stride,
+    total, more, place, more_place, x, shift, more_shift, width, more_width, stride, more_stride, blocks, x_stride,
     PLACED: tl.constexpr, MORE_PLACED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -84,14 +84,14 @@ def _add(
         if PLACED:
             target = tl.load(place + row).to(tl.int64) + shift
         column = block * BLOCK + lane
-        at = total + target * width + column
+        at = total + target * stride + column
         seen = column < width
         tl.store(at, tl.load(at, mask=seen, other=0.0) + tl.load(source + column, mask=seen, other=0.0).to(tl.float32), mask=seen)
     else:
         if MORE_PLACED:
             target = tl.load(more_place + row).to(tl.int64) + more_shift
         column = (block - blocks) * BLOCK + lane
-        at = more + target * more_width + column
+        at = more + target * more_stride + column
         seen = column < more_width
         tl.store(at, tl.load(at, mask=seen, other=0.0) + tl.load(source + width + column, mask=seen, other=0.0).to(tl.float32), mask=seen)
 
@@ -156,7 +156,7 @@ def gather(key: Tensor, value: Tensor, sums: tuple[Tensor, Tensor], *, first: bo
 
 
 Part = tuple[Tensor, Tensor | None, int]
-"""A tensor [M, C], contiguous, and distinct rows of it: ``place + shift`` with place [R], or the first R where that is None."""
+"""A tensor [M, C], rows contiguous, and distinct rows of it: ``place + shift`` with place [R], or the first R where that is None."""
 
 
 def beside(parts: Sequence[Part], number: int) -> Tensor:
@@ -173,7 +173,7 @@ def beside(parts: Sequence[Part], number: int) -> Tensor:
         block = min(_BLOCK, triton.next_power_of_2(max(width, more_width)))
         blocks = triton.cdiv(width, block)
         _beside[(number, blocks + triton.cdiv(more_width, block))](
-            x, more, place, more_place, result, shift, more_shift, width, more_width, blocks,
+            x, more, place, more_place, result, shift, more_shift, width, more_width, x.stride(0), more.stride(0), blocks,
             PLACED=place is not None, MORE_PLACED=more_place is not None, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return result
@@ -192,7 +192,7 @@ def add(parts: Sequence[Part], x: Tensor) -> None:
         block = min(_BLOCK, triton.next_power_of_2(max(width, more_width)))
         blocks = triton.cdiv(width, block)
         _add[(x.shape[0], blocks + triton.cdiv(more_width, block))](
-            total, more, place, more_place, x, shift, more_shift, width, more_width, blocks, x.stride(0),
+            total, more, place, more_place, x, shift, more_shift, width, more_width, total.stride(0), more.stride(0), blocks, x.stride(0),
             PLACED=place is not None, MORE_PLACED=more_place is not None, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
