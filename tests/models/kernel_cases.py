@@ -116,18 +116,16 @@ def rows(number: int, total: int, width: int, dtype: torch.dtype) -> None:
     from torchspec.models.kernels import rows as kernel
 
     place = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:number].to(DEVICE)
-    x = make(number, width, dtype=dtype, seed=1)
     where = torch.full((total,), -1, device=DEVICE).index_copy(0, place, torch.arange(number, device=DEVICE))
-    expected = torch.full((total, width), 2.5, dtype=dtype, device=DEVICE).index_copy(0, place, x)
-    more = make(number, width, dtype=dtype, seed=3)
-    for given in ([x], [x, more], [more, x, x]):
-        spread = kernel.spread(given, where, total + 3)
-        for source, found in zip(given, spread, strict=True):
-            assert torch.equal(found, torch.zeros(total + 3, width, dtype=dtype, device=DEVICE).index_copy(0, place, source))
-    narrow = x[:, :33].contiguous()
-    columns = kernel.spread_columns(narrow, where, total + 3, 2.5)
-    assert torch.equal(columns[:, :total], expected[:, :33].t())
-    assert columns[:, total:].eq(2.5).all()
+    size = 3 if width % 3 == 0 else 1
+    first, more = (make(number, width // size, size, dtype=dtype, seed=seed) for seed in (1, 3))
+    lse = make(number, width // size, dtype=torch.float32, seed=8)
+    for given in ([first], [first, more], [more, first, first]):
+        found = kernel.spread(given, where, total + 3, lse=lse)
+        for source, ours in zip(given, found, strict=False):
+            assert torch.equal(ours, torch.zeros(total + 3, *source.shape[1:], dtype=dtype, device=DEVICE).index_copy(0, place, source))
+        assert torch.equal(found[-1], torch.full((total + 3, width // size), torch.inf, device=DEVICE).index_copy(0, place, lse).t())
+        assert len(kernel.spread(given, where, total + 3)) == len(given) == len(found) - 1
 
     second, shift = width // 2 + 1, 2
     data = make(total + shift, width, dtype=dtype, seed=4), make(total + shift, second + 3, dtype=dtype, seed=5)[:, 3:]
@@ -137,7 +135,7 @@ def rows(number: int, total: int, width: int, dtype: torch.dtype) -> None:
         chosen = [torch.arange(number, device=DEVICE) if at is None else at + shift for at in places]
         found = kernel.beside([(t, at, shift) for t, at in zip(data, places, strict=False)], number)
         assert torch.equal(found, torch.cat([t[at] for t, at in zip(data, chosen, strict=False)], dim=1))
-        ours, given = [t.clone(memory_format=torch.preserve_format) for t in starts[: len(places)]], grad[:, : found.shape[1]]
+        ours, given = [torch.cat([t, t[:, :2]], dim=1)[:, : t.shape[1]] for t in starts[: len(places)]], grad[:, : found.shape[1]]
         kernel.add([(t, at, shift) for t, at in zip(ours, places, strict=True)], given)
         parts = given.double().split([t.shape[1] for t in ours], dim=1)
         for t, start, at, part in zip(ours, starts, chosen, parts, strict=False):

@@ -120,8 +120,10 @@ if REAL:
 
 @pytest.mark.parametrize(("variant", "whole"), FLASHED)
 def test_whole_step_around_a_flash_kernel(variant: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same on the path that a GPU takes in half precision, with the library's kernel made in torch. ``whole``: as where nearly all rows are supervised, with
-    queries kept spread and embeddings of all rows projected at once."""
+    """The same on the path that a GPU takes in half precision, with the library's kernel made in torch.
+
+    ``whole``: as where nearly all rows are supervised, with queries kept spread and embeddings of all rows projected at once.
+    """
     from torchspec.models import attention_flash, attention_fused, eagle3
 
     monkeypatch.setattr(attention_fused, "_SPREAD", 100.0 if whole else 0.0)

@@ -1,7 +1,9 @@
-"""Runs ``kernel_grid.py`` in a process of its own: Triton decides at its first import whether it interprets, and other tests import it before."""
+"""Runs ``kernel_grid.py`` and ``kernel_compile.py`` in processes of their own: Triton decides at its first import whether it interprets, and other tests
+import it before."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -19,3 +21,14 @@ def test_kernels_equal_their_twins() -> None:
     passed = re.search(r"^(\d+) passed in ", done.stdout, re.MULTILINE)
     assert done.returncode == 0 and passed is not None, done.stdout[-8000:] + done.stderr[-2000:]
     assert int(passed[1]) > 50
+
+
+def test_kernels_compile_for_an_h100() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.models.kernel_compile"]
+    done = subprocess.run(command, cwd=GRID.parents[2], env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+    names = {line.split()[0] for line in done.stdout.splitlines()}
+    both_ways = {f"{file}.{way}" for file in ("advance", "merge", "norm", "swiglu") for way in ("_forward", "_backward")}
+    others = {"heads._split", "heads._join", "rope._rotate", "loss._losses", "target._ask"}
+    assert both_ways | others | {f"rows.{name}" for name in ("_spread", "_beside", "_add", "_gather", "_scale")} <= names

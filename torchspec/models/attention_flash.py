@@ -119,11 +119,9 @@ def backward(
         fresh, before: what ``d_extra_...`` hold, see ``kernels/merge.py``.
         key, value, extra_key, extra_value, causal, at, entries, count, scale: as in the forward.
     """
-    if query.shape[0] == causal.rows:
-        wide_grad, wide_out = rows.spread([grad, out], where, causal.rows)
-    else:
-        wide_grad, wide_out, query = rows.spread([grad, out, query], where, causal.rows)
-    wide_lse = rows.spread_columns(lse, where, causal.rows, float("inf"))
+    kept = query.shape[0] == causal.rows
+    wide_grad, wide_out, *wide_query, wide_lse = rows.spread([grad, out] if kept else [grad, out, query], where, causal.rows, lse=lse)
+    query = query if kept else wide_query[0]
     d_query, d_key, d_value = causal.backward(wide_grad, query, key, value, wide_out, wide_lse, scale)
     del wide_grad, wide_out
     more = merge.backward(

@@ -12,27 +12,24 @@ from torch import Tensor
 _BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["positions"], do_not_specialize_on_alignment=["where"])
-def _spread(x, more, third, where, result, more_result, third_result, positions, width, SECOND: tl.constexpr, THIRD: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    seen = column < width
-    source = tl.load(where + row, mask=row < positions, other=-1).to(tl.int64)
-    found = seen & (column * 0 + source >= 0)
-    tl.store(result + row * width + column, tl.load(x + source * width + column, mask=found, other=0.0), mask=seen)
-    if SECOND:
-        tl.store(more_result + row * width + column, tl.load(more + source * width + column, mask=found, other=0.0), mask=seen)
-    if THIRD:
-        tl.store(third_result + row * width + column, tl.load(third + source * width + column, mask=found, other=0.0), mask=seen)
-
-
 @triton.jit(do_not_specialize=["positions", "total"], do_not_specialize_on_alignment=["where"])
-def _turn(x, where, result, positions, total, width, fill, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row, column = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, BLOCK)
+def _spread(
+    x, more, third, column, where, result, more_result, third_result, column_result, positions, total, width, heads,
+    SECOND: tl.constexpr, THIRD: tl.constexpr, COLUMN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    seen = at < width
     source = tl.load(where + row, mask=row < positions, other=-1).to(tl.int64)
-    lane = (column < width)[None, :]
-    values = tl.load(x + source[:, None] * width + column[None, :], mask=(source >= 0)[:, None] & lane, other=fill)
-    tl.store(result + column[None, :].to(tl.int64) * total + row[:, None], values, mask=(row < total)[:, None] & lane)
+    found = seen & (at * 0 + source >= 0)
+    tl.store(result + row * width + at, tl.load(x + source * width + at, mask=found, other=0.0), mask=seen)
+    if SECOND:
+        tl.store(more_result + row * width + at, tl.load(more + source * width + at, mask=found, other=0.0), mask=seen)
+    if THIRD:
+        tl.store(third_result + row * width + at, tl.load(third + source * width + at, mask=found, other=0.0), mask=seen)
+    if COLUMN:  # there are more elements in a row than heads
+        values = tl.load(column + source * heads + at, mask=found & (at < heads), other=float("inf"))
+        tl.store(column_result + at.to(tl.int64) * total + row, values, mask=at < heads)
 
 
 @triton.jit
@@ -104,40 +101,31 @@ def _scale(x, factor, total, BLOCK: tl.constexpr):
         tl.store(x + at, (tl.load(x + at, mask=at < total).to(tl.float32) * by).to(x.dtype.element_ty), mask=at < total)
 
 
-def spread(tensors: Sequence[Tensor], where: Tensor, total: int) -> list[Tensor]:
-    """Up to three tensors [R, ...] of one shape to [P, ...]: row n is ``x[where[n]]``, or zeros where that is negative and from N on.
+def spread(tensors: Sequence[Tensor], where: Tensor, total: int, *, lse: Tensor | None = None) -> list[Tensor]:
+    """Up to three tensors [R, h, d] of one shape to [P, h, d]: row n is ``x[where[n]]``, or zeros where that is negative and from N on.
 
     Args:
         tensors: of one shape and type.
         where: [N] integers.
         total: P, at least N.
+        lse: [R, h], to come as [h, P], infinite where the others are zero.
+
+    Returns:
+        The spread ones in their order, ``lse`` after them.
     """
     given = [x.contiguous() for x in tensors]
     results = [x.new_empty(total, *x.shape[1:]) for x in given]
-    width = results[0][0].numel() if total else 0
-    if width:
+    width, heads = results[0].shape[1] * results[0].shape[2], results[0].shape[1]
+    column = given[0] if lse is None else lse.contiguous()
+    turned = results[0] if lse is None else lse.new_empty(heads, total)
+    if total and width:
         block = min(_BLOCK, triton.next_power_of_2(width))
         full = [*given, *[given[0]] * (3 - len(given))], [*results, *[results[0]] * (3 - len(given))]
         _spread[(total, triton.cdiv(width, block))](
-            *full[0], where, *full[1], where.shape[0], width, SECOND=len(given) > 1, THIRD=len(given) > 2, BLOCK=block, num_warps=4
-        )
-    return results
-
-
-def spread_columns(x: Tensor, where: Tensor, total: int, fill: float) -> Tensor:
-    """[R, h] to [h, P], contiguous: column n is ``x[where[n]]``, or ``fill`` where that is negative and from N on.
-
-    Args:
-        x: contiguous.
-        where: [N] integers.
-        total: P, at least N.
-        fill: of columns that have no source.
-    """
-    x, width = x.contiguous(), x.shape[1]
-    result = x.new_empty(width, total)
-    if total:
-        _turn[(triton.cdiv(total, 32),)](x, where, result, where.shape[0], total, width, fill, ROWS=32, BLOCK=triton.next_power_of_2(width), num_warps=4)
-    return result
+            *full[0], column, where, *full[1], turned, where.shape[0], total, width, heads,
+            SECOND=len(given) > 1, THIRD=len(given) > 2, COLUMN=lse is not None, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return results if lse is None else [*results, turned]
 
 
 def gather(key: Tensor, value: Tensor, sums: tuple[Tensor, Tensor], *, first: bool) -> None:

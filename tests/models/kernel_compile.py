@@ -1,0 +1,96 @@
+"""Compiles for an H100 every Triton kernel that a bf16 training step launches, on a machine without a GPU. Nothing is run.
+
+The interpreter, in which the other tests run kernels, knows no types: what Triton refuses (a pointer of another type in each branch, say) only shows here.
+Prints a line a compiled variant; ``test_kernels.py`` runs it, by hand: ``python -m tests.models.kernel_compile``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from tests.models.packs import conversation, draft_config, pack, task
+from torchspec.models import attention_flash, kernels
+
+STEPS = 3
+TARGET = GPUTarget("cuda", 90, 32)
+
+
+class _NoDriver:
+    """What Triton asks of a driver before it launches."""
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _NoAttention:
+    """Stands for the library's flash kernel; shapes and strides as it has them."""
+
+    def __init__(self, like: Tensor, *, total: int, bounds: Tensor, longest: int) -> None:
+        self.rows = total + 8
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(query), torch.zeros(query.shape[1], query.shape[0]).t()
+
+    def backward(self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, ...]:
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+
+
+def _product(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.mm or torch.addmm with ``out_dtype``, which a CPU does not know."""
+
+    def made(*given: Tensor, out_dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        found = real(*(t.to(given[-1].dtype) for t in given))
+        return found.to(out_dtype or found.dtype) if out is None else out.copy_(found)
+
+    return made
+
+
+def compiled(patch: pytest.MonkeyPatch, **options: Any) -> set[tuple[str, str]]:
+    """(kernel, hash) of each that a step of a draft compiles."""
+    found: set[tuple[str, str]] = set()
+    run = JITFunction.run
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **more: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **more)
+        found.add((f"{self.fn.__module__.rsplit('.', 1)[1]}.{self.fn.__name__}", kernel.hash))
+        return kernel
+
+    patch.setattr(JITFunction, "run", only_compile)
+    patch.setattr(kernels, "usable", lambda t: t.dtype != torch.float64)
+    patch.setattr(attention_flash, "Causal", _NoAttention)
+    patch.setattr(torch, "mm", _product(torch.mm))
+    patch.setattr(torch, "addmm", _product(torch.addmm))
+    config = draft_config(hidden_size=64, target_hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=2, head_dim=16, **options)
+    made = task(config.with_draft_vocabulary(24), draft_ids=list(range(3, 27)), step_weights=[1.0] * STEPS, dtype=torch.bfloat16)
+    made.head.to(torch.bfloat16)
+    for masks in ([[0, 0, 1, 1, 1, 1, 1, 1]], [[1] * 40, [0, 1, 1, 1, 1]]):
+        conversations = [conversation(config, mask, seed) for seed, mask in enumerate(masks)]
+        made(pack(config, conversations, STEPS, dtype=torch.bfloat16), measure=True).loss.backward()
+    return found
+
+
+def main() -> None:
+    driver.set_active(_NoDriver())
+    for options in ({}, {"norm_before_residual": True, "num_layers": 2}, {"qk_norm": True}):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, which in sorted(compiled(patch, **options)):
+                print(f"{name} {which[:12]} for sm_{TARGET.arch} by Triton {triton.__version__}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
