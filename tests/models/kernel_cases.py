@@ -97,21 +97,6 @@ def swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
     close("d_gate_up", d_gate_up, exact.grad, dtype)
 
 
-def rope(rows: int, heads: int, turned: int, size: int, dtype: torch.dtype) -> None:
-    from torchspec.models.kernels import rope as kernel
-    from torchspec.models.rope import rotate
-
-    flat = make(rows, heads * size + 5, dtype=dtype, seed=1)[:, : heads * size]
-    source, angle = flat.unflatten(-1, (heads, size)), make(rows, 1, size // 2, dtype=torch.float32, seed=2, scale=3.0)
-    cos, sin = angle.cos(), angle.sin()
-    for back in (False, True):
-        result = torch.full((rows, heads, size), float("nan"), dtype=dtype, device=DEVICE)
-        kernel.rotate(source, result, cos, sin, turned=turned, back=back)
-        expected = source.double()
-        expected = torch.cat([rotate(expected[:, :turned], cos.double(), (-sin if back else sin).double()), expected[:, turned:]], dim=1)
-        close(f"back={back}", result, expected, dtype)
-
-
 def rows(number: int, total: int, width: int, dtype: torch.dtype) -> None:
     from torchspec.models.kernels import rows as kernel
 
@@ -183,6 +168,10 @@ def heads(number: int, queries: int, groups: int, size: int, dtype: torch.dtype)
             close("key", key[entries, 1], k, dtype)
             close("value", value[entries, 1], v, dtype)
             assert int(key.isnan().sum()) == int(value.isnan().sum()) == key.numel() - k.numel()
+    query, key, value = nan(number, queries, size), nan(number, groups, size), nan(number, groups, size)
+    kernel.split(flat, cos, sin, query=query, key=key, value=value, where=None, entries=None)
+    for name, ours, exact in (("query", query, q), ("key", key, k), ("value", value, v)):
+        close(f"{name} of the same rows", ours, exact, dtype)
     key, value = nan(padded, groups, size), nan(padded, groups, size)
     kernel.split(flat[:, queries * size :], cos, sin, query=None, key=key, value=value, where=None, entries=None)
     more = torch.zeros(padded - number, groups, size, dtype=torch.float64, device=DEVICE)

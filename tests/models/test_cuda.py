@@ -36,7 +36,8 @@ def test_flash_equals_blocked(lengths: list[int], heads: int, groups: int, size:
         memory = UnrollMemory(key, value, Conversations.of(cu, sequence.to(device)), entries=len(rows), slots=extra)
         for i in range(extra):
             memory.append(later[2 * i], later[2 * i + 1], entries)
-        out = memory.attend(query, Queries.of(at, entries, total))
+        where = torch.full((total,), -1, device=device).index_copy(0, at, entries)
+        out = memory.attend(query, Queries(at, entries, where))
         out.backward(grad.to(device, dtype))
         results.append([out.detach().cpu().float(), *[t.grad.cpu().float() for t in tensors if t.grad is not None]])
     for name, slow, fast in zip(("out", "query", "key", "value", *["later"] * (2 * extra)), *results, strict=True):

@@ -44,12 +44,6 @@ class Queries:
     onto: Tensor | None = None
     """[R] negative where the next step does not ask; None in the last step, or where it is not known."""
 
-    @classmethod
-    def of(cls, at: Tensor, entries: Tensor, total: int) -> Queries:
-        """For a pack of ``total`` rows."""
-        where = at.new_full((total,), -1).index_copy_(0, at, torch.arange(at.shape[0], device=at.device))
-        return cls(at, entries, where)
-
 
 @dataclass(frozen=True)
 class Conversations:

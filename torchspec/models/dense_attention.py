@@ -124,31 +124,28 @@ def turned(x: Tensor, turn: Turn) -> Tensor:
 
 
 class _Heads(torch.autograd.Function):
-    """Split [R, C] into parts of heads; parts 0 and 1 are rotated, part 2 is copied."""
+    """Split [R, C] into queries, keys and values as heads, as far as there are any; the first two are turned."""
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor, sizes: tuple[int, ...], head: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        from torchspec.models.kernels import rope
+        from torchspec.models.kernels import heads
 
         ctx.save_for_backward(cos, sin)
-        ctx.sizes, ctx.head = sizes, head
-        results = []
-        for i, part in enumerate(flat.split(sizes, dim=-1)):
-            source = part.unflatten(-1, (-1, head))
-            result = torch.empty(source.shape, dtype=flat.dtype, device=flat.device)
-            if source.numel():
-                rope.rotate(source, result, cos, sin, turned=source.shape[1] if i < 2 else 0, back=False)
-            results.append(result)
-        return tuple(results)
+        ctx.rows, ctx.kind = flat.shape[0], flat.dtype
+        made = [flat.new_empty(flat.shape[0], size // head, head) for size in sizes]
+        heads.split(flat, cos, sin, **_named("", made), where=None, entries=None)
+        return tuple(made)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from torchspec.models.kernels import rope
+        from torchspec.models.kernels import heads
 
         cos, sin = ctx.saved_tensors
-        d_flat = grads[0].new_empty(grads[0].shape[0], sum(ctx.sizes))
-        for i, (part, grad) in enumerate(zip(d_flat.split(ctx.sizes, dim=-1), grads, strict=True)):
-            if grad.numel():
-                result = part.unflatten(-1, (-1, ctx.head))
-                rope.rotate(grad if grad.stride(-1) == 1 else grad.contiguous(), result, cos, sin, turned=grad.shape[1] if i < 2 else 0, back=True)
-        return d_flat, None, None, None, None
+        given = _named("d_", [grad.contiguous() for grad in grads])
+        return heads.join(ctx.rows, cos, sin, **given, entries=None, dtype=ctx.kind), None, None, None, None
+
+
+def _named(prefix: str, parts: list[Tensor]) -> dict[str, Tensor | None]:
+    """As the kernel takes them, None where there are no such heads."""
+    found = [part if part.shape[1] else None for part in parts] + [None] * (3 - len(parts))
+    return {f"{prefix}{name}": part for name, part in zip(("query", "key", "value"), found, strict=True)}
