@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,6 +41,11 @@ def test_rows_follow_the_rule(masks: list[list[int]], steps: int) -> None:
         assert set(rows.base[rows.index[k]].tolist()) == expected[k]
         if k:
             assert rows.index[k - 1][rows.keep[k]].tolist() == rows.index[k].tolist()
+        at = rows.at[rows.step == k]
+        assert at.tolist() == rows.base[rows.index[k]].tolist()
+        assert [rows.where[k, t] for t in at.tolist()] == list(range(len(at))) and int((rows.where[k] >= 0).sum()) == len(at)
+        before = rows.at[rows.step == k - 1] if k else torch.arange(len(flat))
+        assert rows.onto[k].tolist() == [int(rows.where[k, t]) for t in before.tolist()]
         for j in rows.index[k].tolist():  # the target of row j at step k is the target row j + k
             assert rows.base[j + k] == rows.base[j] + k
             assert turn[rows.base[j] + 1] == turn[rows.base[j + k] + 1]
