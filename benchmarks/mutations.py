@@ -127,6 +127,13 @@ TWINS = (
              "p.to(wide) if target.mass is None else", "p.to(wide) if True else", _LOSSES),
     Mutation("twins", "gradient of tv on the other side", "models/losses.py", "below = (q < true)", "below = (q > true)", _LOSSES),
     Mutation("twins", "gradient of a curved loss without its mean", "models/losses.py", "weight * (g - mean[:, None])", "weight * g", _LOSSES),
+    Mutation("twins", "the raw row as the residual where it is the normed one", "models/advance.py",
+             "Residual(normed if self.normed_residual else taken)", "Residual(taken)",
+             ("tests/models/test_unroll.py::test_equals_the_reference[norm_before_residual-full]",)),
+    Mutation("twins", "short gradients made longer by clipping", "models/clipping.py", ".clamp(min=1.0)", "",
+             ("tests/models/test_clipping.py::test_equals_clipping_before",)),
+    Mutation("twins", "a clipping factor that stays", "models/clipping.py", "del optimizer.grad_scale", "pass",
+             ("tests/models/test_clipping.py::test_the_step_after_is_not_clipped",)),
     Mutation("twins", "8-bit rows use half of their range", "models/fp8.py", "/ 448.0", "/ 224.0",
              ("tests/models/test_fp8.py::test_rows_are_rounded_by_half_a_step_and_use_their_range",)),
 )  # fmt: skip
