@@ -28,6 +28,7 @@ from torchspec.batch import PackedBatch, supervised_counts, turns, unroll_rows
 from torchspec.hardware import working_dtype
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.eagle3 import Eagle3Draft, RMSNorm
+from torchspec.models.fp8 import Fp8
 from torchspec.models.target_weights import TargetHead
 from torchspec.models.task import DraftTask, start_from_target
 
@@ -82,7 +83,7 @@ def make_batch(ids: Tensor, aux: Tensor, last: Tensor, steps: int) -> PackedBatc
     )  # fmt: skip
 
 
-def make_task(kept: dict[str, Tensor], draft_vocab: int, steps: int, dtype: torch.dtype, device: torch.device, fp8: bool) -> DraftTask:
+def make_task(kept: dict[str, Tensor], draft_vocab: int, steps: int, dtype: torch.dtype, device: torch.device, fp8: Fp8) -> DraftTask:
     """A draft of the target's sizes (SmolLM2-135M), started as training starts it."""
     head = (kept["head"].float() * kept["scale"]).to(dtype)
     config = DraftConfig(
@@ -137,7 +138,7 @@ def main() -> None:
     parser.add_argument("--draft_vocab", type=int, default=8192)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--exact", action="store_true", help="also the plain step in fp32")
-    parser.add_argument("--fp8", action="store_true", help="also the fast step with 8-bit products")
+    parser.add_argument("--fp8", action="store_true", help="also the fast step with 8-bit products, without and with those of weight gradients")
     args = parser.parse_args()
     if args.save:
         save(args.save, args.target, args.data, args.tokens, args.length)
@@ -150,13 +151,13 @@ def main() -> None:
     curves: dict[str, list[float]] = {}
     for name, dtype in [
         ("torchspec", half),
-        *([("torchspec fp8", half)] if args.fp8 else []),
+        *([("torchspec fp8", half), ("torchspec fp8_all", half)] if args.fp8 else []),
         ("plain", half),
         *([("plain fp32", torch.float32)] if args.exact else []),
     ]:
         rows = zip(kept["ids"], kept["aux"].to(dtype), kept["last"].to(dtype), strict=True)
         batches = [make_batch(*row, args.unroll_steps).to(device) for row in rows]
-        task = make_task(kept, args.draft_vocab, args.unroll_steps, dtype, device, name == "torchspec fp8")
+        task = make_task(kept, args.draft_vocab, args.unroll_steps, dtype, device, Fp8.of(name.partition(" ")[2]) if "fp8" in name else Fp8.NONE)
         model = copy.deepcopy(task) if name.startswith("torchspec") else PlainStep(task, dtype=dtype)
         loss_of = (lambda batch, model=model: model(batch).loss) if name.startswith("torchspec") else model
         curves[name] = curve(model, loss_of, batches, args.steps, args.lr)
@@ -167,7 +168,8 @@ def main() -> None:
         "torchspec_from_plain": apart(curves["torchspec"], curves["plain"]),
     }  # fmt: skip
     if args.fp8:
-        report["fp8_from_plain"] = apart(curves["torchspec fp8"], curves["plain"])
+        for level in ("fp8", "fp8_all"):
+            report[f"{level}_from_plain"] = apart(curves[f"torchspec {level}"], curves["plain"])
     if args.exact:
         report["torchspec_from_plain_fp32"] = apart(curves["torchspec"], curves["plain fp32"])
         report["plain_from_plain_fp32"] = apart(curves["plain"], curves["plain fp32"])

@@ -32,6 +32,7 @@ from torchspec.hardware import working_dtype
 from torchspec.models.clipping import clip
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.eagle3 import Eagle3Draft, RMSNorm
+from torchspec.models.fp8 import Fp8
 from torchspec.models.target_weights import TargetHead
 from torchspec.models.task import DraftTask
 
@@ -72,7 +73,7 @@ def make_batch(config: DraftConfig, lengths: list[int], *, steps: int, dtype: to
     return batch.to(device)
 
 
-def make_task(config: DraftConfig, *, steps: int, dtype: torch.dtype, device: torch.device, recompute: bool = False, fp8: bool = False) -> DraftTask:
+def make_task(config: DraftConfig, *, steps: int, dtype: torch.dtype, device: torch.device, recompute: bool = False, fp8: Fp8 = Fp8.NONE) -> DraftTask:
     """Random weights at the scale of a fresh draft."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -249,7 +250,7 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=3, help="steps before them")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of products; a CPU without bf16 instructions takes fp32")
     parser.add_argument("--recompute", action="store_true", help="make the MLP's inner activations again in the backward")
-    parser.add_argument("--matmul", choices=("bf16", "fp8"), default="bf16", help="products of the MLP and the head")
+    parser.add_argument("--matmul", choices=("bf16", "fp8", "fp8_all"), default="bf16", help="products of the MLP and the head")
     parser.add_argument("--reference", action="store_true", help="also time a plain version (dense only)")
     parser.add_argument("--profile", type=int, default=0, metavar="ROWS", help="then print the kernels that take most of a step")
     args = parser.parse_args()
@@ -273,7 +274,7 @@ def main() -> None:
                 "recompute": args.recompute, "matmul": args.matmul,
             }  # fmt: skip
             facts = {"case": case, "rate": rate, "flops": step_flops(config, batch)}
-            task = make_task(config, steps=args.unroll_steps, dtype=dtype, device=device, recompute=args.recompute, fp8=args.matmul == "fp8")
+            task = make_task(config, steps=args.unroll_steps, dtype=dtype, device=device, recompute=args.recompute, fp8=Fp8.of(args.matmul))
             measure("torchspec", task, lambda task=task, batch=batch: task(batch).loss, args, batch, facts)  # type: ignore[misc]
             if args.reference and args.lengths == "dense":
                 plain = PlainStep(task, dtype=dtype)

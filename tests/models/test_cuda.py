@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.models.packs import conversation, draft_config, pack, task
 from torchspec.models.attention import Conversations, Queries, UnrollMemory
+from torchspec.models.fp8 import Fp8
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -92,13 +93,14 @@ def test_half_precision_stays_half_on_cuda() -> None:
     assert working_dtype(torch.bfloat16, "cuda:0") == torch.bfloat16
 
 
-def test_fp8_is_near_bf16() -> None:
+@pytest.mark.parametrize("level", [Fp8.ROWS, Fp8.ALL])
+def test_fp8_is_near_bf16(level: Fp8) -> None:
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no 8-bit products scaled by row")
     config = draft_config(head_dim=16, hidden_size=64, target_hidden_size=64, intermediate_size=128, initializer_range=0.1).with_draft_vocabulary(32)
     conversations = [conversation(config, [0] + [1] * 100, seed) for seed in range(4)]
     losses, gradients = [], []
-    for fp8 in (False, True):
+    for fp8 in (Fp8.NONE, level):
         made = task(config, draft_ids=list(range(3, 35)), step_weights=[1.0, 0.8, 0.6], dtype=torch.bfloat16)
         made.head.to(torch.bfloat16)
         made.draft.fp8 = fp8

@@ -16,12 +16,55 @@ def test_rows_are_rounded_by_half_a_step_and_use_their_range(factor: bool) -> No
     x = torch.randn(5, 48, generator=generator) * 10.0 ** torch.arange(-2, 3)[:, None]
     x[2] = 0.0
     by = torch.randn(48, generator=generator) if factor else None
-    y, scale = fp8.quantise(x, by)
+    rounded = fp8.quantise(x, by)
+    y, scale = rounded.data, rounded.scale
+    assert torch.equal(rounded.top, x.abs().amax(1))
     exact = x.double() if by is None else x.double() * by.double()
     assert y.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32 and scale.shape == (5, 1)
     step = exact.abs() / 16 + scale.double() / 512  # half a step of three mantissa bits, or of the smallest number
     assert ((y.double() * scale.double() - exact).abs() <= step * 1.01).all()
     assert y.float().abs().amax(dim=1).tolist() == [448.0, 448.0, 0.0, 448.0, 448.0]
+
+
+@pytest.mark.parametrize(("out", "into"), [(48, 16), (16, 48)], ids=["d_y wider", "x wider"])
+@pytest.mark.parametrize("bound", [2**30, 48 * 48], ids=["one product", "several"])
+def test_weight_gradient_of_many_calls(out: int, into: int, bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of very different size, rows of zeros, calls without rows; twice, as after ``retain_graph``."""
+    monkeypatch.setattr(fp8, "_BYTES", bound)
+    generator = torch.Generator().manual_seed(0)
+    gradient = fp8.Fp8Gradient(out, into)
+    assert gradient.collect() is None
+    calls = [7, 0, 40, 16, 1]
+    for rows in calls[:-1]:  # the last one comes unannounced
+        gradient.expect(rows)
+    for _ in range(2):
+        exact, size = torch.zeros(out, into, dtype=torch.float64), torch.zeros(out, into, dtype=torch.float64)
+        for rows in calls:
+            d_y = torch.randn(rows, out, generator=generator) * 1e-6 * 10.0 ** (3 * torch.rand(rows, 1, generator=generator))
+            x = torch.randn(rows, into, generator=generator) * 10.0 ** (2 * torch.rand(rows, 1, generator=generator))
+            d_y[::5], x[1::7] = 0.0, 0.0
+            gradient.add(d_y, x, *(t.abs().amax(1) if rows else t.new_empty(0) for t in (d_y, x)))
+            exact += d_y.double().t() @ x.double()
+            size += d_y.double().abs().t() @ x.double().abs()
+        found = gradient.collect()
+        assert found is not None and found.dtype == torch.float32 and found.shape == (out, into)
+        assert ((found.double() - exact).abs() <= size / 7.5 + 1e-5 * size.max()).all()  # both operands of each term within half a step of three bits
+        assert float((found.double() - exact).norm() / exact.norm()) < 0.04
+        assert gradient.collect() is None
+
+
+def test_gradients_that_are_no_numbers_are_seen() -> None:
+    for wide_is_bad in (False, True):
+        gradient = fp8.Fp8Gradient(32, 16)
+        d_y, x = torch.ones(16, 32), torch.ones(16, 16)
+        (d_y if wide_is_bad else x)[3, 5] = float("nan")
+        gradient.add(d_y, x, d_y.abs().amax(1), x.abs().amax(1))
+        found = gradient.collect()
+        assert found is not None and torch.isnan(found).any()
+
+
+def test_levels() -> None:
+    assert [fp8.Fp8.of(name) for name in ("bf16", "fp8", "fp8_all")] == [fp8.Fp8.NONE, fp8.Fp8.ROWS, fp8.Fp8.ALL]
 
 
 @pytest.mark.parametrize(("field", "size"), [("hidden_size", 24), ("intermediate_size", 40), ("draft_vocab_size", 31)])

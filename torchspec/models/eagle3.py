@@ -28,6 +28,7 @@ from torchspec.models.attention_fused import FusedMemory, remember
 from torchspec.models.dense_attention import DenseAttention, Projections, Turn
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.embedding import lookup
+from torchspec.models.fp8 import Fp8
 from torchspec.models.mla import LatentAttention
 from torchspec.models.mlp import MLP, mlp_block
 from torchspec.models.norm import Norm, RMSNorm
@@ -52,7 +53,7 @@ class DraftLayer(nn.Module):
 class _Layer:
     """A layer during one forward pass: weights in the compute type, fused where one product serves, and what its attention has seen."""
 
-    def __init__(self, layer: DraftLayer, dtype: torch.dtype, *, normed_residual: bool, fp8: bool) -> None:
+    def __init__(self, layer: DraftLayer, dtype: torch.dtype, *, normed_residual: bool, fp8: Fp8) -> None:
         first = hasattr(layer, "hidden_norm")
         self.norm, self.mlp_norm = layer.input_layernorm.cast(), layer.post_attention_layernorm.cast()
         self.entrance = Entrance(layer.hidden_norm.cast() if first else self.norm, normed_residual=first and normed_residual)
@@ -111,7 +112,7 @@ class Eagle3Draft(nn.Module):
 
     inverse_frequencies: Tensor
 
-    def __init__(self, config: DraftConfig, *, compute_dtype: torch.dtype = torch.float32, recompute: bool = False, fp8: bool = False) -> None:
+    def __init__(self, config: DraftConfig, *, compute_dtype: torch.dtype = torch.float32, recompute: bool = False, fp8: Fp8 = Fp8.NONE) -> None:
         super().__init__()
         self.config = config
         self.recompute = recompute

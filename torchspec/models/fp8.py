@@ -1,13 +1,16 @@
-"""Products with a weight in 8-bit floats (e4m3): y = x W^T and d_x = d_y W. The weight's own gradient stays a bf16 product summed in fp32.
+"""Products with a weight in 8-bit floats: y = x W^T and d_x = d_y W, and, as a second level, its gradient dW = d_y^T x.
 
-Every row of x, of d_y and of W has a scale of its own. In d_x the sum runs over W's rows, so their scales go into d_y before it is rounded:
+In the first two every row of x, of d_y and of W has a scale of its own. In d_x the sum runs over W's rows, so their scales go into d_y before it is rounded:
 
     y_rn = s_r s_n sum_k x8_rk w8_nk               d_x_rk = t_r sum_n round(d_y_rn s_n / t_r) w8_nk
 
-Forward products accumulate fast (in the tensor core's short sums), backward ones, which are longer, do not.
+Forward products accumulate fast (in the tensor core's short sums), backward ones, which are longer, do not. The gradient is :class:`Fp8Gradient`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -17,7 +20,23 @@ from torchspec.models import kernels
 from torchspec.models.draft_config import DraftConfig
 
 _MULTIPLE = 16
-"""What the product's kernel wants both sizes of a weight to be multiples of."""
+"""What the product's kernel wants both sizes of a weight to be multiples of, and the length of its sums."""
+_E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+class Fp8(IntEnum):
+    """Which products with weights are 8-bit ones."""
+
+    NONE = 0
+    ROWS = 1
+    """y and d_x."""
+    ALL = 2
+    """y, d_x and dW."""
+
+    @classmethod
+    def of(cls, matmul: str) -> Fp8:
+        """From ``model.matmul``."""
+        return {"bf16": cls.NONE, "fp8": cls.ROWS, "fp8_all": cls.ALL}[matmul]
 
 
 def check(device: torch.device, config: DraftConfig) -> None:
@@ -33,24 +52,42 @@ def check(device: torch.device, config: DraftConfig) -> None:
         raise UserError("model.matmul", "fp8", f"needs a GPU with 8-bit matrix products scaled by row (Hopper or later), this is {device}", "use bf16")
 
 
-def quantise(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Rounded:
+    """Rows in 8 bits: ``data`` times ``scale`` is about what they were, times the factors that were given."""
+
+    data: Tensor
+    """[R, C] e4m3."""
+    scale: Tensor
+    """[R, 1] fp32."""
+    top: Tensor
+    """[R] fp32: the largest magnitude of each row as it was, without factors."""
+
+    @classmethod
+    def empty(cls, rows: int, width: int, device: torch.device) -> Rounded:
+        """Room for R rows of C numbers."""
+        floats = torch.empty(2, rows, dtype=torch.float32, device=device)
+        return cls(torch.empty(rows, width, dtype=_E4M3, device=device), floats[0, :, None], floats[1])
+
+
+def quantise(x: Tensor, factor: Tensor | None = None) -> Rounded:
     """Round rows, after multiplying columns by ``factor``.
 
     Args:
         x: [R, C].
         factor: [C] fp32.
-
-    Returns:
-        y [R, C] e4m3; s [R, 1] fp32, such that y s is about x times factor.
     """
     if kernels.usable(x):
         from torchspec.models.kernels import fp8
 
         return fp8.quantise(x, factor)
-    wide = x.float() if factor is None else x.float() * factor
+    wide = x.float()
+    top = wide.abs().amax(dim=1) if x.shape[0] else x.new_empty(0, dtype=torch.float32)
+    if factor is not None:
+        wide = wide * factor
     scale = wide.abs().amax(dim=1, keepdim=True) / 448.0
     scale = torch.where(scale > 0, scale, 1.0)
-    return (wide / scale).to(torch.float8_e4m3fn), scale
+    return Rounded((wide / scale).to(_E4M3), scale, top)
 
 
 class Fp8Weight:
@@ -58,16 +95,139 @@ class Fp8Weight:
 
     def __init__(self, data: Tensor) -> None:
         assert data.shape[0] % _MULTIPLE == 0 and data.shape[1] % _MULTIPLE == 0
-        self.data, self.scale = quantise(data)
-        self.turned = self.data.view(torch.uint8).t().contiguous().view(torch.float8_e4m3fn)
+        rounded = quantise(data)
+        self.data, self.scale = rounded.data, rounded.scale
+        self.turned = self.data.view(torch.uint8).t().contiguous().view(_E4M3)
         self.one = torch.ones(1, data.shape[1], dtype=torch.float32, device=data.device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[R, K] to x W^T [R, N]."""
-        x8, scale = quantise(x)
-        return torch._scaled_mm(x8, self.data.t(), scale_a=scale, scale_b=self.scale.t(), out_dtype=x.dtype, use_fast_accum=True)
+    @property
+    def factor(self) -> Tensor:
+        """[N] what columns of d_y are multiplied by before they are rounded for :meth:`backward`."""
+        return self.scale[:, 0]
 
-    def backward(self, d_y: Tensor) -> Tensor:
-        """[R, N] to d_y W [R, K]."""
-        d8, scale = quantise(d_y, self.scale[:, 0])
-        return torch._scaled_mm(d8, self.turned.t(), scale_a=scale, scale_b=self.one, out_dtype=d_y.dtype, use_fast_accum=False)
+    def forward(self, x: Rounded, dtype: torch.dtype) -> Tensor:
+        """[R, K] to x W^T [R, N] in ``dtype``."""
+        if not x.data.shape[0]:
+            return x.scale.new_empty(0, self.data.shape[0], dtype=dtype)
+        return torch._scaled_mm(x.data, self.data.t(), scale_a=x.scale, scale_b=self.scale.t(), out_dtype=dtype, use_fast_accum=True)
+
+    def backward(self, d_y: Rounded, dtype: torch.dtype) -> Tensor:
+        """[R, N], rounded with :attr:`factor`, to d_y W [R, K] in ``dtype``."""
+        if not d_y.data.shape[0]:
+            return d_y.scale.new_empty(0, self.data.shape[1], dtype=dtype)
+        return torch._scaled_mm(d_y.data, self.turned.t(), scale_a=d_y.scale, scale_b=self.one, out_dtype=dtype, use_fast_accum=False)
+
+
+def turn(x: Tensor, top: Tensor, out: Tensor, *, limit: float, common: Tensor | None = None) -> None:
+    """Write x, each row times a number, in 8 bits and turned: out_cr = round(x_rc by_r), no further than the type reaches.
+
+    Args:
+        x: [R, C].
+        top: [R] fp32.
+        out: [C, R or more] of an 8-bit type; what is past R becomes 0.
+        limit: of ``by``: limit / top_r (0 for a row of zeros), or with ``common`` top_r / limit / common.
+        common: a scalar on the device.
+    """
+    if kernels.usable(x):
+        from torchspec.models.kernels import fp8
+
+        fp8.turn(x, top, out, limit=limit, common=common)
+        return
+    by = torch.where(top > 0, limit / top, 0.0) if common is None else top / limit / common
+    most = torch.finfo(out.dtype).max
+    rows = x.shape[0]
+    out[:, :rows] = (x.float() * by[:, None]).clamp(-most, most).t().to(out.dtype)
+    out[:, rows:] = 0
+
+
+_BYTES = 2**30
+"""Of the wider operand, kept before they are multiplied; or as many as the gradient itself has, where those are more."""
+
+
+def _whole(rows: int) -> int:
+    return -(-rows // _MULTIPLE) * _MULTIPLE
+
+
+class Fp8Gradient:
+    """Sum of d_y^T x [N, K] over calls, as one product of both with the rows of all calls in a row: the summed dimension has to be contiguous.
+
+    A row's scale cannot be taken out of a sum over rows. So it is taken out of the wider operand, which is rounded and turned when it comes, and put into the
+    slimmer one, which is kept as it is until every row is there and has one scale C for all:
+
+        dW_nk = C sum_r round(d_y_rn / s_r) round(x_rk s_r / C),    s_r = max_n |d_y_rn| / limit,    C = max_r (s_r max_k |x_rk|) / limit
+
+    (or d_y and x exchanged). Nothing is guessed from an earlier step and nothing overflows. What becomes too small is below 2^-18 of the largest number of
+    its own row, or, of the slimmer operand, of the largest s_r x_rk.
+
+    Args:
+        out, into: N and K.
+    """
+
+    def __init__(self, out: int, into: int) -> None:
+        self._d_y_is_wide = out >= into
+        self._expected = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._left = self._expected
+        self._buffer: Tensor | None = None
+        self._used = 0
+        self._slim: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._sum: Tensor | None = None
+
+    def expect(self, rows: int) -> None:
+        """A call of :meth:`add` with as many rows will come: room for all is made at once, up to a bound."""
+        self._expected += _whole(rows)
+        self._left += _whole(rows)
+
+    def add(self, d_y: Tensor, x: Tensor, d_y_top: Tensor, x_top: Tensor) -> None:
+        """Add d_y^T x.
+
+        Args:
+            d_y, x: [R, N] and [R, K].
+            d_y_top, x_top: [R] fp32, the largest magnitude of each row.
+        """
+        wide, slim, wide_top, slim_top = (d_y, x, d_y_top, x_top) if self._d_y_is_wide else (x, d_y, x_top, d_y_top)
+        need = _whole(wide.shape[0])
+        if not need:
+            return
+        if self._buffer is not None and self._used + need > self._buffer.shape[1]:
+            self._multiply()
+        if self._buffer is None:
+            most = max(_BYTES, 4 * wide.shape[1] * slim.shape[1])
+            room = max(need, min(self._left, most // wide.shape[1] // _MULTIPLE * _MULTIPLE))
+            self._buffer = torch.empty(wide.shape[1], room, dtype=_E4M3, device=wide.device)
+        turn(wide, wide_top, self._buffer[:, self._used : self._used + need], limit=_limit(_E4M3))
+        self._slim.append((slim, wide_top, slim_top))
+        self._used += need
+        self._left -= need
+
+    def _multiply(self) -> None:
+        assert self._buffer is not None
+        limit = _limit(_E4M3)
+        tops = torch.cat([wide_top for _, wide_top, _ in self._slim]) * torch.cat([slim_top for *_, slim_top in self._slim])
+        common = (tops.amax() / (limit * limit)).clamp(min=1e-30)
+        slim = torch.empty(self._slim[0][0].shape[1], self._used, dtype=_E4M3, device=self._buffer.device)
+        first = 0
+        for values, wide_top, _ in self._slim:
+            need = _whole(values.shape[0])
+            turn(values, wide_top, slim[:, first : first + need], limit=limit, common=common)
+            first += need
+        wide = self._buffer[:, : self._used]
+        self._buffer, self._slim, self._used = None, [], 0
+        out, into = (wide, slim) if self._d_y_is_wide else (slim, wide)
+        one = torch.ones_like(common)
+        product = torch._scaled_mm(out, into.t(), scale_a=common, scale_b=one, out_dtype=torch.float32, use_fast_accum=False)
+        self._sum = product if self._sum is None else self._sum.add_(product)
+
+    def collect(self) -> Tensor | None:
+        """The sum [N, K] fp32, once; None where nothing was added. What is expected stays, for a further backward."""
+        if self._buffer is not None:
+            self._multiply()
+        found = self._sum
+        self._reset()
+        return found
+
+
+def _limit(dtype: torch.dtype) -> float:
+    return float(torch.finfo(dtype).max)

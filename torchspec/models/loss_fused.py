@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torchspec.batch import UnrollRows
+from torchspec.models.fp8 import Fp8, quantise
 from torchspec.models.losses import LossWeights
 from torchspec.models.shared import Weight
 from torchspec.models.target_weights import TargetHead
@@ -45,7 +46,7 @@ class FusedPlan:
     measure: bool
     train: bool
     """Gradients are wanted."""
-    fp8: bool = False
+    fp8: Fp8 = Fp8.NONE
     """8-bit products with the draft's head."""
 
 
@@ -105,18 +106,37 @@ class _FusedLoss(torch.autograd.Function):
         d_weight: Tensor | None = None
         d_norm = torch.zeros_like(norm, dtype=torch.float32)
         normed = plan.head.normed(plan.last)
-        for low, high, first, end in chunks(plan.rows, weight.shape[0]):
+        cut = chunks(plan.rows, weight.shape[0])
+        if store.gradient is not None and train:
+            for _, _, first, end in cut:
+                store.gradient.expect(end - first)
+        for low, high, first, end in cut:
             asked = kernel.Asked(*target_kernel.ask(plan.head.project(normed[low:high]).contiguous(), plan.draft_ids), low)
             place = order[first:end]
-            x, inverse = norm_kernel.forward(every, norm, plan.eps, place=place)
-            z = store.forward(x)
+            x: Tensor | None
+            if store.narrow is None:
+                x, inverse = norm_kernel.forward(every, norm, plan.eps, place=place)
+                x_top, z = None, torch.mm(x, store.data.t())
+            else:
+                x, inverse, x8 = norm_kernel.forward_rounded(every, norm, plan.eps, place=place, plain=train)
+                x_top, z = x8.top, store.narrow.forward(x8, dtype)
+                del x8
             kernel.losses(z, place, asked, rows, vars(plan.weights), gradient=train, measure=plan.measure)
             del asked
             if d_every is not None:
-                d_weight = _add_product(d_weight, z, x)
-                _, part = norm_kernel.backward(store.backward(z), every, norm, inverse, place=place, out=d_every)
+                assert x is not None
+                d_z = None if store.narrow is None else quantise(z, store.narrow.factor)
+                if store.gradient is not None and d_z is not None and x_top is not None:
+                    store.gradient.add(z, x, d_z.top, x_top)
+                else:
+                    d_weight = _add_product(d_weight, z, x)
+                d_x = torch.mm(z, store.data) if store.narrow is None or d_z is None else store.narrow.backward(d_z, dtype)
+                _, part = norm_kernel.backward(d_x, every, norm, inverse, place=place, out=d_every)
                 d_norm += part
+                del d_z, d_x
             del z, x
+        if store.gradient is not None:
+            d_weight = store.gradient.collect()
         if d_every is not None and d_weight is not None:
             ctx.found = d_norm, d_weight, d_every
             ctx.kinds = norm.dtype, weight.dtype

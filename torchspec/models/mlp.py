@@ -4,6 +4,8 @@
 
 Kept for the backward are h and [gate; up]; norm and activation are made again, which costs reads and no product. With ``recompute`` [gate; up] is made
 again too, by one more product, and only h is kept: (H + 2I) / H times fewer bytes a row.
+
+With 8-bit products norm and activation write their results in 8 bits, where those go into a product and nowhere else.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 
 from torchspec.models import kernels
 from torchspec.models.draft_config import DraftConfig
-from torchspec.models.norms import rms_backward, rms_forward
+from torchspec.models.fp8 import Rounded, quantise
+from torchspec.models.norms import rms_backward, rms_forward, rms_forward_rounded
 from torchspec.models.shared import Weight
 
 
@@ -54,32 +57,85 @@ def swiglu_backward(gate_up: Tensor, d_act: Tensor) -> tuple[Tensor, Tensor]:
     return silu.mul_(up), d_gate_up
 
 
+def swiglu_rounded(gate_up: Tensor) -> Rounded:
+    """:func:`swiglu` in 8 bits."""
+    if kernels.usable(gate_up):
+        from torchspec.models.kernels import swiglu as kernel
+
+        return kernel.forward_rounded(gate_up)
+    return quantise(swiglu(gate_up))
+
+
+def swiglu_backward_rounded(gate_up: Tensor, d_act: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor, Rounded]:
+    """:func:`swiglu_backward`, and the gradient in 8 bits too.
+
+    Args:
+        gate_up: [R, 2I], contiguous.
+        d_act: [R, I].
+        factor: [2I] fp32, above 0: the gradient's columns are multiplied by it before they are rounded.
+
+    Returns:
+        the activation, its largest magnitude in each row [R], the gradient, the gradient in 8 bits.
+    """
+    if kernels.usable(gate_up):
+        from torchspec.models.kernels import swiglu as kernel
+
+        return kernel.backward_rounded(gate_up, d_act, factor)
+    act, d_gate_up = swiglu_backward(gate_up, d_act)
+    return act, act.float().abs().amax(1) if act.shape[0] else act.new_empty(0, dtype=torch.float32), d_gate_up, quantise(d_gate_up, factor)
+
+
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, h: Tensor, norm: Tensor, gate_up_token: Tensor, down_token: Tensor, gate_up_weight: Weight, down_weight: Weight, eps: float, recompute: bool
     ) -> Tensor:
-        z, inverse = rms_forward(h, norm, eps)
-        gate_up = gate_up_weight.store.forward(z)
-        ctx.stores, ctx.eps = (gate_up_weight.store, down_weight.store), eps
-        ctx.save_for_backward(h, norm, inverse, None if recompute else gate_up)
-        act = swiglu(gate_up)
-        return torch.addmm(h, act, down_weight.data.t()) if not down_weight.store.narrow else down_weight.store.forward(act).add_(h)
+        first, last = gate_up_weight.store, down_weight.store
+        z_top = None
+        if first.narrow is None or last.narrow is None:
+            z, inverse = rms_forward(h, norm, eps)
+            gate_up = first.forward(z)
+            out = torch.addmm(h, swiglu(gate_up), last.data.t())
+        else:
+            inverse, narrow = rms_forward_rounded(h, norm, eps)
+            gate_up, z_top = first.narrow.forward(narrow, h.dtype), narrow.top
+            del narrow
+            out = last.narrow.forward(swiglu_rounded(gate_up), h.dtype).add_(h)
+        for store in (first, last):
+            if store.gradient is not None:
+                store.gradient.expect(h.shape[0])
+        ctx.stores, ctx.eps = (first, last), eps
+        ctx.save_for_backward(h, norm, inverse, None if recompute else gate_up, z_top)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h, norm, inverse, gate_up = ctx.saved_tensors
+        h, norm, inverse, gate_up, z_top = ctx.saved_tensors
         first, last = ctx.stores
         every, d_out = slice(None), grads[0].contiguous()
         z, _ = rms_forward(h, norm, ctx.eps)
         if gate_up is None:
             gate_up = first.forward(z)
-        act, d_gate_up = swiglu_backward(gate_up, last.backward(d_out))
-        del gate_up
-        last.add(every, every, d_out, act)
-        del act
-        first.add(every, every, d_gate_up, z)
-        d_h, d_norm = rms_backward(first.backward(d_gate_up), h, norm, inverse, more=d_out)
+        if first.narrow is None or last.narrow is None:
+            act, d_gate_up = swiglu_backward(gate_up, last.backward(d_out))
+            del gate_up
+            last.add(every, every, d_out, act)
+            del act
+            first.add(every, every, d_gate_up, z)
+            d_z = first.backward(d_gate_up)
+        else:
+            narrow = quantise(d_out, last.narrow.factor)
+            act, act_top, d_gate_up, d_narrow = swiglu_backward_rounded(gate_up, last.narrow.backward(narrow, d_out.dtype), first.narrow.factor)
+            del gate_up
+            if last.gradient is not None and first.gradient is not None:
+                last.gradient.add(d_out, act, narrow.top, act_top)
+                first.gradient.add(d_gate_up, z, d_narrow.top, z_top)
+            else:
+                last.add(every, every, d_out, act)
+                first.add(every, every, d_gate_up, z)
+            del act, d_gate_up, narrow
+            d_z = first.narrow.backward(d_narrow, d_out.dtype)
+        d_h, d_norm = rms_backward(d_z, h, norm, inverse, more=d_out)
         empty = h.new_empty(0)
         return d_h, d_norm.to(norm.dtype), empty, empty, None, None, None, None
 

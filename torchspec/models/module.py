@@ -24,6 +24,7 @@ from torchspec.hardware import working_dtype
 from torchspec.models.checkpoint import read_facts
 from torchspec.models.clipping import clip
 from torchspec.models.draft_config import DraftConfig
+from torchspec.models.fp8 import Fp8
 from torchspec.models.losses import LossWeights
 from torchspec.models.metrics import StepSums
 from torchspec.models.muon import mark_hidden_matrices
@@ -62,7 +63,8 @@ class DraftModule(pl.LightningModule):
             plain torch path that waits for the device at each call.
         recompute: make the MLP's inner activations again in the backward instead of keeping them; for very long sequences.
         matmul: ``fp8`` makes the MLP's and the head's forward products and their input gradients 8-bit ones on a Hopper or later GPU; weight gradients,
-            attention and the target stay as compute_dtype has them. Wants hidden, intermediate and draft vocabulary size to be multiples of 16.
+            attention and the target stay as compute_dtype has them. ``fp8_all`` makes those weight gradients 8-bit products too. Both want hidden,
+            intermediate and draft vocabulary size to be multiples of 16.
         optimizer: made from the trainable parameters.
         lr_scheduler: made from the optimizer, stepped every optimizer step.
     """
@@ -79,7 +81,7 @@ class DraftModule(pl.LightningModule):
         start_from: str | None = None,
         compute_dtype: Literal["auto", "bf16", "fp32"] = "auto",
         recompute: bool = False,
-        matmul: Literal["bf16", "fp8"] = "bf16",
+        matmul: Literal["bf16", "fp8", "fp8_all"] = "bf16",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -152,7 +154,7 @@ class DraftModule(pl.LightningModule):
                 device=device,
                 init=self.init,
                 loss=self.loss,
-                fp8=self.matmul == "fp8",
+                fp8=Fp8.of(self.matmul),
                 recompute=self.recompute,
             )
             if self.start is not None:

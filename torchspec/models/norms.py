@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchspec.models import kernels
+from torchspec.models.fp8 import Rounded, quantise
 
 
 def rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -31,6 +32,16 @@ def rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = x if x.dtype == torch.float64 else x.float()
     inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * inverse).to(x.dtype) * weight.to(x.dtype), inverse
+
+
+def rms_forward_rounded(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Rounded]:
+    """:func:`rms_forward` with y in 8 bits alone, as :func:`~torchspec.models.fp8.quantise` rounds it: 1 / rms, y."""
+    if kernels.usable(x):
+        from torchspec.models.kernels import norm
+
+        return norm.forward_rounded(x, weight, eps, plain=False)[1:]
+    y, inverse = rms_forward(x, weight, eps)
+    return inverse, quantise(y)
 
 
 def rms_backward(d_y: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, *, more: Tensor | None = None) -> tuple[Tensor, Tensor]:

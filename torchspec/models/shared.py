@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchspec.models import kernels
-from torchspec.models.fp8 import Fp8Weight
+from torchspec.models.fp8 import Fp8, Fp8Gradient, Fp8Weight, quantise
 
 _ALL = slice(None)
 
@@ -35,24 +35,22 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 class _WeightStore:
     """[out, in] data of one or several stacked weights, and the sum of its gradients."""
 
-    def __init__(self, data: Tensor, *, fp8: bool = False) -> None:
+    def __init__(self, data: Tensor, *, fp8: Fp8 = Fp8.NONE) -> None:
         self.data = data
-        self._fp8 = Fp8Weight(data) if fp8 else None
+        self.narrow = Fp8Weight(data) if fp8 else None
+        """Set where products with the whole weight are 8-bit ones."""
+        self.gradient = Fp8Gradient(*data.shape) if fp8 == Fp8.ALL else None
+        """Set where the gradient is an 8-bit product; what uses the store then adds to it rather than here."""
         self._sum: Tensor | None = None
         self._terms: dict[tuple[Any, ...], tuple[slice, slice, list[Tensor], list[Tensor]]] = {}
 
-    @property
-    def narrow(self) -> bool:
-        """Whether products are 8-bit ones."""
-        return self._fp8 is not None
-
     def forward(self, x: Tensor) -> Tensor:
         """x W^T with the whole weight."""
-        return torch.mm(x, self.data.t()) if self._fp8 is None else self._fp8.forward(x)
+        return torch.mm(x, self.data.t()) if self.narrow is None else self.narrow.forward(quantise(x), x.dtype)
 
     def backward(self, d_y: Tensor) -> Tensor:
         """d_y W with the whole weight."""
-        return torch.mm(d_y, self.data) if self._fp8 is None else self._fp8.backward(d_y)
+        return torch.mm(d_y, self.data) if self.narrow is None else self.narrow.backward(quantise(d_y, self.narrow.factor), d_y.dtype)
 
     def add(self, rows: slice, columns: slice, d_y: Tensor, x: Tensor) -> None:
         """Add d_y^T x to a part of the gradient; d_y is [R, rows], x [R, columns]."""
@@ -80,6 +78,8 @@ class _WeightStore:
     def collect(self) -> Tensor:
         """The sum, once."""
         found, self._sum = self._sum, None
+        if found is None and self.gradient is not None:
+            found = self.gradient.collect()
         if found is not None:
             return found
         terms, self._terms = list(self._terms.values()), {}
@@ -121,7 +121,7 @@ class Weight:
     columns: slice
 
     @classmethod
-    def of(cls, parts: Sequence[Tensor], dtype: torch.dtype, *, fp8: bool = False) -> Weight:
+    def of(cls, parts: Sequence[Tensor], dtype: torch.dtype, *, fp8: Fp8 = Fp8.NONE) -> Weight:
         """Weights [out_i, in] with one input stacked to [sum out_i, in], in ``dtype``; with ``fp8`` products with the whole of it are 8-bit ones."""
         if len(parts) == 1:
             data = parts[0].detach().to(dtype)

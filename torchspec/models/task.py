@@ -16,7 +16,7 @@ from torchspec.hardware import working_dtype
 from torchspec.models import kernels
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.eagle3 import Eagle3Draft
-from torchspec.models.fp8 import check
+from torchspec.models.fp8 import Fp8, check
 from torchspec.models.loss import head_loss, split_steps, target_distribution
 from torchspec.models.loss_fused import FusedPlan, fused_head_loss
 from torchspec.models.losses import FORWARD_KL, LossWeights, mixing
@@ -85,7 +85,7 @@ class DraftTask(nn.Module):
         init: Literal["target", "random"],
         loss: LossWeights = FORWARD_KL,
         recompute: bool = False,
-        fp8: bool = False,
+        fp8: Fp8 = Fp8.NONE,
     ) -> DraftTask:
         """A fresh task for a target; weights from torch's global random state.
 

@@ -1,6 +1,9 @@
-"""Rows of a matrix to 8-bit floats (e4m3), each with a scale of its own; twin: ``models/fp8.py:quantise``.
+"""Rows of a matrix to 8-bit floats, each with a scale of its own, and matrices turned on the way to them; twins: ``models/fp8.py``.
 
-s_r = max_c |x_rc f_c| / 448        y_rc = round(x_rc f_c / s_r)        (f: optional factors by column; s_r = 1 for a row of zeros)
+    quantise   s_r = max_c |x_rc f_c| / 448      y_rc = round(x_rc f_c / s_r)       (f: optional factors by column; s_r = 1 for a row of zeros)
+    turn       y_cr = round(x_rc by_r)           by_r = limit / top_r, or top_r / (limit common)
+
+The second pass over a row reads it from a cache. Values beyond the type's largest are made that one here, since a cast may make them NaN; NaN stays.
 """
 
 from __future__ import annotations
@@ -10,22 +13,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchspec.models.fp8 import Rounded
+
 _BLOCK = 4096
+_ROWS, _COLUMNS = 128, 64
+"""A tile of ``turn``: what it reads of a row and what it writes of a column are 128 bytes each, for two-byte numbers."""
 
 
 @triton.jit
-def _quantise(x, factor, y, scale, width, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+def _quantise(x, factor, y, scale, top, width, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    top = tl.zeros([BLOCK], tl.float32)
+    plain, highest = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         column = first + lane
         values = tl.load(x + row * width + column, mask=column < width, other=0.0).to(tl.float32)
+        plain = tl.maximum(plain, tl.abs(values))
         if FACTOR:
             values *= tl.load(factor + column, mask=column < width, other=0.0)
-        top = tl.maximum(top, tl.abs(values))
-    highest = tl.max(top, axis=0)
-    by = tl.where(highest > 0, highest / 448.0, 1.0)
+            highest = tl.maximum(highest, tl.abs(values))
+    largest = tl.max(plain, axis=0)
+    tl.store(top + row, largest)
+    if FACTOR:
+        largest = tl.max(highest, axis=0)
+    by = tl.where(largest > 0, largest / 448.0, 1.0)
     tl.store(scale + row, by)
     for first in range(0, width, BLOCK):
         column = first + lane
@@ -35,13 +46,50 @@ def _quantise(x, factor, y, scale, width, FACTOR: tl.constexpr, BLOCK: tl.conste
         tl.store(y + row * width + column, (values / by).to(y.dtype.element_ty), mask=column < width)
 
 
-def quantise(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x [R, C], factor [C] fp32 or None: y [R, C] e4m3, s [R, 1] fp32."""
+@triton.jit
+def _turn(x, top, common, y, rows, padded, width, y_stride, limit, most, COMMON: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    seen = (row < rows)[:, None] & (column < width)[None, :]
+    values = tl.load(x + row.to(tl.int64)[:, None] * width + column[None, :], mask=seen, other=0.0).to(tl.float32)
+    largest = tl.load(top + row, mask=row < rows, other=0.0)
+    if COMMON:
+        by = largest / limit / tl.load(common)
+    else:
+        by = tl.where(largest > 0, limit / tl.where(largest > 0, largest, 1.0), 0.0)
+    values = values * by[:, None]
+    values = tl.where(values > most, most, tl.where(values < -most, -most, values))
+    turned = tl.trans(values.to(y.dtype.element_ty))
+    tl.store(y + column.to(tl.int64)[:, None] * y_stride + row[None, :], turned, mask=(column < width)[:, None] & (row < padded)[None, :])
+
+
+def quantise(x: Tensor, factor: Tensor | None) -> Rounded:
+    """x [R, C], factor [C] fp32 or None."""
     x = x.contiguous()
     rows, width = x.shape
-    y = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    y = Rounded.empty(rows, width, x.device)
     if rows:
         block = min(_BLOCK, triton.next_power_of_2(width))
-        _quantise[(rows,)](x, factor, y, scale, width, FACTOR=factor is not None, BLOCK=block, num_warps=8 if block >= 2048 else 4)
-    return y, scale
+        _quantise[(rows,)](x, factor, y.data, y.scale, y.top, width, FACTOR=factor is not None, BLOCK=block, num_warps=8 if block >= 2048 else 4)
+    return y
+
+
+def turn(x: Tensor, top: Tensor, out: Tensor, *, limit: float, common: Tensor | None) -> None:
+    """Write the columns of ``x`` as rows of ``out``.
+
+    Args:
+        x: [R, C].
+        top: [R] fp32.
+        out: [C, R or more] of an 8-bit type, rows contiguous; what is past R becomes 0.
+        limit: see the head of this file; without ``common`` it is also where a row's largest magnitude goes.
+        common: a scalar on the device, or None.
+    """
+    x = x.contiguous()
+    rows, width = x.shape
+    padded = out.shape[1]
+    if padded and width:
+        grid = (triton.cdiv(padded, _ROWS), triton.cdiv(width, _COLUMNS))
+        _turn[grid](
+            x, top, common, out, rows, padded, width, out.stride(0), limit, torch.finfo(out.dtype).max,
+            COMMON=common is not None, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
+        )  # fmt: skip

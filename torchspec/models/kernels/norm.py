@@ -3,6 +3,7 @@
     inverse = 1 / sqrt(mean(x^2) + eps)       y = round(x inverse) w
     d_x = inverse (u - x^ mean(u x^)),  u = d_y w,  x^ = x inverse;        d_w = sum over rows of d_y x^
 
+The forward can also round y to 8 bits, row by row, as ``fp8.quantise`` does it (and leave y itself out).
 Rows can be taken from and put back to places given by an index, so that a chunk of a longer list needs no copy of its own.
 """
 
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchspec.models.fp8 import Rounded
 from torchspec.models.kernels import power_of_two
 
 _PROGRAMS = 396
@@ -20,7 +22,10 @@ _PROGRAMS = 396
 
 
 @triton.jit
-def _forward(x, weight, y, inverse, place, rows, width, x_stride, eps, PLACED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(
+    x, weight, y, inverse, y8, scale8, top, place, rows, width, x_stride, eps,
+    PLACED: tl.constexpr, PLAIN: tl.constexpr, NARROW: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK)
     within = row < rows
@@ -28,9 +33,20 @@ def _forward(x, weight, y, inverse, place, rows, width, x_stride, eps, PLACED: t
     source = tl.load(place + row, mask=within, other=0).to(tl.int64) if PLACED else row.to(tl.int64)
     wide = tl.load(x + source[:, None] * x_stride + column[None, :], mask=seen, other=0.0).to(tl.float32)
     inv = tl.rsqrt(tl.sum(wide * wide, axis=1) / width + eps)
-    unit = (wide * inv[:, None]).to(y.dtype.element_ty).to(tl.float32)
-    scale = tl.load(weight + column, mask=column < width, other=0.0).to(y.dtype.element_ty).to(tl.float32)
-    tl.store(y + row.to(tl.int64)[:, None] * width + column[None, :], (unit * scale[None, :]).to(y.dtype.element_ty), mask=seen)
+    kind = x.dtype.element_ty
+    unit = (wide * inv[:, None]).to(kind).to(tl.float32)
+    scale = tl.load(weight + column, mask=column < width, other=0.0).to(kind).to(tl.float32)
+    result = (unit * scale[None, :]).to(kind)
+    at = row.to(tl.int64)[:, None] * width + column[None, :]
+    if PLAIN:
+        tl.store(y + at, result, mask=seen)
+    if NARROW:
+        values = result.to(tl.float32)
+        largest = tl.max(tl.abs(values), axis=1)
+        by = tl.where(largest > 0, largest / 448.0, 1.0)
+        tl.store(y8 + at, (values / by[:, None]).to(y8.dtype.element_ty), mask=seen)
+        tl.store(scale8 + row, by, mask=within)
+        tl.store(top + row, largest, mask=within)
     tl.store(inverse + row, inv, mask=within)
 
 
@@ -77,15 +93,31 @@ def forward(x: Tensor, weight: Tensor, eps: float, *, place: Tensor | None = Non
     Returns:
         y [R, H] in the type of ``x``; inverse [R, 1] fp32.
     """
+    y, inverse, _ = _run(x, weight, eps, place, plain=True, narrow=False)
+    assert y is not None
+    return y, inverse
+
+
+def forward_rounded(x: Tensor, weight: Tensor, eps: float, *, place: Tensor | None = None, plain: bool) -> tuple[Tensor | None, Tensor, Rounded]:
+    """:func:`forward`, and y rounded to 8 bits as ``fp8.quantise`` does it; y itself where ``plain``."""
+    y, inverse, rounded = _run(x, weight, eps, place, plain=plain, narrow=True)
+    assert rounded is not None
+    return y, inverse, rounded
+
+
+def _run(x: Tensor, weight: Tensor, eps: float, place: Tensor | None, *, plain: bool, narrow: bool) -> tuple[Tensor | None, Tensor, Rounded | None]:
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, width = x.shape[0] if place is None else place.shape[0], x.shape[1]
-    y, inverse = x.new_empty(rows, width), torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    y, inverse = x.new_empty(rows, width) if plain else None, torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    rounded = Rounded.empty(rows, width, x.device) if narrow else None
     if rows:
         high, block, warps = _blocks(width)
+        data, scale, top = (None, None, None) if rounded is None else (rounded.data, rounded.scale, rounded.top)
         _forward[(triton.cdiv(rows, high),)](
-            x, weight, y, inverse, place, rows, width, x.stride(0), eps, PLACED=place is not None, BLOCK_ROWS=high, BLOCK=block, num_warps=warps
-        )
-    return y, inverse
+            x, weight, y, inverse, data, scale, top, place, rows, width, x.stride(0), eps,
+            PLACED=place is not None, PLAIN=plain, NARROW=narrow, BLOCK_ROWS=high, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return y, inverse, rounded
 
 
 def backward(

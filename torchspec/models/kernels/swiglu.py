@@ -2,6 +2,8 @@
 
 act = silu(gate) up          silu(z) = z s,  s = 1 / (1 + exp(-z))
 d_gate = d_act up s (1 + gate (1 - s))         d_up = d_act silu(gate)
+
+Results can be rounded to 8 bits here, row by row, as ``fp8.quantise`` does it: from the numbers that are, or would be, written in the inputs' type.
 """
 
 from __future__ import annotations
@@ -11,7 +13,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchspec.models.fp8 import Rounded
+
 _BLOCK = 1024
+_ROW_BLOCK = 4096
+"""Where a program does a whole row, since its largest number comes first."""
+
+
+@triton.jit
+def _activation(gate_up, row, column, width, seen):
+    gate = tl.load(gate_up + row * 2 * width + column, mask=seen, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + column, mask=seen, other=0.0).to(tl.float32)
+    return (gate * tl.sigmoid(gate) * up).to(gate_up.dtype.element_ty)
+
+
+@triton.jit
+def _gradients(gate_up, d_act, row, column, width, seen):
+    gate = tl.load(gate_up + row * 2 * width + column, mask=seen, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + column, mask=seen, other=0.0).to(tl.float32)
+    grad = tl.load(d_act + row * width + column, mask=seen, other=0.0).to(tl.float32)
+    s = tl.sigmoid(gate)
+    silu = gate * s
+    kind = gate_up.dtype.element_ty
+    return (silu * up).to(kind), (grad * up * s * (1 + gate * (1 - s))).to(kind), (grad * silu).to(kind)
 
 
 @triton.jit
@@ -19,9 +43,7 @@ def _forward(gate_up, act, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     seen = column < width
-    gate = tl.load(gate_up + row * 2 * width + column, mask=seen, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * width + width + column, mask=seen, other=0.0).to(tl.float32)
-    tl.store(act + row * width + column, (gate * tl.sigmoid(gate) * up).to(act.dtype.element_ty), mask=seen)
+    tl.store(act + row * width + column, _activation(gate_up, row, column, width, seen), mask=seen)
 
 
 @triton.jit
@@ -29,15 +51,58 @@ def _backward(gate_up, d_act, act, d_gate_up, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     seen = column < width
-    gate = tl.load(gate_up + row * 2 * width + column, mask=seen, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * width + width + column, mask=seen, other=0.0).to(tl.float32)
-    grad = tl.load(d_act + row * width + column, mask=seen, other=0.0).to(tl.float32)
-    s = tl.sigmoid(gate)
-    silu = gate * s
-    kind = act.dtype.element_ty
-    tl.store(act + row * width + column, (silu * up).to(kind), mask=seen)
-    tl.store(d_gate_up + row * 2 * width + column, (grad * up * s * (1 + gate * (1 - s))).to(kind), mask=seen)
-    tl.store(d_gate_up + row * 2 * width + width + column, (grad * silu).to(kind), mask=seen)
+    again, d_gate, d_up = _gradients(gate_up, d_act, row, column, width, seen)
+    tl.store(act + row * width + column, again, mask=seen)
+    tl.store(d_gate_up + row * 2 * width + column, d_gate, mask=seen)
+    tl.store(d_gate_up + row * 2 * width + width + column, d_up, mask=seen)
+
+
+@triton.jit
+def _forward_rounded(gate_up, y, scale, top, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    highest = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        column = first + lane
+        highest = tl.maximum(highest, tl.abs(_activation(gate_up, row, column, width, column < width).to(tl.float32)))
+    largest = tl.max(highest, axis=0)
+    by = tl.where(largest > 0, largest / 448.0, 1.0)
+    tl.store(scale + row, by)
+    tl.store(top + row, largest)
+    for first in range(0, width, BLOCK):
+        column = first + lane
+        values = _activation(gate_up, row, column, width, column < width).to(tl.float32)
+        tl.store(y + row * width + column, (values / by).to(y.dtype.element_ty), mask=column < width)
+
+
+@triton.jit
+def _backward_rounded(gate_up, d_act, act, d_gate_up, factor, y, scale, top, act_top, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    act_high, plain, highest = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        column = first + lane
+        seen = column < width
+        again, d_gate, d_up = _gradients(gate_up, d_act, row, column, width, seen)
+        tl.store(act + row * width + column, again, mask=seen)
+        tl.store(d_gate_up + row * 2 * width + column, d_gate, mask=seen)
+        tl.store(d_gate_up + row * 2 * width + width + column, d_up, mask=seen)
+        left, right = tl.abs(d_gate.to(tl.float32)), tl.abs(d_up.to(tl.float32))
+        act_high, plain = tl.maximum(act_high, tl.abs(again.to(tl.float32))), tl.maximum(plain, tl.maximum(left, right))
+        left *= tl.load(factor + column, mask=seen, other=0.0)
+        right *= tl.load(factor + width + column, mask=seen, other=0.0)
+        highest = tl.maximum(highest, tl.maximum(left, right))
+    largest = tl.max(highest, axis=0)
+    by = tl.where(largest > 0, largest / 448.0, 1.0)
+    tl.store(scale + row, by)
+    tl.store(top + row, tl.max(plain, axis=0))
+    tl.store(act_top + row, tl.max(act_high, axis=0))
+    tl.debug_barrier()
+    for first in range(0, 2 * width, BLOCK):
+        column = first + lane
+        seen = column < 2 * width
+        values = tl.load(d_gate_up + row * 2 * width + column, mask=seen, other=0.0).to(tl.float32) * tl.load(factor + column, mask=seen, other=0.0)
+        tl.store(y + row * 2 * width + column, (values / by).to(y.dtype.element_ty), mask=seen)
 
 
 def forward(gate_up: Tensor) -> Tensor:
@@ -56,3 +121,36 @@ def backward(gate_up: Tensor, d_act: Tensor) -> tuple[Tensor, Tensor]:
     if rows:
         _backward[(rows, triton.cdiv(width, _BLOCK))](gate_up, d_act, act, d_gate_up, width, BLOCK=_BLOCK, num_warps=4)
     return act, d_gate_up
+
+
+def forward_rounded(gate_up: Tensor) -> Rounded:
+    """[R, 2I] to [R, I] in 8 bits."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    act = Rounded.empty(rows, width, gate_up.device)
+    if rows:
+        block = min(_ROW_BLOCK, triton.next_power_of_2(width))
+        _forward_rounded[(rows,)](gate_up, act.data, act.scale, act.top, width, BLOCK=block, num_warps=8 if block >= 2048 else 4)
+    return act
+
+
+def backward_rounded(gate_up: Tensor, d_act: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor, Rounded]:
+    """:func:`backward`, and what a product with ``gate_up``'s weight wants.
+
+    Args:
+        gate_up: [R, 2I], contiguous.
+        d_act: [R, I], contiguous.
+        factor: [2I] fp32 by which columns of the gradient are multiplied before they are rounded.
+
+    Returns:
+        the activation [R, I], its largest magnitudes [R], the gradient [R, 2I], the gradient in 8 bits.
+    """
+    rows, width = d_act.shape
+    act, d_gate_up = torch.empty_like(d_act), torch.empty_like(gate_up)
+    act_top = torch.empty(rows, dtype=torch.float32, device=act.device)
+    y = Rounded.empty(rows, 2 * width, act.device)
+    if rows:
+        block = min(_ROW_BLOCK, triton.next_power_of_2(width))
+        _backward_rounded[(rows,)](
+            gate_up, d_act, act, d_gate_up, factor, y.data, y.scale, y.top, act_top, width, BLOCK=block, num_warps=8 if block >= 2048 else 4
+        )
+    return act, act_top, d_gate_up, y
