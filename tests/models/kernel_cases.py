@@ -309,6 +309,13 @@ def turn(rows: int, width: int, dtype: torch.dtype) -> None:
         assert torch.isnan(whole.float()[-1, rows - 1])
 
 
+def transpose(rows: int, width: int) -> None:
+    from torchspec.models.kernels import fp8 as kernel
+
+    x = make(rows, width, dtype=torch.float32, seed=1).to(torch.float8_e4m3fn)
+    assert torch.equal(kernel.transpose(x).view(torch.uint8), x.view(torch.uint8).t())
+
+
 def norm_rounded(rows: int, width: int, dtype: torch.dtype, *, placed: bool) -> None:
     from torchspec.models.kernels import fp8 as rounding
     from torchspec.models.kernels import norm as kernel

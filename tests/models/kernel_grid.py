@@ -78,6 +78,11 @@ def test_turn(shape: tuple[int, int], dtype: torch.dtype) -> None:
     cases.turn(*shape, dtype)
 
 
+@pytest.mark.parametrize("shape", sizes([(3, 37), (130, 140), (0, 8)], [(24576, 4096), (32000, 4096), (151936, 4096)]))
+def test_transpose(shape: tuple[int, int]) -> None:
+    cases.transpose(*shape)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("placed", [False, True])
 @pytest.mark.parametrize("shape", sizes([(1, 5), (7, 24), (0, 8)], [(301, 576), (1000, 4096), (77, 7168)]))

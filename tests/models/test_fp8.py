@@ -48,8 +48,8 @@ def test_weight_gradient_of_many_calls(out: int, into: int, bound: int, monkeypa
             size += d_y.double().abs().t() @ x.double().abs()
         found = gradient.collect()
         assert found is not None and found.dtype == torch.float32 and found.shape == (out, into)
-        assert ((found.double() - exact).abs() <= size / 7.5 + 1e-5 * size.max()).all()  # both operands of each term within half a step of three bits
-        assert float((found.double() - exact).norm() / exact.norm()) < 0.04
+        assert ((found.double() - exact).abs() <= size * 0.2 + 1e-5 * size.max()).all()  # half a step: 1/16 of the one operand, 1/8 of the other
+        assert float((found.double() - exact).norm() / exact.norm()) < 0.07
         assert gradient.collect() is None
 
 

@@ -2,6 +2,7 @@
 
     quantise   s_r = max_c |x_rc f_c| / 448      y_rc = round(x_rc f_c / s_r)       (f: optional factors by column; s_r = 1 for a row of zeros)
     turn       y_cr = round(x_rc by_r)           by_r = limit / top_r, or top_r / (limit common)
+    transpose  y_cr = x_rc
 
 The second pass over a row reads it from a cache. Values beyond the type's largest are made that one here, since a cast may make them NaN; NaN stays.
 """
@@ -63,6 +64,14 @@ def _turn(x, top, common, y, rows, padded, width, y_stride, limit, most, COMMON:
     tl.store(y + column.to(tl.int64)[:, None] * y_stride + row[None, :], turned, mask=(column < width)[:, None] & (row < padded)[None, :])
 
 
+@triton.jit
+def _transpose(x, y, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    values = tl.load(x + row.to(tl.int64)[:, None] * width + column[None, :], mask=(row < rows)[:, None] & (column < width)[None, :], other=0)
+    tl.store(y + column.to(tl.int64)[:, None] * rows + row[None, :], tl.trans(values), mask=(column < width)[:, None] & (row < rows)[None, :])
+
+
 def quantise(x: Tensor, factor: Tensor | None) -> Rounded:
     """x [R, C], factor [C] fp32 or None."""
     x = x.contiguous()
@@ -93,3 +102,14 @@ def turn(x: Tensor, top: Tensor, out: Tensor, *, limit: float, common: Tensor | 
             x, top, common, out, rows, padded, width, out.stride(0), limit, torch.finfo(out.dtype).max,
             COMMON=common is not None, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
         )  # fmt: skip
+
+
+def transpose(x: Tensor) -> Tensor:
+    """[R, C] of an 8-bit type, contiguous, to [C, R], contiguous."""
+    rows, width = x.shape
+    y = torch.empty(width, rows, dtype=x.dtype, device=x.device)
+    if rows and width:
+        _transpose[(triton.cdiv(rows, _ROWS), triton.cdiv(width, _ROWS))](
+            x.view(torch.uint8), y.view(torch.uint8), rows, width, ROWS=_ROWS, COLUMNS=_ROWS, num_warps=8
+        )
+    return y
