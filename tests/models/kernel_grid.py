@@ -178,14 +178,13 @@ def test_whole_step(variant: str, draft_ids: list[int] | None, recompute: bool, 
         found.loss.backward()
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("level", [Fp8.ROWS, Fp8.ALL])
-def test_whole_step_in_8_bits(level: Fp8, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("level", "layers", "recompute"), [(Fp8.ROWS, 1, False), (Fp8.ALL, 1, True), (Fp8.ALL, 2, False)])
+def test_whole_step_in_8_bits(level: Fp8, layers: int, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss within 1 % and gradients in the direction of the exact step's. On a GPU without 8-bit products scaled by row there is none."""
     if REAL and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no 8-bit products scaled by row")
-    config = draft_config(hidden_size=32, target_hidden_size=32, intermediate_size=48).with_draft_vocabulary(16)
-    conversations = [conversation(config, [0, 1, 1, 1, 1, 1, 0, 1, 1, 1][: 10 - seed], seed) for seed in range(4)]
+    config = draft_config(hidden_size=32, target_hidden_size=32, intermediate_size=48, num_layers=layers, initializer_range=0.1).with_draft_vocabulary(16)
+    conversations = [conversation(config, [0, 1, 1, 1, 1, 1, 0, 1, 1, 1][: 10 - 4 * seed], seed) for seed in range(2)]
     ids = list(range(2, 34, 2))
     slow = task(config, draft_ids=ids, step_weights=WEIGHTS)
     expected = slow(pack(config, conversations, STEPS))

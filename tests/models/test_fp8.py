@@ -8,6 +8,7 @@ import torch
 from tests.models.packs import draft_config
 from torchspec.errors import UserError
 from torchspec.models import fp8
+from torchspec.models.shared import Addend, Residual, SharedRows, Weight, linear
 
 
 @pytest.mark.parametrize("factor", [False, True])
@@ -51,6 +52,30 @@ def test_weight_gradient_of_many_calls(out: int, into: int, bound: int, monkeypa
         assert ((found.double() - exact).abs() <= size * 0.2 + 1e-5 * size.max()).all()  # half a step: 1/16 of the one operand, 1/8 of the other
         assert float((found.double() - exact).norm() / exact.norm()) < 0.07
         assert gradient.collect() is None
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(0, 32), slice(32, None)], ids=["all rows", "first", "last"])
+def test_linear_with_a_rectangle_in_8_bits(rows: slice) -> None:
+    """A column part of a stacked weight, by rows or whole, with shared rows or a residual added: near the product with the weight itself."""
+    generator = torch.Generator().manual_seed(0)
+    columns, found = slice(16, None), []
+    full = torch.randn(48, 48, generator=generator) * torch.rand(48, 1, generator=generator)
+    x, shared = torch.randn(9, 32, generator=generator), torch.randn(12, 48, generator=generator)[:, rows]
+    grad, place = torch.randn(9, shared.shape[1], generator=generator), torch.randperm(12, generator=generator)[:9]
+    for narrow in (False, True):
+        for extra in ("addend", "residual", "nothing"):
+            leaves = [full.clone().requires_grad_(), x.clone().requires_grad_(), shared.clone().requires_grad_()]
+            weight = Weight.of([leaves[0][:32], leaves[0][32:]], torch.float32)
+            if narrow:
+                weight.store.round_columns(columns)
+            addends = [Addend(SharedRows.of(leaves[2]), place)] if extra == "addend" else []
+            residual = Residual(leaves[2][place]) if extra == "residual" else None
+            y = linear(leaves[1], weight.part(rows=rows, columns=columns), residual=residual, addends=addends)
+            y.backward(grad)
+            found.append((y.detach(), *[leaf.grad for leaf in leaves]))
+    for exact, rounded in zip(found[:3], found[3:], strict=True):
+        errors = [0.0 if a is None or b is None else float((a - b).norm() / a.norm()) for a, b in zip(exact, rounded, strict=True)]
+        assert 1e-3 < errors[0] < 0.04 and errors[1] < 1e-6 and 1e-3 < errors[2] < 0.04 and errors[3] < 1e-6, errors
 
 
 def test_gradients_that_are_no_numbers_are_seen() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchspec.models import kernels
 from torchspec.models.draft_config import DraftConfig
+from torchspec.models.fp8 import MULTIPLE
 from torchspec.models.norm import RMSNorm
 from torchspec.models.rope import rotate
 from torchspec.models.shared import Residual, Weight, linear, wide
@@ -39,6 +40,9 @@ class Projections(Protocol):
     """Whether flat is the heads of queries, keys and values side by side, and RoPE by halves all that happens to them."""
     head_size: int
     """d."""
+
+    def round(self, columns: slice) -> None:
+        """Make products 8-bit ones where that is known to pay: with these columns of ``inputs``, and the output's."""
 
     def queries(self, flat: Tensor, turn: Turn) -> Tensor:
         """From the query part: [R, h, d], scaled so that the softmax of q.k / sqrt(d) is the layer's own."""
@@ -87,6 +91,12 @@ class DenseProjections:
         self.o_bias = None if attention.o_proj.bias is None else attention.o_proj.bias.to(wide(dtype))
         self.norms = [attention.q_norm.cast(), attention.k_norm.cast()] if hasattr(attention, "q_norm") else [None, None]
         self.only_turned, self.head_size = self.norms == [None, None], attention.head_dim
+
+    def round(self, columns: slice) -> None:
+        sides = (self.query_size, self.inputs.data.shape[0] - self.query_size, *self.o.data.shape, self.inputs.data[:, columns].shape[1])
+        if all(side % MULTIPLE == 0 for side in sides):
+            self.inputs.store.round_columns(columns)
+            self.o.store.round_columns(slice(None))
 
     def queries(self, flat: Tensor, turn: Turn) -> Tensor:
         return self._heads(flat, (flat.shape[1],), turn)[0]

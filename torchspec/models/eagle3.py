@@ -60,6 +60,9 @@ class _Layer:
         self.attention: Projections = layer.self_attn.cast(dtype)
         self.gate_up = Weight.of([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight], dtype, fp8=fp8)
         self.down = Weight.of([layer.mlp.down_proj.weight], dtype, fp8=fp8)
+        if fp8:  # the embedding's half serves every step with one product, which stays as it is
+            width = self.gate_up.data.shape[1]
+            self.attention.round(slice(width, None) if first else slice(None))
         self.memory: UnrollMemory | FusedMemory | None = None
 
 
@@ -107,7 +110,7 @@ class Eagle3Draft(nn.Module):
         config: its architecture.
         compute_dtype: type of activations and of the cast weights.
         recompute: make the MLP's inner activations again in the backward instead of keeping them.
-        fp8: 8-bit products in the MLP and the head (:mod:`torchspec.models.fp8`).
+        fp8: 8-bit products in the MLP, the head and ordinary attention's projections (:mod:`torchspec.models.fp8`).
     """
 
     inverse_frequencies: Tensor

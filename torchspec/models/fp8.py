@@ -19,7 +19,7 @@ from torchspec.errors import UserError
 from torchspec.models import kernels
 from torchspec.models.draft_config import DraftConfig
 
-_MULTIPLE = 16
+MULTIPLE = 16
 """What the product's kernel wants both sizes of a weight to be multiples of, and the length of its sums."""
 _E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -46,8 +46,8 @@ def check(device: torch.device, config: DraftConfig) -> None:
         UserError: sizes that the products do not take, or no CUDA device of compute capability 9.0 or more.
     """
     for name in ("hidden_size", "intermediate_size", "draft_vocab_size"):
-        if (size := getattr(config, name)) % _MULTIPLE:
-            raise UserError("model.matmul", "fp8", f"wants sizes that are multiples of {_MULTIPLE}, and draft.{name} is {size}", "change it, or use bf16")
+        if (size := getattr(config, name)) % MULTIPLE:
+            raise UserError("model.matmul", "fp8", f"wants sizes that are multiples of {MULTIPLE}, and draft.{name} is {size}", "change it, or use bf16")
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         raise UserError("model.matmul", "fp8", f"needs a GPU with 8-bit matrix products scaled by row (Hopper or later), this is {device}", "use bf16")
 
@@ -103,11 +103,18 @@ class Fp8Weight:
     """A weight [N, K], rounded by row and kept both ways round (products want the summed dimension contiguous); :func:`check` has seen to N and K."""
 
     def __init__(self, data: Tensor) -> None:
-        assert data.shape[0] % _MULTIPLE == 0 and data.shape[1] % _MULTIPLE == 0
+        assert data.shape[0] % MULTIPLE == 0 and data.shape[1] % MULTIPLE == 0
         rounded = quantise(data)
         self.data, self.scale = rounded.data, rounded.scale
         self.turned = _transposed(self.data)
         self.one = torch.ones(1, data.shape[1], dtype=torch.float32, device=data.device)
+
+    def part(self, rows: slice) -> Fp8Weight:
+        """Some of the rows."""
+        found = object.__new__(Fp8Weight)
+        found.data, found.scale, found.one = self.data[rows], self.scale[rows], self.one
+        found.turned = self.turned[:, rows].contiguous()
+        return found
 
     @property
     def factor(self) -> Tensor:
@@ -154,7 +161,7 @@ _BYTES = 2**30
 
 
 def _whole(rows: int) -> int:
-    return -(-rows // _MULTIPLE) * _MULTIPLE
+    return -(-rows // MULTIPLE) * MULTIPLE
 
 
 class Fp8Gradient:
@@ -206,7 +213,7 @@ class Fp8Gradient:
             self._multiply()
         if self._buffer is None:
             most = max(_BYTES, 4 * wide.shape[1] * slim.shape[1])
-            room = max(need, min(self._left, most // wide.shape[1] // _MULTIPLE * _MULTIPLE))
+            room = max(need, min(self._left, most // wide.shape[1] // MULTIPLE * MULTIPLE))
             self._buffer = torch.empty(wide.shape[1], room, dtype=self._wide_kind, device=wide.device)
         turn(wide, wide_top, self._buffer[:, self._used : self._used + need], limit=_limit(self._wide_kind))
         self._slim.append((slim, wide_top, slim_top))

@@ -67,6 +67,9 @@ class LatentProjections:
         low_query, low_key = flat.split([self.query_size, flat.shape[1] - self.query_size], dim=-1)
         return self.queries(low_query, turn), *self.keys_values(low_key, turn)
 
+    def round(self, columns: slice) -> None:
+        """Nothing: these products stay as they are."""
+
     def output(self, attended: Tensor, residual: Residual) -> Tensor:
         return linear(attended[..., : self.attention.sizes.v_head_dim].flatten(1), self.o, residual=residual)
 

@@ -41,8 +41,19 @@ class _WeightStore:
         """Set where products with the whole weight are 8-bit ones."""
         self.gradient = Fp8Gradient(*data.shape) if fp8 == Fp8.ALL else None
         """Set where the gradient is an 8-bit product; what uses the store then adds to it rather than here."""
+        self._columns: tuple[slice, Fp8Weight] | None = None
         self._sum: Tensor | None = None
         self._terms: dict[tuple[Any, ...], tuple[slice, slice, list[Tensor], list[Tensor]]] = {}
+
+    def round_columns(self, columns: slice) -> None:
+        """Make products with these columns, and all or some of the rows, 8-bit ones in :func:`linear`."""
+        self._columns = columns, Fp8Weight(self.data[:, columns])
+
+    def narrow_part(self, rows: slice, columns: slice) -> Fp8Weight | None:
+        """A rectangle in 8 bits, where products with it are such."""
+        if self._columns is None or columns != self._columns[0]:
+            return None
+        return self._columns[1] if rows == _ALL else self._columns[1].part(rows)
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T with the whole weight."""
@@ -223,7 +234,12 @@ class _Linear(torch.autograd.Function):
         ctx.weight, ctx.stores, ctx.bias = (weight.store, weight.rows, weight.columns), stores, None if bias is None else bias.dtype
         ctx.save_for_backward(x)
         data, added = weight.data, None if bias is None else bias.to(x.dtype)
-        if stores:
+        narrow = weight.store.narrow_part(weight.rows, weight.columns)
+        if narrow is not None:
+            y = narrow.forward(quantise(x), x.dtype)
+            if stores or residual is not None:
+                y.add_(_side_by_side(stores, x.shape[0]) if residual is None else residual)
+        elif stores:
             start = _side_by_side(stores, x.shape[0])
             y = torch.addmm(start, x, data.t(), out=start)
         elif residual is not None and spare:
@@ -239,7 +255,13 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,), d_y = ctx.saved_tensors, grads[0].contiguous()
         store, rows, columns = ctx.weight
-        d_x = torch.mm(d_y, store.data[rows, columns]) if ctx.needs_input_grad[0] else None
+        narrow = store.narrow_part(rows, columns)
+        if not ctx.needs_input_grad[0]:
+            d_x = None
+        elif narrow is None:
+            d_x = torch.mm(d_y, store.data[rows, columns])
+        else:
+            d_x = narrow.backward(quantise(d_y, narrow.factor), d_y.dtype)
         store.add(rows, columns, d_y, x)
         if ctx.stores:
             _add_apart(ctx.stores, d_y)
