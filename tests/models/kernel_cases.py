@@ -254,10 +254,18 @@ class CausalInTorch:
         return (found[:, :-1] if x.ndim == 2 else found[:, :-1, : x.shape[2]]).transpose(0, 1)
 
 
+def same(ours: Tensor, exact: Tensor) -> None:
+    """Of two kernels that compute alike: every bit in the interpreter; a GPU's compiler may contract products and sums otherwise in one than in the other."""
+    if DEVICE.type == "cpu":
+        assert torch.equal(ours, exact)
+    else:
+        torch.testing.assert_close(ours, exact, rtol=1e-5 if exact.dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
 def same_rounding(ours: Rounded, exact: Rounded) -> None:
     """Bit by bit in the interpreter; on a GPU, whose division is not the correctly rounded one, a neighbour here and there."""
-    assert torch.equal(ours.top, exact.top)
-    torch.testing.assert_close(ours.scale, exact.scale, rtol=0.0 if DEVICE.type == "cpu" else 1e-6, atol=0.0)
+    torch.testing.assert_close(ours.top, exact.top, rtol=0.0 if DEVICE.type == "cpu" else 1e-2, atol=0.0)
+    torch.testing.assert_close(ours.scale, exact.scale, rtol=0.0 if DEVICE.type == "cpu" else 1e-2, atol=0.0)
     differ = ours.data.view(torch.uint8) != exact.data.view(torch.uint8)
     if DEVICE.type == "cpu":
         assert not differ.any()
@@ -309,6 +317,20 @@ def turn(rows: int, width: int, dtype: torch.dtype) -> None:
         assert torch.isnan(whole.float()[-1, rows - 1])
 
 
+def round_both(rows: int, width: int, dtype: torch.dtype) -> None:
+    from torchspec.models.kernels import fp8 as kernel
+
+    x, factor = make(rows, width, dtype=dtype, seed=1), make(width, dtype=torch.float32, seed=2).abs() + 0.01
+    x[:1] = 0
+    expected = kernel.quantise(x, factor)
+    whole = torch.zeros(width, 16 + -(-rows // 16) * 16, device=DEVICE).to(torch.float8_e5m2)
+    wanted = whole.clone()
+    kernel.turn(x, expected.top, wanted[:, 16:], limit=torch.finfo(whole.dtype).max, common=None)
+    same_rounding(kernel.round_both(x, factor, expected.scale, expected.top, whole[:, 16:]), expected)
+    assert (whole.view(torch.uint8) != wanted.view(torch.uint8)).float().mean() <= (0.0 if DEVICE.type == "cpu" else 1e-3)
+    torch.testing.assert_close(whole.float(), wanted.float(), rtol=0.26, atol=2.0**-16)
+
+
 def transpose(rows: int, width: int) -> None:
     from torchspec.models.kernels import fp8 as kernel
 
@@ -327,7 +349,10 @@ def norm_rounded(rows: int, width: int, dtype: torch.dtype, *, placed: bool) -> 
     expected, inverse = kernel.forward(source, weight, 1e-5, place=place)
     for plain in (False, True):
         y, ours, rounded = kernel.forward_rounded(source, weight, 1e-5, place=place, plain=plain)
-        assert torch.equal(ours, inverse) and (y is None) == (not plain) and (y is None or torch.equal(y, expected))
+        assert (y is None) == (not plain)
+        same(ours, inverse)
+        if y is not None:
+            same(y, expected)
         same_rounding(rounded, rounding.quantise(expected, None))
 
 
@@ -340,10 +365,26 @@ def swiglu_rounded(rows: int, width: int, dtype: torch.dtype) -> None:
     factor = make(2 * width, dtype=torch.float32, seed=3).abs() + 0.01
     same_rounding(kernel.forward_rounded(gate_up), rounding.quantise(kernel.forward(gate_up), None))
     expected, d_expected = kernel.backward(gate_up, d_act)
-    act, top, d_gate_up, rounded = kernel.backward_rounded(gate_up, d_act, factor)
-    assert torch.equal(act, expected) and torch.equal(d_gate_up, d_expected)
+    act, top, d_gate_up, rounded = kernel.backward_rounded(gate_up, d_act, factor, plain=True)
+    assert act is not None and d_gate_up is not None
+    same(act, expected)
+    same(d_gate_up, d_expected)
     assert torch.equal(top, rounding.quantise(act, None).top)
-    same_rounding(rounded, rounding.quantise(d_expected, factor))
+    same_rounding(rounded, rounding.quantise(d_gate_up, factor))
+    nothing, again, neither, rounded_again = kernel.backward_rounded(gate_up, d_act, factor, plain=False)
+    assert nothing is None and neither is None
+    same(again, top)
+    same_rounding(rounded_again, rounded)
+
+    room, kinds = 16 + -(-rows // 16) * 16, (torch.float8_e5m2, torch.float8_e4m3fn)
+    whole = [torch.zeros(high, room, device=DEVICE).to(kind) for high, kind in zip((2 * width, width), kinds, strict=True)]
+    wanted = [t.clone() for t in whole]
+    kernel.backward_turned(gate_up, d_act, rounded.top, top, *(t[:, 16:] for t in whole))
+    for values, largest, out in zip((d_gate_up, act), (rounded.top, top), wanted, strict=True):
+        rounding.turn(values, largest, out[:, 16:], limit=torch.finfo(out.dtype).max, common=None)
+    for ours, exact in zip(whole, wanted, strict=True):
+        assert (ours.view(torch.uint8) != exact.view(torch.uint8)).float().mean() <= (0.0 if DEVICE.type == "cpu" else 1e-3)
+        torch.testing.assert_close(ours.float(), exact.float(), rtol=0.26, atol=2.0**-9)
 
 
 def scale(number: int, dtype: torch.dtype) -> None:
@@ -451,6 +492,12 @@ def losses(number: int, width: int, weights: dict[str, float], dtype: torch.dtyp
     assert torch.equal(lists.hit[place].bool(), expected.hit) or dtype != torch.float32
     if expected.alpha is not None:
         close("alpha", lists.alpha[place], expected.alpha, torch.float32, 5.0)
+    factor, again = make(width, dtype=torch.float32, seed=10).abs() + 0.01, z.clone()
+    sizes = kernel.losses(again, place, asked, lists, vars(chosen), gradient=True, measure=measure, factor=factor)
+    assert sizes is not None
+    same(again, ours)
+    torch.testing.assert_close(sizes[0], quantise_in_torch(again, factor).scale, rtol=1e-6, atol=0.0)
+    assert torch.equal(sizes[1], again.float().abs().amax(1))
     unchanged = z.clone()
     kernel.losses(unchanged, place, asked, lists, vars(chosen), gradient=False, measure=measure)
     assert torch.equal(unchanged, z)

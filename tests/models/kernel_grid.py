@@ -78,6 +78,12 @@ def test_turn(shape: tuple[int, int], dtype: torch.dtype) -> None:
     cases.turn(*shape, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", sizes([(3, 37), (33, 70), (0, 8)], [(301, 12288), (4032, 32000), (130, 151936)]))
+def test_round_both(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    cases.round_both(*shape, dtype)
+
+
 @pytest.mark.parametrize("shape", sizes([(3, 37), (130, 140), (0, 8)], [(24576, 4096), (32000, 4096), (151936, 4096)]))
 def test_transpose(shape: tuple[int, int]) -> None:
     cases.transpose(*shape)
@@ -180,22 +186,22 @@ def test_whole_step(variant: str, draft_ids: list[int] | None, recompute: bool, 
 
 @pytest.mark.parametrize(("level", "layers", "recompute"), [(Fp8.ROWS, 1, False), (Fp8.ALL, 1, True), (Fp8.ALL, 2, False)])
 def test_whole_step_in_8_bits(level: Fp8, layers: int, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss within 1 % and gradients in the direction of the exact step's. On a GPU without 8-bit products scaled by row there is none."""
+    """Loss within 2 % and gradients in the direction of the exact step's. On a GPU without 8-bit products scaled by row there is none."""
     if REAL and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no 8-bit products scaled by row")
-    config = draft_config(hidden_size=32, target_hidden_size=32, intermediate_size=48, num_layers=layers, initializer_range=0.1).with_draft_vocabulary(16)
-    conversations = [conversation(config, [0, 1, 1, 1, 1, 1, 0, 1, 1, 1][: 10 - 4 * seed], seed) for seed in range(2)]
-    ids = list(range(2, 34, 2))
-    slow = task(config, draft_ids=ids, step_weights=WEIGHTS)
+    sizes = {"hidden_size": 32, "target_hidden_size": 32, "intermediate_size": 48, "vocab_size": 48, "draft_vocab_size": 48}
+    config = draft_config(**sizes, num_layers=layers, initializer_range=0.1)
+    conversations = [conversation(config, mask, seed) for seed, mask in enumerate(([0, 1, 1, 1, 1, 1], [0, 1, 1, 1]))]
+    slow = task(config, draft_ids=None, step_weights=WEIGHTS)
     expected = slow(pack(config, conversations, STEPS))
     expected.loss.backward()
-    fast = task(config, draft_ids=ids, step_weights=WEIGHTS)
+    fast = task(config, draft_ids=None, step_weights=WEIGHTS)
     fast.draft.compute_dtype, fast.draft.recompute, fast.draft.fp8 = torch.float32, recompute, level
     fast.float().to(cases.DEVICE)
     monkeypatch.setattr(kernels, "usable", lambda t: t.dtype != torch.float64)
     found = fast(pack(config, conversations, STEPS, dtype=torch.float32).to(cases.DEVICE))
     found.loss.backward()
-    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=0.01)
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=0.02)
     for (name, p), q in zip(slow.draft.named_parameters(), fast.draft.parameters(), strict=True):
         assert p.grad is not None and q.grad is not None
         assert torch.nn.functional.cosine_similarity(p.grad.flatten(), q.grad.double().cpu().flatten(), dim=0) > 0.98, name

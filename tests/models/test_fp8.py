@@ -33,7 +33,7 @@ def test_weight_gradient_of_many_calls(out: int, into: int, bound: int, monkeypa
     """Rows of very different size, rows of zeros, calls without rows; twice, as after ``retain_graph``."""
     monkeypatch.setattr(fp8, "_BYTES", bound)
     generator = torch.Generator().manual_seed(0)
-    gradient = fp8.Fp8Gradient(out, into)
+    gradient = fp8.Fp8Gradient(d_y_is_wide=out > into)
     assert gradient.collect() is None
     calls = [7, 0, 40, 16, 1]
     for rows in calls[:-1]:  # the last one comes unannounced
@@ -80,7 +80,7 @@ def test_linear_with_a_rectangle_in_8_bits(rows: slice) -> None:
 
 def test_gradients_that_are_no_numbers_are_seen() -> None:
     for wide_is_bad in (False, True):
-        gradient = fp8.Fp8Gradient(32, 16)
+        gradient = fp8.Fp8Gradient(d_y_is_wide=True)
         d_y, x = torch.ones(16, 32), torch.ones(16, 16)
         (d_y if wide_is_bad else x)[3, 5] = float("nan")
         gradient.add(d_y, x, d_y.abs().amax(1), x.abs().amax(1))

@@ -167,8 +167,8 @@ def _whole(rows: int) -> int:
 class Fp8Gradient:
     """Sum of d_y^T x [N, K] over calls, as one product of both with the rows of all calls in a row: the summed dimension has to be contiguous.
 
-    A row's scale cannot be taken out of a sum over rows. So it is taken out of the wider operand, which is rounded and turned when it comes, and put into the
-    slimmer one, which is kept as it is until every row is there and has one scale C for all:
+    A row's scale cannot be taken out of a sum over rows. So it is taken out of one operand, the wide one, which is rounded and turned when it comes, and put
+    into the other, slim one, which is kept as it is until every row is there and has one scale C for all:
 
         dW_nk = C sum_r round(d_y_rn / s_r) round(x_rk s_r / C),    s_r = max_n |d_y_rn| / limit,    C = max_r (s_r max_k |x_rk|) / limit
 
@@ -177,11 +177,11 @@ class Fp8Gradient:
     e4m3 and 11 % in e5m2 (with a bf16 product as well: those are from the other products), and for gate, up and down the two were the same.
 
     Args:
-        out, into: N and K.
+        d_y_is_wide: which operand is rounded when it comes.
     """
 
-    def __init__(self, out: int, into: int) -> None:
-        self._d_y_is_wide = out >= into
+    def __init__(self, *, d_y_is_wide: bool) -> None:
+        self._d_y_is_wide = d_y_is_wide
         self._wide_kind, self._slim_kind = (_E5M2, _E4M3) if self._d_y_is_wide else (_E4M3, _E5M2)
         self._expected = 0
         self._reset()
@@ -205,26 +205,40 @@ class Fp8Gradient:
             d_y, x: [R, N] and [R, K].
             d_y_top, x_top: [R] fp32, the largest magnitude of each row.
         """
-        wide, slim, wide_top, slim_top = (d_y, x, d_y_top, x_top) if self._d_y_is_wide else (x, d_y, x_top, d_y_top)
-        need = _whole(wide.shape[0])
-        if not need:
-            return
+        if self._d_y_is_wide:
+            turn(d_y, d_y_top, self.place(d_y.shape[1], x, d_y_top, x_top), limit=limit_of(self._wide_kind))
+        else:
+            turn(x, x_top, self.place(x.shape[1], d_y, x_top, d_y_top), limit=limit_of(self._wide_kind))
+
+    def place(self, width: int, slim: Tensor, wide_top: Tensor, slim_top: Tensor) -> Tensor:
+        """:meth:`add`, but the caller writes the wide operand: :func:`turn` says how, with ``wide_top`` and the largest number of the result's type.
+
+        Args:
+            width: columns of the wide operand, C.
+            slim: [R, N or K].
+            wide_top, slim_top: [R] fp32, the largest magnitude of each row.
+
+        Returns:
+            [C, R and up to 15 more].
+        """
+        need = _whole(slim.shape[0])
         if self._buffer is not None and self._used + need > self._buffer.shape[1]:
             self._multiply()
         if self._buffer is None:
-            most = max(_BYTES, 4 * wide.shape[1] * slim.shape[1])
-            room = max(need, min(self._left, most // wide.shape[1] // MULTIPLE * MULTIPLE))
-            self._buffer = torch.empty(wide.shape[1], room, dtype=self._wide_kind, device=wide.device)
-        turn(wide, wide_top, self._buffer[:, self._used : self._used + need], limit=_limit(self._wide_kind))
+            most = max(_BYTES, 4 * width * slim.shape[1])
+            room = max(need, min(self._left, most // width // MULTIPLE * MULTIPLE))
+            self._buffer = torch.empty(width, room, dtype=self._wide_kind, device=slim.device)
+        found = self._buffer[:, self._used : self._used + need]
         self._slim.append((slim, wide_top, slim_top))
         self._used += need
         self._left -= need
+        return found
 
     def _multiply(self) -> None:
         assert self._buffer is not None
-        limit = _limit(self._wide_kind)
+        limit = limit_of(self._wide_kind)
         tops = torch.cat([wide_top for _, wide_top, _ in self._slim]) * torch.cat([slim_top for *_, slim_top in self._slim])
-        common = (tops.amax() / (limit * _limit(self._slim_kind))).clamp(min=1e-30)
+        common = (tops.amax() / (limit * limit_of(self._slim_kind))).clamp(min=1e-30)
         slim = torch.empty(self._slim[0][0].shape[1], self._used, dtype=self._slim_kind, device=self._buffer.device)
         first = 0
         for values, wide_top, _ in self._slim:
@@ -240,12 +254,13 @@ class Fp8Gradient:
 
     def collect(self) -> Tensor | None:
         """The sum [N, K] fp32, once; None where nothing was added. What is expected stays, for a further backward."""
-        if self._buffer is not None:
+        if self._used:
             self._multiply()
         found = self._sum
         self._reset()
         return found
 
 
-def _limit(dtype: torch.dtype) -> float:
+def limit_of(dtype: torch.dtype) -> float:
+    """The largest number of an 8-bit type."""
     return float(torch.finfo(dtype).max)

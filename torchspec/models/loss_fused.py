@@ -83,6 +83,7 @@ def fused_head_loss(plan: FusedPlan, states: list[Tensor], norm: Tensor, weight:
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: FusedPlan, norm: Tensor, weight: Tensor, *states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from torchspec.models.kernels import fp8 as fp8_kernel
         from torchspec.models.kernels import loss as kernel
         from torchspec.models.kernels import norm as norm_kernel
         from torchspec.models.kernels import target as target_kernel
@@ -121,14 +122,18 @@ class _FusedLoss(torch.autograd.Function):
                 x, inverse, x8 = norm_kernel.forward_rounded(every, norm, plan.eps, place=place, plain=train)
                 x_top, z = x8.top, store.narrow.forward(x8, dtype)
                 del x8
-            kernel.losses(z, place, asked, rows, vars(plan.weights), gradient=train, measure=plan.measure)
+            factor = None if store.narrow is None or store.gradient is None else store.narrow.factor
+            sizes = kernel.losses(z, place, asked, rows, vars(plan.weights), gradient=train, measure=plan.measure, factor=factor)
             del asked
             if d_every is not None:
                 assert x is not None
-                d_z = None if store.narrow is None else quantise(z, store.narrow.factor)
-                if store.gradient is not None and d_z is not None and x_top is not None:
-                    store.gradient.add(z, x, d_z.top, x_top)
+                if store.narrow is None:
+                    d_z = None
+                elif store.gradient is not None and factor is not None and sizes is not None and x_top is not None:
+                    d_z = fp8_kernel.round_both(z, factor, *sizes, store.gradient.place(z.shape[1], x, sizes[1], x_top))
                 else:
+                    d_z = quantise(z, store.narrow.factor)
+                if store.gradient is None:
                     d_weight = _add_product(d_weight, z, x)
                 d_x = torch.mm(z, store.data) if store.narrow is None or d_z is None else store.narrow.backward(d_z, dtype)
                 _, part = norm_kernel.backward(d_x, every, norm, inverse, place=place, out=d_every)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from torchspec.models import kernels
 from torchspec.models.draft_config import DraftConfig
-from torchspec.models.fp8 import Rounded, quantise
+from torchspec.models.fp8 import Rounded, limit_of, quantise, turn
 from torchspec.models.norms import rms_backward, rms_forward, rms_forward_rounded
 from torchspec.models.shared import Weight
 
@@ -66,13 +66,14 @@ def swiglu_rounded(gate_up: Tensor) -> Rounded:
     return quantise(swiglu(gate_up))
 
 
-def swiglu_backward_rounded(gate_up: Tensor, d_act: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor, Rounded]:
-    """:func:`swiglu_backward`, and the gradient in 8 bits too.
+def swiglu_backward_rounded(gate_up: Tensor, d_act: Tensor, factor: Tensor, *, plain: bool) -> tuple[Tensor | None, Tensor, Tensor | None, Rounded]:
+    """The gradient of ``gate_up`` in 8 bits.
 
     Args:
         gate_up: [R, 2I], contiguous.
-        d_act: [R, I].
+        d_act: [R, I], contiguous.
         factor: [2I] fp32, above 0: the gradient's columns are multiplied by it before they are rounded.
+        plain: also what :func:`swiglu_backward` returns.
 
     Returns:
         the activation, its largest magnitude in each row [R], the gradient, the gradient in 8 bits.
@@ -80,9 +81,27 @@ def swiglu_backward_rounded(gate_up: Tensor, d_act: Tensor, factor: Tensor) -> t
     if kernels.usable(gate_up):
         from torchspec.models.kernels import swiglu as kernel
 
-        return kernel.backward_rounded(gate_up, d_act, factor)
+        return kernel.backward_rounded(gate_up, d_act, factor, plain=plain)
     act, d_gate_up = swiglu_backward(gate_up, d_act)
-    return act, act.float().abs().amax(1) if act.shape[0] else act.new_empty(0, dtype=torch.float32), d_gate_up, quantise(d_gate_up, factor)
+    return act, quantise(act).top, d_gate_up, quantise(d_gate_up, factor)
+
+
+def swiglu_backward_turned(gate_up: Tensor, d_act: Tensor, top: Tensor, act_top: Tensor, d_out: Tensor, act_out: Tensor) -> None:
+    """What :func:`swiglu_backward` returns, for the sums of weight gradients.
+
+    Args:
+        gate_up, d_act: [R, 2I] and [R, I], contiguous.
+        top, act_top: [R] the largest magnitude of each row of the gradient and of the activation.
+        d_out, act_out: places to write them to (:meth:`~torchspec.models.fp8.Fp8Gradient.place`).
+    """
+    if kernels.usable(gate_up):
+        from torchspec.models.kernels import swiglu as kernel
+
+        kernel.backward_turned(gate_up, d_act, top, act_top, d_out, act_out)
+        return
+    act, d_gate_up = swiglu_backward(gate_up, d_act)
+    turn(d_gate_up, top, d_out, limit=limit_of(d_out.dtype))
+    turn(act, act_top, act_out, limit=limit_of(act_out.dtype))
 
 
 class _Block(torch.autograd.Function):
@@ -125,15 +144,17 @@ class _Block(torch.autograd.Function):
             d_z = first.backward(d_gate_up)
         else:
             narrow = quantise(d_out, last.narrow.factor)
-            act, act_top, d_gate_up, d_narrow = swiglu_backward_rounded(gate_up, last.narrow.backward(narrow, d_out.dtype), first.narrow.factor)
-            del gate_up
-            if last.gradient is not None and first.gradient is not None:
-                last.gradient.add(d_out, act, narrow.top, act_top)
-                first.gradient.add(d_gate_up, z, d_narrow.top, z_top)
+            d_act = last.narrow.backward(narrow, d_out.dtype)
+            plain = last.gradient is None or first.gradient is None
+            again, act_top, d_plain, d_narrow = swiglu_backward_rounded(gate_up, d_act, first.narrow.factor, plain=plain)
+            if last.gradient is None or first.gradient is None:
+                assert again is not None and d_plain is not None
+                last.add(every, every, d_out, again)
+                first.add(every, every, d_plain, z)
             else:
-                last.add(every, every, d_out, act)
-                first.add(every, every, d_gate_up, z)
-            del act, d_gate_up, narrow
+                d_place = first.gradient.place(gate_up.shape[1], z, d_narrow.top, z_top)
+                swiglu_backward_turned(gate_up, d_act, d_narrow.top, act_top, d_place, last.gradient.place(d_act.shape[1], d_out, act_top, narrow.top))
+            del gate_up, d_act, again, d_plain, narrow
             d_z = first.narrow.backward(d_narrow, d_out.dtype)
         d_h, d_norm = rms_backward(d_z, h, norm, inverse, more=d_out)
         empty = h.new_empty(0)

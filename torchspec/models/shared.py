@@ -35,11 +35,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 class _WeightStore:
     """[out, in] data of one or several stacked weights, and the sum of its gradients."""
 
-    def __init__(self, data: Tensor, *, fp8: Fp8 = Fp8.NONE) -> None:
+    def __init__(self, data: Tensor, *, fp8: Fp8 = Fp8.NONE, slim_out: bool = False) -> None:
         self.data = data
         self.narrow = Fp8Weight(data) if fp8 else None
         """Set where products with the whole weight are 8-bit ones."""
-        self.gradient = Fp8Gradient(*data.shape) if fp8 == Fp8.ALL else None
+        self.gradient = Fp8Gradient(d_y_is_wide=not slim_out) if fp8 == Fp8.ALL else None
         """Set where the gradient is an 8-bit product; what uses the store then adds to it rather than here."""
         self._columns: tuple[slice, Fp8Weight] | None = None
         self._sum: Tensor | None = None
@@ -132,15 +132,16 @@ class Weight:
     columns: slice
 
     @classmethod
-    def of(cls, parts: Sequence[Tensor], dtype: torch.dtype, *, fp8: Fp8 = Fp8.NONE) -> Weight:
-        """Weights [out_i, in] with one input stacked to [sum out_i, in], in ``dtype``; with ``fp8`` products with the whole of it are 8-bit ones."""
+    def of(cls, parts: Sequence[Tensor], dtype: torch.dtype, *, fp8: Fp8 = Fp8.NONE, slim_out: bool = False) -> Weight:
+        """Weights [out_i, in] with one input stacked to [sum out_i, in], in ``dtype``; with ``fp8`` products with the whole of it are 8-bit ones, and
+        ``slim_out`` says that its outputs are the fewer numbers."""
         if len(parts) == 1:
             data = parts[0].detach().to(dtype)
         else:
             data = parts[0].new_empty(sum(part.shape[0] for part in parts), parts[0].shape[1], dtype=dtype)
             for place, part in zip(data.split([part.shape[0] for part in parts]), parts, strict=True):
                 place.copy_(part.detach())
-        store = _WeightStore(data, fp8=fp8)
+        store = _WeightStore(data, fp8=fp8, slim_out=slim_out)
         return cls(store, _Stack.apply(store, *parts), _ALL, _ALL)
 
     def part(self, *, rows: slice = _ALL, columns: slice = _ALL) -> Weight:

@@ -65,6 +65,24 @@ def _turn(x, top, common, y, rows, padded, width, y_stride, limit, most, COMMON:
 
 
 @triton.jit
+def _round_both(x, factor, scale, top, y, turned, rows, padded, width, stride, most, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    within = row < rows
+    seen = within[:, None] & (column < width)[None, :]
+    at = row.to(tl.int64)[:, None] * width + column[None, :]
+    values = tl.load(x + at, mask=seen, other=0.0).to(tl.float32)
+    by = tl.load(scale + row, mask=within, other=1.0)
+    factors = tl.load(factor + column, mask=column < width, other=0.0)
+    tl.store(y + at, (values * factors[None, :] / by[:, None]).to(y.dtype.element_ty), mask=seen)
+    largest = tl.load(top + row, mask=within, other=0.0)
+    values = values * tl.where(largest > 0, most / tl.where(largest > 0, largest, 1.0), 0.0)[:, None]
+    values = tl.where(values > most, most, tl.where(values < -most, -most, values))
+    other = tl.trans(values.to(turned.dtype.element_ty))
+    tl.store(turned + column.to(tl.int64)[:, None] * stride + row[None, :], other, mask=(column < width)[:, None] & (row < padded)[None, :])
+
+
+@triton.jit
 def _transpose(x, y, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -102,6 +120,25 @@ def turn(x: Tensor, top: Tensor, out: Tensor, *, limit: float, common: Tensor | 
             x, top, common, out, rows, padded, width, out.stride(0), limit, torch.finfo(out.dtype).max,
             COMMON=common is not None, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
         )  # fmt: skip
+
+
+def round_both(x: Tensor, factor: Tensor, scale: Tensor, top: Tensor, out: Tensor) -> Rounded:
+    """:func:`quantise` and :func:`turn` (without ``common``, to the type's largest number) where the rows' sizes are known.
+
+    Args:
+        x: [R, C], contiguous.
+        factor: [C] fp32.
+        scale, top: [R, 1] and [R], what :func:`quantise` would find.
+        out: [C, R or more], as :func:`turn` takes it.
+    """
+    rows, width = x.shape
+    y = Rounded(torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device), scale, top)
+    padded = out.shape[1]
+    if padded and width:
+        _round_both[(triton.cdiv(padded, _ROWS), triton.cdiv(width, _COLUMNS))](
+            x, factor, scale, top, y.data, out, rows, padded, width, out.stride(0), torch.finfo(out.dtype).max, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=8
+        )
+    return y
 
 
 def transpose(x: Tensor) -> Tensor:

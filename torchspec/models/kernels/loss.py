@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,9 +27,10 @@ BLOCK, WARPS = 4096, 16
 
 @triton.jit
 def _losses(
-    z, kept, best, inside, total, mass, place, source, step, scale, mixing, loss, hit, alpha, low, width,
+    z, kept, best, inside, total, mass, place, source, step, scale, mixing, loss, hit, alpha, factor8, scale8, top8, low, width,
     w_kl, w_ce, w_rkl, w_jsd, w_tv, w_lka, w_lkl,
-    GRADIENT: tl.constexpr, ALPHA: tl.constexpr, ACCEPT: tl.constexpr, REVERSE: tl.constexpr, JSD: tl.constexpr, CROSS: tl.constexpr, BLOCK: tl.constexpr,
+    GRADIENT: tl.constexpr, ALPHA: tl.constexpr, ACCEPT: tl.constexpr, REVERSE: tl.constexpr, JSD: tl.constexpr, CROSS: tl.constexpr,
+    NARROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     where = tl.load(place + row)
@@ -101,6 +103,7 @@ def _losses(
 
     if GRADIENT:
         size = tl.where(valid, tl.load(scale + k), 0.0)
+        plain, highest = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         tl.debug_barrier()
         for first in range(0, width, BLOCK):
             column = first + lane
@@ -119,7 +122,16 @@ def _losses(
                 d += w_rkl * q * (log_q - log_p - ratio_mean)
             if JSD:
                 d += 0.5 * w_jsd * q * (log_q - tl.log(tl.maximum((p + q) * 0.5, _TINY)) - jsd_mean)
-            tl.store(own + column, (d * size).to(z.dtype.element_ty), mask=seen)
+            result = (d * size).to(z.dtype.element_ty)
+            tl.store(own + column, result, mask=seen)
+            if NARROW:
+                magnitude = tl.abs(result.to(tl.float32))
+                plain = tl.maximum(plain, tl.where(seen, magnitude, 0.0))
+                highest = tl.maximum(highest, magnitude * tl.load(factor8 + column, mask=seen, other=0.0))
+        if NARROW:
+            largest = tl.max(highest, axis=0)
+            tl.store(scale8 + row, tl.where(largest > 0, largest / 448.0, 1.0))
+            tl.store(top8 + row, tl.max(plain, axis=0))
 
 
 @dataclass(frozen=True)
@@ -155,7 +167,9 @@ class Rows:
     """[M] fp32, filled here where asked for; else any tensor."""
 
 
-def losses(z: Tensor, place: Tensor, asked: Asked, rows: Rows, weights: dict[str, float], *, gradient: bool, measure: bool) -> None:
+def losses(
+    z: Tensor, place: Tensor, asked: Asked, rows: Rows, weights: dict[str, float], *, gradient: bool, measure: bool, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
     """Losses of a chunk.
 
     Args:
@@ -166,16 +180,24 @@ def losses(z: Tensor, place: Tensor, asked: Asked, rows: Rows, weights: dict[str
         weights: of the losses by name, as in ``LossWeights``.
         gradient: whether it is wanted.
         measure: alpha even where no loss needs it.
+        factor: [W] fp32, above 0: by what columns of the gradient will be multiplied before rows are rounded to 8 bits.
+
+    Returns:
+        with ``factor`` and ``gradient`` the scale [R, 1] and the largest magnitude [R] of each row of the gradient, as in ``fp8.Rounded``.
     """
     number, width = z.shape
     accept = bool(weights["tv"] or weights["lk_alpha"] or weights["lk_lambda"])
+    narrow = gradient and factor is not None
+    sizes = torch.empty(2, number, dtype=torch.float32, device=z.device) if narrow else None
+    scale8, top8 = (None, None) if sizes is None else (sizes[0, :, None], sizes[1])
     if not number:
-        return
+        return None if scale8 is None or top8 is None else (scale8, top8)
     block = min(BLOCK, triton.next_power_of_2(width))
     _losses[(number,)](
         z, asked.kept, asked.best, asked.inside, asked.total, asked.mass, place, rows.source, rows.step, rows.scale, rows.mixing, rows.loss, rows.hit,
-        rows.alpha, asked.low, width,
+        rows.alpha, factor, scale8, top8, asked.low, width,
         weights["forward_kl"], weights["cross_entropy"], weights["reverse_kl"], weights["jsd"], weights["tv"], weights["lk_alpha"], weights["lk_lambda"],
         GRADIENT=gradient, ALPHA=measure or accept, ACCEPT=accept, REVERSE=bool(weights["reverse_kl"]), JSD=bool(weights["jsd"]),
-        CROSS=bool(weights["cross_entropy"]), BLOCK=block, num_warps=WARPS if block >= 1024 else 4,
+        CROSS=bool(weights["cross_entropy"]), NARROW=narrow, BLOCK=block, num_warps=WARPS if block >= 1024 else 4,
     )  # fmt: skip
+    return None if scale8 is None or top8 is None else (scale8, top8)

@@ -16,8 +16,10 @@ from torch import Tensor
 from torchspec.models.fp8 import Rounded
 
 _BLOCK = 1024
-_ROW_BLOCK = 4096
+_ROW_BLOCK = 2048
 """Where a program does a whole row, since its largest number comes first."""
+_TILE = 64
+"""Rows and columns of a program that turns what it writes."""
 
 
 @triton.jit
@@ -76,7 +78,7 @@ def _forward_rounded(gate_up, y, scale, top, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward_rounded(gate_up, d_act, act, d_gate_up, factor, y, scale, top, act_top, width, BLOCK: tl.constexpr):
+def _backward_rounded(gate_up, d_act, act, d_gate_up, factor, y, scale, top, act_top, width, PLAIN: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     act_high, plain, highest = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -84,9 +86,10 @@ def _backward_rounded(gate_up, d_act, act, d_gate_up, factor, y, scale, top, act
         column = first + lane
         seen = column < width
         again, d_gate, d_up = _gradients(gate_up, d_act, row, column, width, seen)
-        tl.store(act + row * width + column, again, mask=seen)
-        tl.store(d_gate_up + row * 2 * width + column, d_gate, mask=seen)
-        tl.store(d_gate_up + row * 2 * width + width + column, d_up, mask=seen)
+        if PLAIN:
+            tl.store(act + row * width + column, again, mask=seen)
+            tl.store(d_gate_up + row * 2 * width + column, d_gate, mask=seen)
+            tl.store(d_gate_up + row * 2 * width + width + column, d_up, mask=seen)
         left, right = tl.abs(d_gate.to(tl.float32)), tl.abs(d_up.to(tl.float32))
         act_high, plain = tl.maximum(act_high, tl.abs(again.to(tl.float32))), tl.maximum(plain, tl.maximum(left, right))
         left *= tl.load(factor + column, mask=seen, other=0.0)
@@ -97,12 +100,35 @@ def _backward_rounded(gate_up, d_act, act, d_gate_up, factor, y, scale, top, act
     tl.store(scale + row, by)
     tl.store(top + row, tl.max(plain, axis=0))
     tl.store(act_top + row, tl.max(act_high, axis=0))
-    tl.debug_barrier()
-    for first in range(0, 2 * width, BLOCK):
+    for first in range(0, width, BLOCK):
         column = first + lane
-        seen = column < 2 * width
-        values = tl.load(d_gate_up + row * 2 * width + column, mask=seen, other=0.0).to(tl.float32) * tl.load(factor + column, mask=seen, other=0.0)
-        tl.store(y + row * 2 * width + column, (values / by).to(y.dtype.element_ty), mask=seen)
+        seen = column < width
+        _, d_gate, d_up = _gradients(gate_up, d_act, row, column, width, seen)
+        left = d_gate.to(tl.float32) * tl.load(factor + column, mask=seen, other=0.0)
+        right = d_up.to(tl.float32) * tl.load(factor + width + column, mask=seen, other=0.0)
+        tl.store(y + row * 2 * width + column, (left / by).to(y.dtype.element_ty), mask=seen)
+        tl.store(y + row * 2 * width + width + column, (right / by).to(y.dtype.element_ty), mask=seen)
+
+
+@triton.jit
+def _store_turned(values, top, out, row, column, line, rows, padded, width, stride, most):
+    largest = tl.load(top + row, mask=row < rows, other=0.0)
+    by = tl.where(largest > 0, most / tl.where(largest > 0, largest, 1.0), 0.0)
+    values = values.to(tl.float32) * by[:, None]
+    values = tl.where(values > most, most, tl.where(values < -most, -most, values))
+    turned = tl.trans(values.to(out.dtype.element_ty))
+    tl.store(out + line.to(tl.int64)[:, None] * stride + row[None, :], turned, mask=(column < width)[:, None] & (row < padded)[None, :])
+
+
+@triton.jit
+def _backward_turned(gate_up, d_act, top, act_top, d_out, act_out, rows, padded, width, d_stride, act_stride, d_most, act_most, TILE: tl.constexpr):
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    seen = (row < rows)[:, None] & (column < width)[None, :]
+    again, d_gate, d_up = _gradients(gate_up, d_act, row.to(tl.int64)[:, None], column[None, :], width, seen)
+    _store_turned(again, act_top, act_out, row, column, column, rows, padded, width, act_stride, act_most)
+    _store_turned(d_gate, top, d_out, row, column, column, rows, padded, width, d_stride, d_most)
+    _store_turned(d_up, top, d_out, row, column, column + width, rows, padded, width, d_stride, d_most)
 
 
 def forward(gate_up: Tensor) -> Tensor:
@@ -133,24 +159,42 @@ def forward_rounded(gate_up: Tensor) -> Rounded:
     return act
 
 
-def backward_rounded(gate_up: Tensor, d_act: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor, Rounded]:
+def backward_rounded(gate_up: Tensor, d_act: Tensor, factor: Tensor, *, plain: bool) -> tuple[Tensor | None, Tensor, Tensor | None, Rounded]:
     """:func:`backward`, and what a product with ``gate_up``'s weight wants.
 
     Args:
         gate_up: [R, 2I], contiguous.
         d_act: [R, I], contiguous.
-        factor: [2I] fp32 by which columns of the gradient are multiplied before they are rounded.
+        factor: [2I] fp32, above 0, by which columns of the gradient are multiplied before they are rounded.
+        plain: also what :func:`backward` returns.
 
     Returns:
         the activation [R, I], its largest magnitudes [R], the gradient [R, 2I], the gradient in 8 bits.
     """
     rows, width = d_act.shape
-    act, d_gate_up = torch.empty_like(d_act), torch.empty_like(gate_up)
-    act_top = torch.empty(rows, dtype=torch.float32, device=act.device)
-    y = Rounded.empty(rows, 2 * width, act.device)
+    act, d_gate_up = (torch.empty_like(d_act), torch.empty_like(gate_up)) if plain else (None, None)
+    act_top = torch.empty(rows, dtype=torch.float32, device=d_act.device)
+    y = Rounded.empty(rows, 2 * width, d_act.device)
     if rows:
         block = min(_ROW_BLOCK, triton.next_power_of_2(width))
         _backward_rounded[(rows,)](
-            gate_up, d_act, act, d_gate_up, factor, y.data, y.scale, y.top, act_top, width, BLOCK=block, num_warps=8 if block >= 2048 else 4
+            gate_up, d_act, act, d_gate_up, factor, y.data, y.scale, y.top, act_top, width, PLAIN=plain, BLOCK=block, num_warps=8 if block >= 2048 else 4
         )
     return act, act_top, d_gate_up, y
+
+
+def backward_turned(gate_up: Tensor, d_act: Tensor, top: Tensor, act_top: Tensor, d_out: Tensor, act_out: Tensor) -> None:
+    """What :func:`backward` returns, in 8 bits and turned, as ``fp8.turn`` does it with the largest numbers of the types as limits.
+
+    Args:
+        gate_up, d_act: [R, 2I] and [R, I], contiguous.
+        top, act_top: [R] the largest magnitude of each row of the gradient and of the activation.
+        d_out, act_out: [2I, R or more] and [I, as many], rows contiguous; written here.
+    """
+    rows, width = d_act.shape
+    padded = d_out.shape[1]
+    if padded:
+        _backward_turned[(triton.cdiv(padded, _TILE), triton.cdiv(width, _TILE))](
+            gate_up, d_act, top, act_top, d_out, act_out, rows, padded, width, d_out.stride(0), act_out.stride(0),
+            torch.finfo(d_out.dtype).max, torch.finfo(act_out.dtype).max, TILE=_TILE, num_warps=4,
+        )  # fmt: skip
