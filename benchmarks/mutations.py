@@ -136,6 +136,9 @@ TWINS = (
              ("tests/models/test_clipping.py::test_the_step_after_is_not_clipped",)),
     Mutation("twins", "8-bit rows use half of their range", "models/fp8.py", "/ 448.0", "/ 224.0",
              ("tests/models/test_fp8.py::test_rows_are_rounded_by_half_a_step_and_use_their_range",)),
+    Mutation("twins", "an 8-bit weight gradient without the scales of its rows", "models/fp8.py",
+             "else top / limit / common", "else torch.ones_like(top) / common",
+             ("tests/models/test_fp8.py::test_weight_gradient_of_many_calls",)),
 )  # fmt: skip
 
 MUTATIONS = DEFECTS + TWINS

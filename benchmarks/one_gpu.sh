@@ -56,7 +56,8 @@ if has step; then
     step step 120 --tokens 64 --draft_vocab 128 512 --steps 2 --warm 1
   else
     step step 90 --tokens 4096 --draft_vocab 32000 151936 --profile 60
-    step fp8 60 --tokens 4096 --draft_vocab 32000 --matmul fp8
+    step fp8 60 --tokens 4096 --draft_vocab 32000 --matmul fp8 --profile 60
+    step fp8_all 60 --tokens 4096 --draft_vocab 32000 --matmul fp8_all --profile 60
     step packed 60 --tokens 8192 --lengths lognormal --draft_vocab 32000
     step short 60 --tokens 512 --draft_vocab 32000
   fi

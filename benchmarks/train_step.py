@@ -250,7 +250,9 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=3, help="steps before them")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of products; a CPU without bf16 instructions takes fp32")
     parser.add_argument("--recompute", action="store_true", help="make the MLP's inner activations again in the backward")
-    parser.add_argument("--matmul", choices=("bf16", "fp8", "fp8_all"), default="bf16", help="products of the MLP and the head")
+    parser.add_argument(
+        "--matmul", choices=("bf16", "fp8", "fp8_all"), default="bf16", help="products of the MLP, the head and attention; fp8_all: weight gradients too"
+    )
     parser.add_argument("--reference", action="store_true", help="also time a plain version (dense only)")
     parser.add_argument("--profile", type=int, default=0, metavar="ROWS", help="then print the kernels that take most of a step")
     args = parser.parse_args()
