@@ -24,6 +24,10 @@ MULTIPLE = 16
 _E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
+def _whole(rows: int) -> int:
+    return -(-rows // MULTIPLE) * MULTIPLE
+
+
 class Fp8(IntEnum):
     """Which products with weights are 8-bit ones."""
 
@@ -66,7 +70,7 @@ class Rounded:
     @classmethod
     def empty(cls, rows: int, width: int, device: torch.device) -> Rounded:
         """Room for R rows of C numbers."""
-        floats = torch.empty(2, rows, dtype=torch.float32, device=device)
+        floats = torch.empty(2, _whole(rows), dtype=torch.float32, device=device)[:, :rows]  # the second list as aligned as the first
         return cls(torch.empty(rows, width, dtype=_E4M3, device=device), floats[0, :, None], floats[1])
 
 
@@ -158,10 +162,6 @@ def turn(x: Tensor, top: Tensor, out: Tensor, *, limit: float, common: Tensor | 
 
 _BYTES = 2**30
 """Of the wider operand, kept before they are multiplied; or as many as the gradient itself has, where those are more."""
-
-
-def _whole(rows: int) -> int:
-    return -(-rows // MULTIPLE) * MULTIPLE
 
 
 class Fp8Gradient:

@@ -47,7 +47,7 @@ def _quantise(x, factor, y, scale, top, width, FACTOR: tl.constexpr, BLOCK: tl.c
         tl.store(y + row * width + column, (values / by).to(y.dtype.element_ty), mask=column < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _turn(x, top, common, y, rows, padded, width, y_stride, limit, most, COMMON: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -64,7 +64,7 @@ def _turn(x, top, common, y, rows, padded, width, y_stride, limit, most, COMMON:
     tl.store(y + column.to(tl.int64)[:, None] * y_stride + row[None, :], turned, mask=(column < width)[:, None] & (row < padded)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _round_both(x, factor, scale, top, y, turned, rows, padded, width, stride, most, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -188,7 +188,7 @@ def losses(
     number, width = z.shape
     accept = bool(weights["tv"] or weights["lk_alpha"] or weights["lk_lambda"])
     narrow = gradient and factor is not None
-    sizes = torch.empty(2, number, dtype=torch.float32, device=z.device) if narrow else None
+    sizes = torch.empty(2, -(-number // 16) * 16, dtype=torch.float32, device=z.device)[:, :number] if narrow else None
     scale8, top8 = (None, None) if sizes is None else (sizes[0, :, None], sizes[1])
     if not number:
         return None if scale8 is None or top8 is None else (scale8, top8)

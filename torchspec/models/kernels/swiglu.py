@@ -120,7 +120,7 @@ def _store_turned(values, top, out, row, column, line, rows, padded, width, stri
     tl.store(out + line.to(tl.int64)[:, None] * stride + row[None, :], turned, mask=(column < width)[:, None] & (row < padded)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward_turned(gate_up, d_act, top, act_top, d_out, act_out, rows, padded, width, d_stride, act_stride, d_most, act_most, TILE: tl.constexpr):
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
