@@ -1,4 +1,4 @@
-"""8-bit rows in plain torch, the twin of the kernel; products with them need a GPU (``test_cuda.py``)."""
+"""8-bit rows and products: in plain torch on a CPU (the twins of the kernels), and by the kernels on a GPU that has such products."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from tests.models.packs import draft_config
 from torchspec.errors import UserError
 from torchspec.models import fp8
 from torchspec.models.shared import Addend, Residual, SharedRows, Weight, linear
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+DEVICE = torch.device("cuda" if HOPPER else "cpu")
 
 
 @pytest.mark.parametrize("factor", [False, True])
@@ -44,11 +47,12 @@ def test_weight_gradient_of_many_calls(out: int, into: int, bound: int, monkeypa
             d_y = torch.randn(rows, out, generator=generator) * 1e-6 * 10.0 ** (3 * torch.rand(rows, 1, generator=generator))
             x = torch.randn(rows, into, generator=generator) * 10.0 ** (2 * torch.rand(rows, 1, generator=generator))
             d_y[::5], x[1::7] = 0.0, 0.0
-            gradient.add(d_y, x, *(t.abs().amax(1) if rows else t.new_empty(0) for t in (d_y, x)))
+            gradient.add(d_y.to(DEVICE), x.to(DEVICE), *((t.abs().amax(1) if rows else t.new_empty(0)).to(DEVICE) for t in (d_y, x)))
             exact += d_y.double().t() @ x.double()
             size += d_y.double().abs().t() @ x.double().abs()
         found = gradient.collect()
         assert found is not None and found.dtype == torch.float32 and found.shape == (out, into)
+        found = found.cpu()
         assert ((found.double() - exact).abs() <= size * 0.2 + 1e-5 * size.max()).all()  # half a step: 1/16 of the one operand, 1/8 of the other
         assert float((found.double() - exact).norm() / exact.norm()) < 0.07
         assert gradient.collect() is None
@@ -61,10 +65,10 @@ def test_linear_with_a_rectangle_in_8_bits(rows: slice) -> None:
     columns, found = slice(16, None), []
     full = torch.randn(48, 48, generator=generator) * torch.rand(48, 1, generator=generator)
     x, shared = torch.randn(9, 32, generator=generator), torch.randn(12, 48, generator=generator)[:, rows]
-    grad, place = torch.randn(9, shared.shape[1], generator=generator), torch.randperm(12, generator=generator)[:9]
+    grad, place = torch.randn(9, shared.shape[1], generator=generator).to(DEVICE), torch.randperm(12, generator=generator)[:9].to(DEVICE)
     for narrow in (False, True):
         for extra in ("addend", "residual", "nothing"):
-            leaves = [full.clone().requires_grad_(), x.clone().requires_grad_(), shared.clone().requires_grad_()]
+            leaves = [t.clone().to(DEVICE).requires_grad_() for t in (full, x, shared)]
             weight = Weight.of([leaves[0][:32], leaves[0][32:]], torch.float32)
             if narrow:
                 weight.store.round_columns(columns)
@@ -79,23 +83,43 @@ def test_linear_with_a_rectangle_in_8_bits(rows: slice) -> None:
 
 
 def test_calls_without_rows_need_no_room() -> None:
-    gradient, nothing = fp8.Fp8Gradient(d_y_is_wide=True), torch.empty(0)
-    gradient.add(torch.empty(0, 32), torch.empty(0, 16), nothing, nothing)
-    gradient.add(torch.ones(2, 32), torch.ones(2, 16), torch.ones(2), torch.ones(2))
+    gradient = fp8.Fp8Gradient(d_y_is_wide=True)
+    nothing, ones = (
+        [torch.empty(*size, device=DEVICE) for size in ((0, 32), (0, 16), (0,), (0,))],
+        [torch.ones(*size, device=DEVICE) for size in ((2, 32), (2, 16), (2,), (2,))],
+    )
+    gradient.add(*nothing)
+    gradient.add(*ones)
     found = gradient.collect()
-    assert found is not None and torch.allclose(found, torch.full((32, 16), 2.0))
-    gradient.add(torch.empty(0, 32), torch.empty(0, 16), nothing, nothing)
+    assert found is not None and torch.allclose(found.cpu(), torch.full((32, 16), 2.0))
+    gradient.add(*nothing)
     assert gradient.collect() is None
 
 
 def test_gradients_that_are_no_numbers_are_seen() -> None:
     for wide_is_bad in (False, True):
         gradient = fp8.Fp8Gradient(d_y_is_wide=True)
-        d_y, x = torch.ones(16, 32), torch.ones(16, 16)
+        d_y, x = torch.ones(16, 32, device=DEVICE), torch.ones(16, 16, device=DEVICE)
         (d_y if wide_is_bad else x)[3, 5] = float("nan")
         gradient.add(d_y, x, d_y.abs().amax(1), x.abs().amax(1))
         found = gradient.collect()
         assert found is not None and torch.isnan(found).any()
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a GPU with 8-bit products")
+@pytest.mark.parametrize(("out", "into"), [(24576, 4096), (4096, 12288), (32000, 4096)])
+def test_weight_gradient_at_a_real_size(out: int, into: int) -> None:
+    generator, exact = torch.Generator(DEVICE).manual_seed(0), torch.zeros(out, into, device=DEVICE)
+    gradient = fp8.Fp8Gradient(d_y_is_wide=out > into)
+    for rows in (4032, 1001, 17):
+        gradient.expect(rows)
+    for rows in (4032, 1001, 17):
+        d_y = (torch.randn(rows, out, generator=generator, device=DEVICE) * 1e-6).bfloat16()
+        x = torch.randn(rows, into, generator=generator, device=DEVICE).bfloat16()
+        gradient.add(d_y, x, fp8.quantise(d_y).top, fp8.quantise(x).top)
+        exact += torch.mm(d_y.t(), x, out_dtype=torch.float32)
+    found = gradient.collect()
+    assert found is not None and float((found - exact).norm() / exact.norm()) < 0.07
 
 
 def test_levels() -> None:
