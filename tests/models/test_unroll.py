@@ -12,7 +12,7 @@ from tests.models.differences import PRUNED, STEPS, WEIGHTS, against_reference, 
 from tests.models.packs import Conversation, conversation, draft_config, pack, task
 from tests.models.variants import VARIANTS
 from torchspec.errors import UserError
-from torchspec.models import eagle3
+from torchspec.models import eagle3, mlp
 from torchspec.models.parallelize import check_reduced
 
 
@@ -38,6 +38,21 @@ def test_accepted_is_the_run_of_right_steps() -> None:
     output = made(pack(config, conversations, STEPS))
     accepted = output.accepted
     assert [int((accepted > k).sum()) for k in range(STEPS)] == [int(v) for v in output.sums["correct_so_far"]]
+
+
+@pytest.mark.parametrize("slice_rows", [5, 1000])
+def test_recompute_in_slices_changes_nothing(slice_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp, "_SLICE", slice_rows)
+    found = []
+    for recompute in (False, True):
+        made, conversations = made_for("two layers", PRUNED)
+        made.draft.recompute = recompute
+        output = made(pack(made.draft.config, conversations, STEPS))
+        output.loss.backward()
+        found.append([output.loss.detach(), *(p.grad for p in made.draft.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert one is not None and other is not None
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_the_result_shows_its_tensors_to_fsdp() -> None:
