@@ -22,7 +22,6 @@ from torchspec.models.fp8 import Rounded, limit_of, quantise, turn
 from torchspec.models.norms import rms_backward, rms_forward, rms_forward_rounded
 from torchspec.models.shared import Weight
 
-
 _SLICE = 2**14
 """Rows at a time with ``recompute``, so that inner activations of a few are alive: of 128k rows they are 18 GiB at I = 12288, of these 2.3."""
 
