@@ -35,6 +35,7 @@ from benchmarks.train_step import lengths_of, make_batch, make_task
 from torchspec.agreement import Agreement, Vote
 from torchspec.batch import PackedBatch
 from torchspec.hardware import working_dtype
+from torchspec.models.clipping import clip
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.parallelize import ddp_options, parallelize, sync_gradients
 
@@ -79,7 +80,8 @@ class Case:
         for number, batch in enumerate(self.batches):
             self.before()
             self._micro_batch(batch, last=number == self.accumulate - 1)
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        if clip(self.optimizer, 1.0) is None:
+            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
 
     def _micro_batch(self, batch: PackedBatch, *, last: bool) -> None:

@@ -97,6 +97,12 @@ def test_fsdp2_on_two_processes_equals_one_with_accumulation(world: dict[str, Pa
     assert (ours["fc.weight"].float() - theirs["fc.weight"].float()).abs().max() < 2e-3
 
 
+def test_fast_dev_run_steps_inside_an_accumulation_under_fsdp2(world: dict[str, Path], tmp_path: Path) -> None:
+    one = ("--trainer.strategy", "fsdp2", "--trainer.devices", "1", "--data.packs_per_step", "2", "--trainer.fast_dev_run", "true")
+    code, output = run("fit", "--config", str(make(tmp_path, world)), *one)
+    assert code == 0, output
+
+
 def test_muon_under_fsdp2_equals_one_process_and_resumes(world: dict[str, Path], tmp_path: Path) -> None:
     muon = {"class_path": "torchspec.models.muon.MuonAdamW", "init_args": {"lr": 0.002, "muon_lr": 0.02}}
     code, output = run("fit", "--config", str(make(tmp_path / "one", world, model__optimizer=muon)), "--trainer.max_steps", "4")

@@ -62,6 +62,26 @@ def test_leaves_others_to_lightning() -> None:
         assert clip(optimizer, 0.1) is None
         assert getattr(optimizer, "grad_scale", None) is None
     scaled = AdamW(made, fused=True)
-    scaled.grad_scale = torch.tensor(2.0)  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
+    scaled.grad_scale = torch.tensor(2.0)  # type: ignore[attr-defined]  # somebody else's
     assert clip(scaled, 0.1) is None and scaled.grad_scale.item() == 2.0  # type: ignore[attr-defined]
     assert all(torch.equal(p.grad, old) for p, old in zip(made, before, strict=False) if p.grad is not None)
+
+
+def test_a_step_that_failed_is_clipped_once_when_it_is_repeated() -> None:
+    ours, theirs = parameters(1.0), parameters(1.0)
+    optimizer, plain = AdamW(ours, lr=0.1, fused=True), AdamW(theirs, lr=0.1, fused=True)
+
+    def fails() -> float:
+        raise RuntimeError("out of memory")
+
+    clip(optimizer, 0.5)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(fails)
+    optimizer.register_step_post_hook(lambda *_: None)
+    assert clip(optimizer, 0.5) is not None
+    optimizer.step()
+    clip_grad_norm_(theirs, 0.5)
+    plain.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+    assert not hasattr(optimizer, "grad_scale")

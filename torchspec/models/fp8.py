@@ -43,17 +43,18 @@ class Fp8(IntEnum):
         return {"bf16": cls.NONE, "fp8": cls.ROWS, "fp8_all": cls.ALL}[matmul]
 
 
-def check(device: torch.device, config: DraftConfig) -> None:
+def check(device: torch.device, config: DraftConfig, level: Fp8) -> None:
     """Refuse what would not be made in 8 bits.
 
     Raises:
         UserError: sizes that the products do not take, or no CUDA device of compute capability 9.0 or more.
     """
+    matmul = "fp8_all" if level is Fp8.ALL else "fp8"
     for name in ("hidden_size", "intermediate_size", "draft_vocab_size"):
         if (size := getattr(config, name)) % MULTIPLE:
-            raise UserError("model.matmul", "fp8", f"wants sizes that are multiples of {MULTIPLE}, and draft.{name} is {size}", "change it, or use bf16")
+            raise UserError("model.matmul", matmul, f"wants sizes that are multiples of {MULTIPLE}, and draft.{name} is {size}", "change it, or use bf16")
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        raise UserError("model.matmul", "fp8", f"needs a GPU with 8-bit matrix products scaled by row (Hopper or later), this is {device}", "use bf16")
+        raise UserError("model.matmul", matmul, f"needs a GPU with 8-bit matrix products scaled by row (Hopper or later), this is {device}", "use bf16")
 
 
 @dataclass(frozen=True)

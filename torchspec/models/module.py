@@ -227,7 +227,8 @@ class DraftModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self.device_mesh is not None and self.task is not None:
-            sync_gradients(self.task, (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0)
+            last = batch_idx + 1 == self.trainer.num_training_batches  # Lightning steps there, in the middle of a step with fast_dev_run
+            sync_gradients(self.task, last or (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.device_mesh is not None:

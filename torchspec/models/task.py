@@ -101,7 +101,7 @@ class DraftTask(nn.Module):
             recompute, fp8: see :class:`~torchspec.models.eagle3.Eagle3Draft`.
         """
         if fp8:
-            check(device, config)
+            check(device, config, fp8)
         head = TargetHead.of(target).to(working_dtype(target.dtype, device))
         draft = Eagle3Draft(config, compute_dtype=compute_dtype, recompute=recompute, fp8=fp8)
         draft.initialise()

@@ -1,4 +1,4 @@
-"""The k single keys of an unroll step merged into causal attention, forward and backward; twin: ``models/attention.py``.
+"""The k single keys of an unroll step merged into causal attention, forward and backward; twin: ``models/attention_torch.py``.
 
 Forward, a row r and head at a time, with (O, L) the causal output and its log-sum-exp and s_e = q.k_e / sqrt(d):
 
