@@ -1,4 +1,4 @@
-"""Compiles for an H100 every Triton kernel that a bf16 training step launches, on a machine without a GPU. Nothing is run.
+"""Compiles for an H100 every Triton kernel that a training step launches in bf16 and in 8 bits, on a machine without a GPU. Nothing is run.
 
 The interpreter, in which the other tests run kernels, knows no types: what Triton refuses (a pointer of another type in each branch, say) only shows here.
 Prints a line a compiled variant; ``test_kernels.py`` runs it, by hand: ``python -m tests.models.kernel_compile``.
@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from tests.models.packs import conversation, draft_config, pack, task
 from torchspec.models import attention_flash, kernels
+from torchspec.models.fp8 import Fp8
 
 STEPS = 3
 TARGET = GPUTarget("cuda", 90, 32)
@@ -60,7 +61,12 @@ def _product(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return made
 
 
-def compiled(patch: pytest.MonkeyPatch, **options: Any) -> set[tuple[str, str]]:
+def _narrow_product(x: Tensor, y: Tensor, *, out_dtype: torch.dtype, **scales: Any) -> Tensor:
+    """torch._scaled_mm as far as its shape and type go."""
+    return torch.zeros(x.shape[0], y.shape[1], dtype=out_dtype)
+
+
+def compiled(patch: pytest.MonkeyPatch, level: Fp8, **options: Any) -> set[tuple[str, str]]:
     """(kernel, hash) of each that a step of a draft compiles."""
     found: set[tuple[str, str]] = set()
     run = JITFunction.run
@@ -75,9 +81,11 @@ def compiled(patch: pytest.MonkeyPatch, **options: Any) -> set[tuple[str, str]]:
     patch.setattr(attention_flash, "Causal", _NoAttention)
     patch.setattr(torch, "mm", _product(torch.mm))
     patch.setattr(torch, "addmm", _product(torch.addmm))
+    patch.setattr(torch, "_scaled_mm", _narrow_product)
     config = draft_config(hidden_size=64, target_hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=2, head_dim=16, **options)
-    made = task(config.with_draft_vocabulary(24), draft_ids=list(range(3, 27)), step_weights=[1.0] * STEPS, dtype=torch.bfloat16)
+    made = task(config.with_draft_vocabulary(32), draft_ids=list(range(3, 35)), step_weights=[1.0] * STEPS, dtype=torch.bfloat16)
     made.head.to(torch.bfloat16)
+    made.draft.fp8 = level
     for masks in ([[0, 0, 1, 1, 1, 1, 1, 1]], [[1] * 40, [0, 1, 1, 1, 1]]):
         conversations = [conversation(config, mask, seed) for seed, mask in enumerate(masks)]
         made(pack(config, conversations, STEPS, dtype=torch.bfloat16), measure=True).loss.backward()
@@ -86,9 +94,10 @@ def compiled(patch: pytest.MonkeyPatch, **options: Any) -> set[tuple[str, str]]:
 
 def main() -> None:
     driver.set_active(_NoDriver())
-    for options in ({}, {"norm_before_residual": True, "num_layers": 2}, {"qk_norm": True}):
+    two: dict[str, Any] = {"norm_before_residual": True, "num_layers": 2}
+    for level, options in ((Fp8.NONE, {}), (Fp8.NONE, two), (Fp8.NONE, {"qk_norm": True}), (Fp8.ROWS, two), (Fp8.ALL, {})):
         with pytest.MonkeyPatch.context() as patch:
-            for name, which in sorted(compiled(patch, **options)):
+            for name, which in sorted(compiled(patch, level, **options)):
                 print(f"{name} {which[:12]} for sm_{TARGET.arch} by Triton {triton.__version__}", flush=True)
 
 

@@ -12,7 +12,7 @@ from tests.models import kernel_cases as cases
 from tests.models.differences import PRUNED, STEPS, WEIGHTS, made_for
 from tests.models.packs import conversation, draft_config, pack, task
 from tests.models.variants import VARIANTS
-from torchspec.models import kernels
+from torchspec.models import kernels, mlp
 from torchspec.models.fp8 import Fp8
 
 pytest.importorskip("triton")
@@ -199,6 +199,7 @@ def test_whole_step_in_8_bits(level: Fp8, layers: int, recompute: bool, monkeypa
     fast.draft.compute_dtype, fast.draft.recompute, fast.draft.fp8 = torch.float32, recompute, level
     fast.float().to(cases.DEVICE)
     monkeypatch.setattr(kernels, "usable", lambda t: t.dtype != torch.float64)
+    monkeypatch.setattr(mlp, "_SLICE", 3)
     found = fast(pack(config, conversations, STEPS, dtype=torch.float32).to(cases.DEVICE))
     found.loss.backward()
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=0.02)
