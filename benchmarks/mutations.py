@@ -132,7 +132,7 @@ TWINS = (
              ("tests/models/test_unroll.py::test_equals_the_reference[norm_before_residual-full]",)),
     Mutation("twins", "short gradients made longer by clipping", "models/clipping.py", ".clamp(min=1.0)", "",
              ("tests/models/test_clipping.py::test_equals_clipping_before",)),
-    Mutation("twins", "a clipping factor that stays", "models/clipping.py", "del optimizer.grad_scale", "pass",
+    Mutation("twins", "a clipping factor that stays", "models/clipping.py", 'optimizer.__dict__.pop("grad_scale", None)', "pass",
              ("tests/models/test_clipping.py::test_the_step_after_is_not_clipped",)),
     Mutation("twins", "8-bit rows use half of their range", "models/fp8.py", "/ 448.0", "/ 224.0",
              ("tests/models/test_fp8.py::test_rows_are_rounded_by_half_a_step_and_use_their_range",)),
