@@ -157,14 +157,14 @@ def memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Pack
     step_peak = torch.cuda.max_memory_allocated()
     parameters = [p for p in model.parameters() if p.requires_grad]
     fields = [getattr(batch, name) for name in ("input_ids", "position", "sequence", "turn", "aux", "last")]
-    tensors: list[Tensor] = []
-    batch.rows.map(lambda t: tensors.append(t) or t)  # type: ignore[func-returns-value]
+    rows = batch.rows
+    lists = [rows.base, rows.at, rows.step, rows.where, *rows.index, *rows.keep, *rows.onto]
     parts = {
         "masters": size([p.data for p in parameters]),
         "moments": size([t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]),
         "gradients": size([p.grad for p in parameters if p.grad is not None]),
         "frozen_tables": size(list(model.buffers())),
-        "batch": size([*fields, *tensors]),
+        "batch": size([*fields, *lists]),
         "held_for_backward": held - before,
         "forward_peak": forward_peak,
         "backward_peak": backward_peak,

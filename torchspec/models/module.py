@@ -230,7 +230,7 @@ class DraftModule(pl.LightningModule):
             last = batch_idx + 1 == self.trainer.num_training_batches  # Lightning steps there, in the middle of a step with fast_dev_run
             sync_gradients(self.task, last or (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.device_mesh is not None:
             check_reduced(optimizer)
 
