@@ -178,8 +178,8 @@ class Paths:
         self.fit(name, devices=2, strategy=strategy, steps=ended + 10, resume=True)
         return {**found, "strategy": strategy, "ended_at_step": ended, "resumed_to_step": max(self.losses[name]), "said": output.strip().splitlines()[-1:]}
 
-    def all(self, jobs: int) -> None:
-        """Several runs at once: nothing here is timed."""
+    def all(self, jobs: int, only: list[str]) -> None:
+        """Several runs at once: nothing here is timed. ``only`` names some of them; none are all."""
         chains: dict[str, Callable[[], dict[str, Any]]] = {
             "single": lambda: self.equal("single", 1, "auto"),
             "fsdp2": lambda: self.equal("fsdp2", 2, "fsdp2"),
@@ -190,6 +190,7 @@ class Paths:
             "kill -9 of rank 1": lambda: self.end("kill -9 of rank 1", "fsdp2", lambda p: rank_one(p).kill()),
             "kill -9 of rank 0": lambda: self.end("kill -9 of rank 0", "ddp", lambda p: p.kill()),
         }
+        chains = {name: chains[name] for name in only or chains}
 
         def one(name: str) -> None:
             say(part="paths", run=name, **_guarded(chains[name]))
@@ -296,6 +297,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=10, help="steps of them before the clock counts")
     parser.add_argument("--store", choices=("mooncake", "shm"), default="mooncake")
     parser.add_argument("--jobs", type=int, default=4, help="runs of paths at once")
+    parser.add_argument("--runs", nargs="+", default=[], help="of paths: these alone, by name; compared with the run single where it is among them")
     parser.add_argument("--small", action="store_true", help="sizes for two CPU processes")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -307,7 +309,7 @@ def main() -> None:
         save_target(args.folder, layers=8 if args.small else args.layers, **(sizes if args.small else full))
         say(part="target", layers=args.layers, seconds=round(time.monotonic() - started, 1))
     elif args.part == "paths":
-        Paths(args.folder, args.small).all(args.jobs)
+        Paths(args.folder, args.small).all(args.jobs, args.runs)
     else:
         engines(args.folder, args.target, small=args.small, steps=args.steps, skip=args.skip, store=args.store)
 
