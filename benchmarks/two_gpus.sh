@@ -45,7 +45,7 @@ if has scaling; then
     scale scaling 200 $tiny --tokens 64 128 --draft_vocab 128 512
     scale apart 200 $tiny --strategies ddp fsdp2 --tokens 64 --draft_vocab 128 --accumulate 2 --profile --stops
   else
-    scale scaling 150 --tokens 4096 8192 --draft_vocab 32000 151936 --steps 8 --warm 2
+    scale scaling 240 --tokens 4096 8192 --draft_vocab 32000 151936 --steps 8 --warm 2
     for strategy in ddp fsdp2; do scale "apart-$strategy" 60 --strategies $strategy --tokens 4096 --draft_vocab 32000 --profile --stops --steps 8; done
   fi
 fi
