@@ -67,7 +67,7 @@ def norm(rows: int, width: int, dtype: torch.dtype, *, placed: bool) -> None:
     assert exact.grad is not None and w.grad is not None
     y, inverse = kernel.forward(source, weight, 1e-5, place=place)
     out = torch.full_like(source, 7.0)
-    d_x, d_weight = kernel.backward(d_y, source, weight.to(dtype).float(), inverse, more=more, place=place, out=out)
+    d_x, d_weight = kernel.backward(d_y, source, weight, inverse, more=more, place=place, out=out)
     close("y", y, expected.detach(), dtype)
     wanted = exact.grad + more.double()
     if place is not None:
@@ -106,6 +106,29 @@ def advance(rows: int, number: int, width: int, dtype: torch.dtype, *, normed_re
         close("d_x", d_x, exact.grad, dtype)
     assert w.grad is not None
     close("d_weight", partial.sum(0), w.grad, dtype)
+
+
+def norm_as_rounded(rows: int, width: int, dtype: torch.dtype) -> None:
+    """Backward of the very forward, which rounds the fp32 weight and the unit rows to ``dtype``: by autograd in fp64, where rounding has the slope 1."""
+    from torchspec.models import norms
+    from torchspec.models.kernels import advance as advance_kernel
+    from torchspec.models.kernels import norm as kernel
+
+    x, weight, d_y = make(rows, width, dtype=dtype, seed=1), make(width, dtype=torch.float32, seed=2), make(rows, width, dtype=dtype, seed=4)
+    rounded = lambda t: t + (t.detach().to(dtype).double() - t.detach())  # noqa: E731
+    exact, w = x.double().requires_grad_(), weight.double().requires_grad_()
+    y = rounded(exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5)) * rounded(w)
+    (y * d_y.double()).sum().backward()
+    assert exact.grad is not None and w.grad is not None
+    inverse = kernel.forward(x, weight, 1e-5)[1]
+    every, partial = torch.arange(rows, dtype=torch.int32, device=DEVICE), advance_kernel.sums(width, DEVICE)
+    d_x = advance_kernel.backward(d_y, torch.zeros_like(d_y), None, None, x, weight, every, inverse[:, 0], partial, normed_residual=False)
+    found = {"norm": kernel.backward(d_y, x, weight, inverse), "advance": (d_x, partial.sum(0))}
+    if DEVICE.type == "cpu":
+        found["twin"] = norms.rms_backward(d_y, x, weight, inverse)
+    for name, (d_x, d_weight) in found.items():
+        assert (d_x != exact.grad.to(dtype)).float().mean() < 0.01, name  # with the weight as it is, a third of them
+        assert float((d_weight.double() - w.grad).norm() / w.grad.norm()) < 2e-4, name
 
 
 def swiglu(rows: int, width: int, dtype: torch.dtype) -> None:

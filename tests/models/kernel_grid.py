@@ -32,6 +32,12 @@ def test_norm(shape: tuple[int, int], placed: bool, dtype: torch.dtype) -> None:
     cases.norm(*shape, dtype, placed=placed)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", sizes([(7, 24), (16, 64)], [(301, 576), (1000, 4096), (77, 7168)]))
+def test_norm_gradients_of_the_very_forward(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    cases.norm_as_rounded(*shape, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("normed_residual", "every", "state"), [(False, False, True), (True, False, True), (False, True, False), (True, True, True)])
 @pytest.mark.parametrize("shape", sizes([(5, 3, 24), (9, 9, 5), (4, 0, 8), (0, 0, 8)], [(301, 280, 576), (1000, 999, 4096), (77, 40, 7168), (5000, 1, 128)]))

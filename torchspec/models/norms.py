@@ -45,7 +45,7 @@ def rms_forward_rounded(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 
 
 def rms_backward(d_y: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, *, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`rms_forward`.
+    """Gradients of :func:`rms_forward`, through the weight and the unit rows as it rounded them.
 
     Args:
         d_y: [R, H].
@@ -61,11 +61,11 @@ def rms_backward(d_y: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, *, mor
         return norm.backward(d_y, x, weight, inverse, more=more)
     kind = inverse.dtype
     unit = x.to(kind) * inverse
-    d_unit = d_y.to(kind) * weight.to(kind)
+    d_unit = d_y.to(kind) * weight.to(x.dtype).to(kind)
     d_x = (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True)) * inverse
     if more is not None:
         d_x += more
-    return d_x.to(x.dtype), (d_y.to(kind) * unit).sum(0)
+    return d_x.to(x.dtype), (d_y.to(kind) * unit.to(x.dtype).to(kind)).sum(0)
 
 
 class RMSFunction(torch.autograd.Function):

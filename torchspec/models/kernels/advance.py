@@ -53,7 +53,8 @@ def _backward(
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     lane = column[None, :] < width
-    scale = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
+    kind = x.dtype.element_ty
+    scale = tl.load(weight + column, mask=column < width, other=0.0).to(kind).to(tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     step = tl.num_programs(0) * BLOCK_ROWS
     start = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -83,7 +84,7 @@ def _backward(
             state = row.to(tl.int64)[:, None] * state_stride + column[None, :]
             result += tl.load(d_state + state, mask=within[:, None] & lane, other=0.0).to(tl.float32)
         tl.store(d_x + own, result.to(d_x.dtype.element_ty), mask=within[:, None] & lane)
-        total += tl.sum(grad * unit, axis=0)
+        total += tl.sum(grad * unit.to(kind).to(tl.float32), axis=0)
     place = partial + tl.program_id(0).to(tl.int64) * width + column
     tl.store(place, tl.load(place, mask=column < width, other=0.0) + total, mask=column < width)
 

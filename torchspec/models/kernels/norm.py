@@ -1,7 +1,7 @@
 """RMSNorm of rows, forward and backward; twin: ``models/norms.py``.
 
-    inverse = 1 / sqrt(mean(x^2) + eps)       y = round(x inverse) w
-    d_x = inverse (u - x^ mean(u x^)),  u = d_y w,  x^ = x inverse;        d_w = sum over rows of d_y x^
+    inverse = 1 / sqrt(mean(x^2) + eps)       y = round(x inverse) round(w)
+    d_x = inverse (u - x^ mean(u x^)),  u = d_y round(w),  x^ = x inverse;        d_w = sum over rows of d_y round(x^)
 
 The forward can also round y to 8 bits, row by row, as ``fp8.quantise`` does it (and leave y itself out).
 Rows can be taken from and put back to places given by an index, so that a chunk of a longer list needs no copy of its own.
@@ -56,7 +56,8 @@ def _backward(
     PLACED: tl.constexpr, MORE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
-    scale = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
+    kind = x.dtype.element_ty
+    scale = tl.load(weight + column, mask=column < width, other=0.0).to(kind).to(tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for first in range(tl.program_id(0) * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
         row = first + tl.arange(0, BLOCK_ROWS)
@@ -71,7 +72,7 @@ def _backward(
         if MORE:
             result += tl.load(more + source[:, None] * width + column[None, :], mask=seen, other=0.0).to(tl.float32)
         tl.store(d_x + source[:, None] * width + column[None, :], result.to(d_x.dtype.element_ty), mask=seen)
-        total += tl.sum(grad * unit, axis=0)
+        total += tl.sum(grad * unit.to(kind).to(tl.float32), axis=0)
     tl.store(partial + tl.program_id(0).to(tl.int64) * width + column, total, mask=column < width)
 
 
