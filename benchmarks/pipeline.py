@@ -1,8 +1,9 @@
 """Does the trainer wait for data? Engine group, store and trainer as in a run; a paced source of random records (``paced_source.py``) in place of a target.
 
-Two cases a store: ``free``, in which the source writes as fast as credit allows, tells the trainer's own rate (tokens over the time that it did not wait);
-then records arrive at ``--pace`` times that rate. One JSON line a case: ``wait_fraction`` is the share of the steps' time that the trainer's loop spent
-waiting for a batch, after ``--warm`` steps. On a GPU the loop runs ahead of the device, so the device idles less than that.
+Two cases a store: ``free``, in which the source writes as fast as credit allows, tells the trainer's own rate (tokens over the time that its device computed);
+then records arrive at ``--pace`` times that rate. One JSON line a case, after ``--warm`` steps: ``wait_fraction`` is the share of the time in which the
+device stood still for want of data (``torchspec/callbacks/clock.py``), ``loop_wait_fraction`` that in which the trainer's loop waited for a batch: on a GPU
+it runs ahead, so this costs nothing as long as the device has work.
 
     python benchmarks/pipeline.py                                                     # an EAGLE-3 draft of Qwen3-8B (a GPU)
     python benchmarks/pipeline.py --hidden 576 --intermediate 1536 --heads 9 --kv_heads 3 --head_dim 64 --vocab 49152 --draft_vocab 8192 \\
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lightning.pytorch as pl
 
 from benchmarks.paced_source import RATE
+from torchspec.callbacks.clock import BatchClock
 from torchspec.callbacks.vocabulary import VocabularyPruning
 from torchspec.data.datamodule import DraftDataModule
 from torchspec.engines.engine import EngineConfig
@@ -75,7 +78,7 @@ class Watch(pl.Callback):
         self._rate, self._sources, self._first, self._last = rate, sources, first, last
         self._processes: list[subprocess.Popen[bytes]] = []
         self._begun: dict[str, float] = {}
-        self._tokens = 0
+        self._clock: BatchClock | None = None
         self.found: dict[str, float] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
@@ -93,14 +96,22 @@ class Watch(pl.Callback):
         counters = {name: float(getattr(stats, name)) for name in ("wait_s", "read_s", "collate_s", "idle_s", "full_s", "bytes")}
         return {"seconds": time.monotonic(), **counters}
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._clock = BatchClock(pl_module.device)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        assert self._clock is not None
+        self._clock.begin(trainer.datamodule.loader_stats("train").wait_s)  # type: ignore[attr-defined]
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._begun:
-            self._tokens += batch.num_tokens
+        assert self._clock is not None
+        self._clock.end(batch.num_tokens)
         if trainer.global_step == self._first:
+            self._clock.reset()
             self._begun = self._now(trainer)
         elif trainer.global_step == self._last:
-            now = self._now(trainer)
-            self.found = {name: now[name] - begun for name, begun in self._begun.items()} | {"tokens": float(self._tokens)}
+            now, times = self._now(trainer), self._clock.settle(wait=True)
+            self.found = {name: now[name] - begun for name, begun in self._begun.items()} | asdict(times)
 
     def end(self) -> None:
         """End the sources."""
@@ -133,13 +144,14 @@ def run(kind: Any, rate: float, folder: Path, args: argparse.Namespace) -> dict[
 def report(kind: str, source: str, rate: float, m: dict[str, float], args: argparse.Namespace) -> float:
     """Print a case's line; returns the trainer's own rate, tokens/s."""
     cuda = torch.cuda.is_available()
-    own = m["tokens"] / (m["seconds"] - m["wait_s"])
+    own = m["tokens"] / m["busy_s"]
     line = {
         "store": kind, "source": source, "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
         "hidden": args.hidden, "W": args.draft_vocab, "K": args.unroll_steps, "max_tokens": args.max_tokens, "steps": args.steps,
         "arrival_tokens_per_s": round(rate) or None, "tokens_per_s": round(m["tokens"] / m["seconds"], 1), "trainer_tokens_per_s": round(own, 1),
-        "ms": round(1e3 * m["seconds"] / args.steps, 2), "wait_ms": round(1e3 * m["wait_s"] / args.steps, 3),
-        "wait_fraction": round(m["wait_s"] / m["seconds"], 5), "gb_per_s": round(m["bytes"] / m["seconds"] / 1e9, 3),
+        "ms": round(1e3 * m["seconds"] / args.steps, 2), "wait_ms": round(1e3 * m["starved_s"] / args.steps, 3),
+        "wait_fraction": round(m["starved_s"] / m["seconds"], 5), "loop_wait_fraction": round(m["wait_s"] / m["seconds"], 5),
+        "gb_per_s": round(m["bytes"] / m["seconds"] / 1e9, 3),
         "loader_busy": {name: round(m[f"{name}_s"] / m["seconds"], 3) for name in ("read", "collate")},
     }  # fmt: skip
     print(json.dumps(line), flush=True)

@@ -29,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.e2e.runs import STARTED, config, descendants, run, start, store_files, wait_for
 from tests.tiny import WORDS, save_tokenizer
+from torchspec.callbacks.clock import BatchClock
 
 STEPS = 200
 CUDA = torch.cuda.is_available()
@@ -218,19 +219,34 @@ def _guarded(chain: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 class StepClock(pl.Callback):
-    """Writes time, tokens and waiting of every optimizer step to ``clock.json``; each is taken when the device is done with the step."""
+    """Writes seconds, tokens, and the device's waiting for data after ``skip`` optimizer steps to ``clock.json`` (``torchspec/callbacks/clock.py``)."""
 
-    def __init__(self) -> None:
-        self._tokens = 0
-        self._rows: list[tuple[float, int, float]] = []
+    def __init__(self, skip: int) -> None:
+        self._skip = skip
+        self._clock: BatchClock | None = None
+        self._began = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._clock = BatchClock(pl_module.device)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        assert self._clock is not None
+        self._clock.begin(trainer.datamodule.loader_stats("train").wait_s)  # type: ignore[attr-defined]
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._tokens += batch.num_tokens
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            if CUDA:
-                torch.cuda.synchronize()
-            self._rows.append((time.monotonic(), self._tokens, trainer.datamodule.loader_stats("train").wait_s))  # type: ignore[attr-defined]
-            (Path(trainer.default_root_dir) / "clock.json").write_text(json.dumps(self._rows))
+        assert self._clock is not None
+        self._clock.end(batch.num_tokens)
+        if not self._began and trainer.global_step == self._skip:
+            self._clock.reset()
+            self._began = time.monotonic()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        assert self._clock is not None
+        times = self._clock.settle(wait=True)
+        seconds = time.monotonic() - self._began
+        found = {"seconds": round(seconds, 2), "tokens_per_s": round(times.tokens / seconds), "wait_fraction": round(times.starved_s / seconds, 4)}
+        found |= {"trainer_tokens_per_s": round(times.tokens / times.busy_s)}
+        (Path(trainer.default_root_dir) / "clock.json").write_text(json.dumps(found))
 
 
 def engines(folder: Path, target: Path, *, small: bool, steps: int, skip: int, store: str) -> None:
@@ -242,7 +258,7 @@ def engines(folder: Path, target: Path, *, small: bool, steps: int, skip: int, s
         callbacks = [
             {"class_path": "torchspec.callbacks.vocabulary.VocabularyPruning", "init_args": {"size": 256 if small else 32000}},
             {"class_path": "torchspec.callbacks.pipeline.PipelineMetrics"},
-            {"class_path": "benchmarks.two_gpus.StepClock"},
+            {"class_path": "benchmarks.two_gpus.StepClock", "init_args": {"skip": skip}},
         ]
         changes: dict[str, Any] = {
             "trainer__accelerator": "gpu" if CUDA else "cpu",
@@ -264,14 +280,10 @@ def engines(folder: Path, target: Path, *, small: bool, steps: int, skip: int, s
         if code:
             say(part="engines", run=name, error=output[-2500:])
             continue
-        rows = json.loads((at / "clock.json").read_text())
-        (begin, first, waited), (end, last, wait) = rows[skip], rows[-1]
+        measured = json.loads((at / "clock.json").read_text())
         pipeline = json.loads((at / "pipeline.json").read_text())
         kept = ("engine_capacity_tokens_per_s", "engine_write_fraction", "engine_idle_for_credit_s", "bottleneck", "store", "engine", "bytes_in_flight")
-        say(
-            part="engines", run=name, steps=len(rows) - 1 - skip, tokens_per_s=round((last - first) / (end - begin)),
-            wait_fraction=round((wait - waited) / (end - begin), 4), **{key: pipeline.get(key) for key in kept},
-        )  # fmt: skip
+        say(part="engines", run=name, steps=steps - skip, **measured, **{key: pipeline.get(key) for key in kept})
 
 
 def end_everything(number: int, frame: Any) -> None:

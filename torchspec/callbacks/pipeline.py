@@ -1,8 +1,9 @@
 """How well engines and trainers keep each other busy: rates, waits, bytes in flight, and the bottleneck by name.
 
 Logged every ``trainer.log_every_n_steps`` steps under ``pipeline/`` and summed up in ``pipeline.json`` in the run's folder. Capacity is tokens over *busy*
-time: what a side would
-make if it never waited, so the smaller of the two is the bottleneck whatever the buffers hide. Time spent on validation is in neither.
+time: what a side would make if it never waited, so the smaller of the two is the bottleneck whatever the buffers hide. Time spent on validation is in
+neither. What the trainer waits is time in which its device stands still (``clock.py``), counted from the second optimizer step on: the first one compiles
+kernels, and before it engines start.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from torchspec.callbacks.clock import BatchClock
 
 
 class PipelineMetrics(pl.Callback):
@@ -29,10 +32,13 @@ class PipelineMetrics(pl.Callback):
         self._last: dict[str, float] = {}
         self._observer: Any | None = None
         self._drafted = (0, 0)
+        self._clock: BatchClock | None = None
+        self._warm = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._first_step = trainer.global_step
         self._since = time.monotonic()
+        self._clock = BatchClock(pl_module.device)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._pause()
@@ -42,6 +48,8 @@ class PipelineMetrics(pl.Callback):
             self._since = time.monotonic()
 
     def _pause(self) -> None:
+        if self._clock is not None:
+            self._clock.pause()
         if self._since is not None:
             self._trained_s += time.monotonic() - self._since
             self._since = None
@@ -49,8 +57,17 @@ class PipelineMetrics(pl.Callback):
     def _seconds(self) -> float:
         return self._trained_s + (0.0 if self._since is None else time.monotonic() - self._since)
 
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        assert self._clock is not None
+        self._clock.begin(trainer.datamodule.loader_stats("train").wait_s)  # type: ignore[attr-defined]
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert self._clock is not None
         self._tokens += batch.num_tokens
+        self._clock.end(batch.num_tokens)
+        if trainer.global_step == self._first_step + 1 and not self._warm:
+            self._warm = True
+            self._clock.reset()
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not stepped or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
@@ -60,15 +77,17 @@ class PipelineMetrics(pl.Callback):
 
     def measure(self, trainer: pl.Trainer) -> dict[str, float]:
         """The state of the pipeline now; token rates are over all ranks, which train as many packs each: until the end all count as this one."""
-        stats = trainer.datamodule.loader_stats("train")  # type: ignore[attr-defined]
+        assert self._clock is not None
         seconds = max(self._seconds(), 1e-9)
         trained = self._tokens * trainer.world_size if self._all_tokens is None else self._all_tokens
+        times = self._clock.settle(wait=self._all_tokens is not None)
         values = {
             "tokens_per_s": trained / seconds,
-            "data_wait_s": stats.wait_s,
-            "data_wait_fraction": min(stats.wait_s / seconds, 1.0),
-            "trainer_capacity_tokens_per_s": trained / max(seconds - stats.wait_s, 1e-9),
+            "data_wait_s": times.starved_s,
+            "data_wait_fraction": times.starved_s / max(times.busy_s + times.between_s, 1e-9),
         }
+        if times.tokens:  # else there was a single step, or the device is not done with the second one
+            values["trainer_capacity_tokens_per_s"] = times.tokens / times.busy_s * trained / self._tokens
         state = self._group(trainer)
         if state is not None:
             workers = state["workers"].values()
@@ -108,16 +127,16 @@ class PipelineMetrics(pl.Callback):
         self._close()
 
     def summary(self, trainer: pl.Trainer) -> dict[str, Any]:
-        """Rates of the whole run, and the bottleneck: ``engines`` or ``trainers``."""
+        """Rates of the whole run, and the bottleneck: ``engines`` or ``trainers``; ``unknown`` after a single step."""
         values = self.measure(trainer)
         seconds = self._seconds()
-        engines = values.get("engine_capacity_tokens_per_s", 0.0)
+        engines, trainers = (values.get(f"{side}_capacity_tokens_per_s", 0.0) for side in ("engine", "trainer"))
         return {
             **values,
             "tokens": self._all_tokens,
             "train_seconds": seconds,
             "steps": trainer.global_step - self._first_step,
-            "bottleneck": "engines" if 0.0 < engines < values["trainer_capacity_tokens_per_s"] else "trainers",
+            "bottleneck": "unknown" if not trainers else "engines" if 0.0 < engines < trainers else "trainers",
             "store": self._observer.welcome.store["kind"] if self._observer is not None else None,
             "engine": trainer.datamodule.engine,  # type: ignore[attr-defined]
         }
