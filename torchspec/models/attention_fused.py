@@ -114,9 +114,10 @@ def remember(attention: Projections, flat: Tensor, turn: Turn, conversations: Co
         slots: later steps, K - 1.
     """
     if attention.only_turned and kernels.usable(flat):
+        from torchspec.models import attention_flash
+
         like = flat.detach().view(flat.shape[0], -1, attention.head_size)[:, : flat.shape[1] // (2 * attention.head_size)]
-        store = Store(like, conversations, total=flat.shape[0], entries=entries, slots=slots)
-        if store.causal is not None:
-            return FusedMemory(store, flat, turn)
+        if attention_flash.serves(like):
+            return FusedMemory(Store(like, conversations, total=flat.shape[0], entries=entries, slots=slots), flat, turn)
     key, value = attention.keys_values(flat, turn)
     return UnrollMemory(key, value, conversations, entries=entries, slots=slots)

@@ -148,20 +148,20 @@ class _Block(torch.autograd.Function):
         else:
             narrow = quantise(d_out, last.narrow.factor)
             d_act = last.narrow.backward(narrow, d_out.dtype)
-            plain = last.gradient is None or first.gradient is None
-            again, act_top, d_plain, d_narrow = swiglu_backward_rounded(gate_up, d_act, first.narrow.factor, plain=plain)
-            if last.gradient is None or first.gradient is None:
+            sums = None if first.gradient is None or last.gradient is None else (first.gradient, last.gradient)
+            again, act_top, d_plain, d_narrow = swiglu_backward_rounded(gate_up, d_act, first.narrow.factor, plain=sums is None)
+            if sums is None:
                 assert again is not None and d_plain is not None
                 last.add(every, every, d_out, again)
                 first.add(every, every, d_plain, z)
             else:
-                d_place = first.gradient.place(gate_up.shape[1], z, d_narrow.top, z_top)
-                swiglu_backward_turned(gate_up, d_act, d_narrow.top, act_top, d_place, last.gradient.place(d_act.shape[1], d_out, act_top, narrow.top))
+                d_place, act_place = sums[0].place(gate_up.shape[1], z, d_narrow.top, z_top), sums[1].place(d_act.shape[1], d_out, act_top, narrow.top)
+                swiglu_backward_turned(gate_up, d_act, d_narrow.top, act_top, d_place, act_place)
+                del d_place, act_place
             del gate_up, d_act, again, d_plain, narrow
             d_z = first.narrow.backward(d_narrow, d_out.dtype)
         d_h, d_norm = rms_backward(d_z, h, norm, inverse, more=d_out)
-        empty = h.new_empty(0)
-        return d_h, d_norm.to(norm.dtype), empty, empty, None, None, None, None
+        return d_h, d_norm.to(norm.dtype), None, None, None, None, None, None
 
 
 def mlp_block(h: Tensor, norm: Tensor, gate_up: Weight, down: Weight, *, eps: float, recompute: bool) -> Tensor:

@@ -25,7 +25,7 @@ BLOCK, WARPS = 4096, 16
 """Logits of a step through a row, and warps of a program."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["low"], do_not_specialize_on_alignment=["place"])
 def _losses(
     z, kept, best, inside, total, mass, place, source, step, scale, mixing, loss, hit, alpha, factor8, scale8, top8, low, width,
     w_kl, w_ce, w_rkl, w_jsd, w_tv, w_lka, w_lkl,

@@ -21,7 +21,7 @@ _PROGRAMS = 396
 """Programs of the backward: each sums the weight's gradient over its rows."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["place"])
 def _forward(
     x, weight, y, inverse, y8, scale8, top, place, rows, width, x_stride, eps,
     PLACED: tl.constexpr, PLAIN: tl.constexpr, NARROW: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -50,7 +50,7 @@ def _forward(
     tl.store(inverse + row, inv, mask=within)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["place"])
 def _backward(
     d_y, x, weight, inverse, more, d_x, partial, place, rows, width, x_stride,
     PLACED: tl.constexpr, MORE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
