@@ -1,11 +1,15 @@
 """Compiles for an H100 every Triton kernel that a training step launches in bf16 and in 8 bits, on a machine without a GPU. Nothing is run.
 
 The interpreter, in which the other tests run kernels, knows no types: what Triton refuses (a pointer of another type in each branch, say) only shows here.
-Prints a line a compiled variant; ``test_kernels.py`` runs it, by hand: ``python -m tests.models.kernel_compile``.
+The backward of the norms is also compiled at widths of models, where its registers have to allow as many programs at a time as it starts. Prints a line a
+compiled variant; ``test_kernels.py`` runs it, by hand: ``python -m tests.models.kernel_compile``.
 """
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +24,7 @@ from triton.runtime.jit import JITFunction
 from tests.models.packs import conversation, draft_config, pack, task
 from torchspec.models import attention_flash, kernels, loss_fused
 from torchspec.models.fp8 import Fp8
+from torchspec.models.kernels import advance, norm
 
 STEPS = 3
 TARGET = GPUTarget("cuda", 90, 32)
@@ -101,8 +106,40 @@ def compiled(patch: pytest.MonkeyPatch, level: Fp8, **options: Any) -> set[tuple
     return found
 
 
+def registers(patch: pytest.MonkeyPatch, width: int) -> list[tuple[str, int, int]]:
+    """(kernel, registers a thread, warps) of the norms' backward variants for bf16 rows of a width."""
+    found: list[tuple[str, int, int]] = []
+    run = JITFunction.run
+
+    def look(self: Any, *args: Any, grid: Any, warmup: bool, **more: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **more)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            told = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        number = re.search(r"REG:(\d+)", told)
+        assert number is not None, told
+        found.append((f"{self.fn.__module__.rsplit('.', 1)[1]}.{self.fn.__name__}", int(number[1]), kernel.metadata.num_warps))
+        return kernel
+
+    patch.setattr(JITFunction, "run", look)
+    x, weight, inverse = torch.zeros(4, width, dtype=torch.bfloat16), torch.zeros(width), torch.zeros(4, 1)
+    norm.backward(x, x, weight, inverse, more=x)
+    norm.backward(x, x, weight, inverse, place=torch.arange(4), out=x)
+    for every, state in ((None, x), (x, None)):
+        to, partial = torch.arange(4, dtype=torch.int32), advance.sums(width, x.device)
+        advance.backward(x, x, every, state, x, weight, to, inverse[:, 0], partial, normed_residual=every is not None)
+    return found
+
+
 def main() -> None:
     driver.set_active(_NoDriver())
+    for width in (576, 2048, 4096, 7168):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, used, warps in registers(patch, width):
+                resident = 65536 // (-(-used // 8) * 8 * 32 * warps) * 132
+                assert resident >= norm.programs(width), (name, width, used, warps)
+                print(f"{name} of {width} in {used} registers and {warps} warps: {resident} programs at a time, of {norm.programs(width)}", flush=True)
     two: dict[str, Any] = {"norm_before_residual": True, "num_layers": 2}
     for level, options in ((Fp8.NONE, {}), (Fp8.NONE, two), (Fp8.NONE, {"qk_norm": True}), (Fp8.ROWS, two), (Fp8.ALL, {})):
         with pytest.MonkeyPatch.context() as patch:

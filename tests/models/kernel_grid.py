@@ -45,6 +45,18 @@ def test_advance(shape: tuple[int, int, int], normed_residual: bool, every: bool
     cases.advance(*shape, dtype, normed_residual=normed_residual, every=every, state=state)
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_norm_sums_of_few_programs(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every program does several blocks of rows, the last one fewer than the others or none."""
+    from torchspec.models.kernels import norm
+
+    monkeypatch.setattr(norm, "_RESIDENT", 4 * number)
+    monkeypatch.setattr(norm, "_blocks", lambda width: (2, 8, 4))
+    for rows in (1, 4, 9, 13):
+        cases.norm(rows, 5, torch.float32, placed=True)
+        cases.advance(rows, rows - 1, 5, torch.float32, normed_residual=False, every=False, state=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", sizes([(1, 3), (5, 24), (0, 8)], [(513, 1536), (257, 12288), (3, 14337)]))
 def test_swiglu(shape: tuple[int, int], dtype: torch.dtype) -> None:

@@ -13,10 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchspec.models.kernels.norm import _blocks
-
-_PROGRAMS = 264
-"""Programs of the backward, each of which sums the weight's gradient over its rows: as many as an H100 holds at a time with this kernel's registers."""
+from torchspec.models.kernels.norm import _blocks, programs
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -119,7 +116,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, to: Tensor, number: int, *, n
 
 def sums(width: int, device: torch.device) -> Tensor:
     """Zeros [programs, H] fp32 for the weight's gradient."""
-    return torch.zeros(_PROGRAMS, width, dtype=torch.float32, device=device)
+    return torch.zeros(programs(width), width, dtype=torch.float32, device=device)
 
 
 def backward(
@@ -142,8 +139,7 @@ def backward(
     d_x = torch.empty_like(x)
     if rows:
         high, block, warps = _blocks(width)
-        programs = min(partial.shape[0], triton.cdiv(rows, high))
-        _backward[(programs,)](
+        _backward[(min(partial.shape[0], triton.cdiv(rows, high)),)](
             d_normed, d_residual, d_every, d_state, x, weight, to, inverse, d_x, partial, rows, width, 0 if d_state is None else d_state.stride(0),
             NORMED=normed_residual, EVERY=d_every is not None, STATE=d_state is not None, BLOCK_ROWS=high, BLOCK=block, num_warps=warps,
         )  # fmt: skip

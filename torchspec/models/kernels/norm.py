@@ -17,8 +17,9 @@ from torch import Tensor
 from torchspec.models.fp8 import Rounded
 from torchspec.models.kernels import power_of_two
 
-_PROGRAMS = 396
-"""Programs of the backward: each sums the weight's gradient over its rows."""
+_RESIDENT = 132 * 16
+"""Warps of the backward in all: 16 on each of an H100's 132 multiprocessors, as many as it holds at a time with up to 128 registers a thread (which
+``kernel_compile.py`` checks). Programs beyond them would begin when the others are done."""
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["place"])
@@ -79,7 +80,12 @@ def _backward(
 def _blocks(width: int) -> tuple[int, int, int]:
     """Rows of a block, its padded width, warps."""
     block = power_of_two(width)
-    return max(1, 2048 // block), block, 8 if block >= 4096 else 4
+    return max(1, 2048 // block), block, 16 if block >= 8192 else 8 if block >= 4096 else 4
+
+
+def programs(width: int) -> int:
+    """How many programs of a backward sum the weight's gradient, each over its rows."""
+    return _RESIDENT // _blocks(width)[2]
 
 
 def forward(x: Tensor, weight: Tensor, eps: float, *, place: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -140,9 +146,9 @@ def backward(
     rows, width = d_y.shape
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     high, block, warps = _blocks(width)
-    programs = max(1, min(_PROGRAMS, triton.cdiv(rows, high)))
-    partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
-    _backward[(programs,)](
+    number = max(1, min(programs(width), triton.cdiv(rows, high)))
+    partial = torch.empty(number, width, dtype=torch.float32, device=x.device)
+    _backward[(number,)](
         d_y, x, weight, inverse, None if more is None else more.contiguous(), d_x, partial, place, rows, width, x.stride(0),
         PLACED=place is not None, MORE=more is not None, BLOCK_ROWS=high, BLOCK=block, num_warps=warps,
     )  # fmt: skip
