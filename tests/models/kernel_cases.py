@@ -169,6 +169,10 @@ def rows(number: int, total: int, width: int, dtype: torch.dtype) -> None:
         chosen = [torch.arange(number, device=DEVICE) if at is None else at + shift for at in places]
         found = kernel.beside([(t, at, shift) for t, at in zip(data, places, strict=False)], number)
         assert torch.equal(found, torch.cat([t[at] for t, at in zip(data, chosen, strict=False)], dim=1))
+        start = make(*found.shape, dtype=dtype, seed=9)
+        ours = start.clone()
+        assert kernel.beside([(t, at, shift) for t, at in zip(data, places, strict=False)], number, onto=ours) is ours
+        assert torch.equal(ours, start + found)
         ours, given = [torch.cat([t, t[:, :2]], dim=1)[:, : t.shape[1]] for t in starts[: len(places)]], grad[:, : found.shape[1]]
         kernel.add([(t, at, shift) for t, at in zip(ours, places, strict=True)], given)
         parts = given.double().split([t.shape[1] for t in ours], dim=1)

@@ -82,6 +82,26 @@ def test_linear_with_a_rectangle_in_8_bits(rows: slice) -> None:
         assert 1e-3 < errors[0] < 0.04 and errors[1] < 1e-6 and 1e-3 < errors[2] < 0.04 and errors[3] < 1e-6, errors
 
 
+@pytest.mark.parametrize(("out", "into"), [(64, 96), (96, 64), *([(4096, 4096), (4096, 12288), (6144, 4096), (24576, 4096)] if HOPPER else [])])
+def test_input_gradient_errs_no_more_than_the_forward_may(out: int, into: int) -> None:
+    """Both products against the exact one of the rounded operands: of signs that cancel, and of one sign, whose sums lose most in short registers.
+
+    What is bounded is what the product adds to the rounding: its sums, and half a step of bf16."""
+    generator = torch.Generator().manual_seed(0)
+    for positive in (False, True):
+        weight, x, d_y = (torch.randn(*size, generator=generator) for size in ((out, into), (256, into), (256, out)))
+        weight, x, d_y = (t.abs() if positive else t for t in (weight.to(DEVICE), x.to(DEVICE), d_y.to(DEVICE)))
+        narrow = fp8.Fp8Weight(fp8.quantise(weight))
+        rounded, back = fp8.quantise(x), fp8.quantise(d_y, narrow.factor)
+        pairs = [
+            (narrow.forward(rounded, torch.bfloat16), rounded.data.double() * rounded.scale.double(), (narrow.data.double() * narrow.scale.double()).t()),
+            (narrow.backward(back, torch.bfloat16), back.data.double() * back.scale.double(), narrow.data.double()),
+        ]
+        forward, backward = (float((ours.double() - left @ right).norm() / (left @ right).norm()) for ours, left, right in pairs)
+        assert backward < 1.5 * forward + 2.0**-9, (forward, backward)
+        assert positive or max(forward, backward) < 0.03, (forward, backward)
+
+
 def test_calls_without_rows_need_no_room() -> None:
     gradient = fp8.Fp8Gradient(d_y_is_wide=True)
     nothing, ones = (

@@ -37,23 +37,24 @@ class _WeightStore:
 
     def __init__(self, data: Tensor, *, fp8: Fp8 = Fp8.NONE, slim_out: bool = False) -> None:
         self.data = data
-        self.narrow = Fp8Weight(data) if fp8 else None
+        self.narrow = Fp8Weight(quantise(data)) if fp8 else None
         """Set where products with the whole weight are 8-bit ones."""
         self.gradient = Fp8Gradient(d_y_is_wide=not slim_out) if fp8 == Fp8.ALL else None
         """Set where the gradient is an 8-bit product; what uses the store then adds to it rather than here."""
-        self._columns: tuple[slice, Fp8Weight] | None = None
+        self._columns = _ALL
+        self._parts: dict[tuple[Any, ...], Fp8Weight] = {}
         self._sum: Tensor | None = None
         self._terms: dict[tuple[Any, ...], tuple[slice, slice, list[Tensor], list[Tensor]]] = {}
 
     def round_columns(self, columns: slice) -> None:
         """Make products with these columns, and all or some of the rows, 8-bit ones in :func:`linear`."""
-        self._columns = columns, Fp8Weight(self.data[:, columns])
+        self._columns, self._parts = columns, {(None, None): Fp8Weight(quantise(self.data[:, columns]))}
 
     def narrow_part(self, rows: slice, columns: slice) -> Fp8Weight | None:
         """A rectangle in 8 bits, where products with it are such."""
-        if self._columns is None or columns != self._columns[0]:
+        if not self._parts or columns != self._columns:
             return None
-        return self._columns[1] if rows == _ALL else self._columns[1].part(rows)
+        return self._parts.setdefault((rows.start, rows.stop), self._parts[None, None].part(rows))
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T with the whole weight."""
@@ -238,8 +239,10 @@ class _Linear(torch.autograd.Function):
         narrow = weight.store.narrow_part(weight.rows, weight.columns)
         if narrow is not None:
             y = narrow.forward(quantise(x), x.dtype)
-            if stores or residual is not None:
-                y.add_(_side_by_side(stores, x.shape[0]) if residual is None else residual)
+            if stores:
+                _side_by_side(stores, x.shape[0], onto=y)
+            elif residual is not None:
+                y.add_(residual)
         elif stores:
             start = _side_by_side(stores, x.shape[0])
             y = torch.addmm(start, x, data.t(), out=start)
@@ -270,14 +273,15 @@ class _Linear(torch.autograd.Function):
         return d_x, None, d_bias, d_y if ctx.needs_input_grad[3] else None, None, None, None, *[None] * len(ctx.stores)
 
 
-def _side_by_side(stores: list[_Part], number: int) -> Tensor:
-    """The stores' rows next to each other, [R, sum of their widths]; a new tensor."""
+def _side_by_side(stores: list[_Part], number: int, *, onto: Tensor | None = None) -> Tensor:
+    """The stores' rows next to each other, [R, sum of their widths]; a new tensor, or added to ``onto``."""
     parts = [(store.data[:, columns], place, shift) for store, columns, place, shift in stores]
     if kernels.usable(parts[0][0]):
         from torchspec.models.kernels import rows
 
-        return rows.beside(parts, number)
-    return torch.cat([data[:number] if place is None else data[place + shift] for data, place, shift in parts], dim=1)
+        return rows.beside(parts, number, onto=onto)
+    found = torch.cat([data[:number] if place is None else data[place + shift] for data, place, shift in parts], dim=1)
+    return found if onto is None else onto.add_(found)
 
 
 def _add_apart(stores: list[_Part], grad: Tensor) -> None:

@@ -22,13 +22,13 @@ _ROWS, _COLUMNS = 128, 64
 
 
 @triton.jit
-def _quantise(x, factor, y, scale, top, width, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+def _quantise(x, factor, y, scale, top, width, stride, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     plain, highest = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         column = first + lane
-        values = tl.load(x + row * width + column, mask=column < width, other=0.0).to(tl.float32)
+        values = tl.load(x + row * stride + column, mask=column < width, other=0.0).to(tl.float32)
         plain = tl.maximum(plain, tl.abs(values))
         if FACTOR:
             values *= tl.load(factor + column, mask=column < width, other=0.0)
@@ -41,7 +41,7 @@ def _quantise(x, factor, y, scale, top, width, FACTOR: tl.constexpr, BLOCK: tl.c
     tl.store(scale + row, by)
     for first in range(0, width, BLOCK):
         column = first + lane
-        values = tl.load(x + row * width + column, mask=column < width, other=0.0).to(tl.float32)
+        values = tl.load(x + row * stride + column, mask=column < width, other=0.0).to(tl.float32)
         if FACTOR:
             values *= tl.load(factor + column, mask=column < width, other=0.0)
         tl.store(y + row * width + column, (values / by).to(y.dtype.element_ty), mask=column < width)
@@ -92,12 +92,12 @@ def _transpose(x, y, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 def quantise(x: Tensor, factor: Tensor | None) -> Rounded:
     """x [R, C], factor [C] fp32 or None."""
-    x = x.contiguous()
+    x = x if x.stride(-1) == 1 else x.contiguous()
     rows, width = x.shape
     y = Rounded.empty(rows, width, x.device)
     if rows:
         block = min(_BLOCK, triton.next_power_of_2(width))
-        _quantise[(rows,)](x, factor, y.data, y.scale, y.top, width, FACTOR=factor is not None, BLOCK=block, num_warps=8 if block >= 2048 else 4)
+        _quantise[(rows,)](x, factor, y.data, y.scale, y.top, width, x.stride(0), FACTOR=factor is not None, BLOCK=block, num_warps=8 if block >= 2048 else 4)
     return y
 
 

@@ -47,10 +47,18 @@ def _gather(key, value, key_sum, value_sum, width, k_row, v_row, FIRST: tl.const
     tl.store(value_sum + at, v, mask=seen)
 
 
+@triton.jit
+def _put(target, source, seen, ONTO: tl.constexpr):
+    values = tl.load(source, mask=seen)
+    if ONTO:
+        values = (values.to(tl.float32) + tl.load(target, mask=seen).to(tl.float32)).to(values.dtype)
+    tl.store(target, values, mask=seen)
+
+
 @triton.jit(do_not_specialize=["shift", "more_shift"], do_not_specialize_on_alignment=["place", "more_place"])
 def _beside(
     x, more, place, more_place, result, shift, more_shift, width, more_width, stride, more_stride, blocks,
-    PLACED: tl.constexpr, MORE_PLACED: tl.constexpr, BLOCK: tl.constexpr,
+    PLACED: tl.constexpr, MORE_PLACED: tl.constexpr, ONTO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane = tl.arange(0, BLOCK)
@@ -60,12 +68,12 @@ def _beside(
         if PLACED:
             source = tl.load(place + row).to(tl.int64) + shift
         column = block * BLOCK + lane
-        tl.store(into + column, tl.load(x + source * stride + column, mask=column < width), mask=column < width)
+        _put(into + column, x + source * stride + column, column < width, ONTO)
     else:
         if MORE_PLACED:
             source = tl.load(more_place + row).to(tl.int64) + more_shift
         column = (block - blocks) * BLOCK + lane
-        tl.store(into + width + column, tl.load(more + source * more_stride + column, mask=column < more_width), mask=column < more_width)
+        _put(into + width + column, more + source * more_stride + column, column < more_width, ONTO)
 
 
 @triton.jit(do_not_specialize=["shift", "more_shift"], do_not_specialize_on_alignment=["place", "more_place"])
@@ -147,22 +155,23 @@ Part = tuple[Tensor, Tensor | None, int]
 """A tensor [M, C], rows contiguous, and distinct rows of it: ``place + shift`` with place [R], or the first R where that is None."""
 
 
-def beside(parts: Sequence[Part], number: int) -> Tensor:
+def beside(parts: Sequence[Part], number: int, *, onto: Tensor | None = None) -> Tensor:
     """Rows of one or two tensors next to each other, [R, sum of their widths].
 
     Args:
         parts: of one type.
         number: R.
+        onto: to add them to, of that size and type, contiguous; it is what is returned.
     """
     (x, place, shift), (more, more_place, more_shift) = parts[0], parts[-1]
     width, more_width = x.shape[1], more.shape[1] if len(parts) > 1 else 0
-    result = x.new_empty(number, width + more_width)
+    result = x.new_empty(number, width + more_width) if onto is None else onto
     if number and result.shape[1]:
         block = min(_BLOCK, triton.next_power_of_2(max(width, more_width)))
         blocks = triton.cdiv(width, block)
         _beside[(number, blocks + triton.cdiv(more_width, block))](
             x, more, place, more_place, result, shift, more_shift, width, more_width, x.stride(0), more.stride(0), blocks,
-            PLACED=place is not None, MORE_PLACED=more_place is not None, BLOCK=block, num_warps=4,
+            PLACED=place is not None, MORE_PLACED=more_place is not None, ONTO=onto is not None, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return result
 
