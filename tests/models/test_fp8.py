@@ -71,7 +71,7 @@ def test_linear_with_a_rectangle_in_8_bits(rows: slice) -> None:
             leaves = [t.clone().to(DEVICE).requires_grad_() for t in (full, x, shared)]
             weight = Weight.of([leaves[0][:32], leaves[0][32:]], torch.float32)
             if narrow:
-                weight.store.round_columns(columns)
+                weight.store.round_columns(columns, gradient=False)
             addends = [Addend(SharedRows.of(leaves[2]), place)] if extra == "addend" else []
             residual = Residual(leaves[2][place]) if extra == "residual" else None
             y = linear(leaves[1], weight.part(rows=rows, columns=columns), residual=residual, addends=addends)
@@ -80,6 +80,26 @@ def test_linear_with_a_rectangle_in_8_bits(rows: slice) -> None:
     for exact, rounded in zip(found[:3], found[3:], strict=True):
         errors = [0.0 if a is None or b is None else float((a - b).norm() / a.norm()) for a, b in zip(exact, rounded, strict=True)]
         assert 1e-3 < errors[0] < 0.04 and errors[1] < 1e-6 and 1e-3 < errors[2] < 0.04 and errors[3] < 1e-6, errors
+
+
+@pytest.mark.parametrize("out", [48, 32, 16], ids=["d_y wider", "as wide", "x wider"])
+def test_weight_gradient_of_rounded_columns(out: int) -> None:
+    """Summed over calls with all rows in 8 bits; what some of the rows and the other columns add stays exact. Twice, as after ``retain_graph``."""
+    generator = torch.Generator().manual_seed(0)
+    full = torch.randn(out, 48, generator=generator).to(DEVICE).requires_grad_()
+    calls = [(slice(None), slice(16, None)), (slice(None), slice(16, None)), (slice(0, 16), slice(16, None)), (slice(None), slice(0, 16))]
+    weight, exact, total = Weight.of([full], torch.float32), torch.zeros(2, out, 48, dtype=torch.float64), torch.zeros((), device=DEVICE)
+    weight.store.round_columns(slice(16, None), gradient=True)
+    for number, (rows, columns) in enumerate(calls):
+        x, grad = torch.randn(9 + number, 32 if columns.start else 16, generator=generator), torch.randn(9 + number, full[rows].shape[0], generator=generator)
+        exact[int(number > 1), rows, columns] += grad.double().t() @ x.double()
+        total = total + (linear(x.to(DEVICE), weight.part(rows=rows, columns=columns)) * grad.to(DEVICE)).sum()
+    for times in (1, 2):
+        total.backward(retain_graph=True)
+        assert full.grad is not None
+        error = full.grad.cpu().double() / times - exact.sum(0)
+        assert float(error[:, :16].norm() / exact[1, :, :16].norm()) < 1e-6
+        assert 1e-3 < float(error[:, 16:].norm() / exact[0, :, 16:].norm()) < 0.07
 
 
 @pytest.mark.parametrize(("out", "into"), [(64, 96), (96, 64), *([(4096, 4096), (4096, 12288), (6144, 4096), (24576, 4096)] if HOPPER else [])])

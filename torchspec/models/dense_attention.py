@@ -41,8 +41,9 @@ class Projections(Protocol):
     head_size: int
     """d."""
 
-    def round(self, columns: slice) -> None:
-        """Make products 8-bit ones where that is known to pay: with these columns of ``inputs``, and the output's."""
+    def round(self, columns: slice, *, gradient: bool) -> None:
+        """Make products 8-bit ones where that is known to pay: with these columns of ``inputs``, and the output's; with ``gradient`` also their weight
+        gradients."""
 
     def queries(self, flat: Tensor, turn: Turn) -> Tensor:
         """From the query part: [R, h, d], scaled so that the softmax of q.k / sqrt(d) is the layer's own."""
@@ -92,11 +93,11 @@ class DenseProjections:
         self.norms = [attention.q_norm.cast(), attention.k_norm.cast()] if hasattr(attention, "q_norm") else [None, None]
         self.only_turned, self.head_size = self.norms == [None, None], attention.head_dim
 
-    def round(self, columns: slice) -> None:
+    def round(self, columns: slice, *, gradient: bool) -> None:
         sides = (self.query_size, self.inputs.data.shape[0] - self.query_size, *self.o.data.shape, self.inputs.data[:, columns].shape[1])
         if all(side % MULTIPLE == 0 for side in sides):
-            self.inputs.store.round_columns(columns)
-            self.o.store.round_columns(slice(None))
+            self.inputs.store.round_columns(columns, gradient=gradient)
+            self.o.store.round_columns(slice(None), gradient=gradient)
 
     def queries(self, flat: Tensor, turn: Turn) -> Tensor:
         return self._heads(flat, (flat.shape[1],), turn)[0]

@@ -67,7 +67,7 @@ class LatentProjections:
         low_query, low_key = flat.split([self.query_size, flat.shape[1] - self.query_size], dim=-1)
         return self.queries(low_query, turn), *self.keys_values(low_key, turn)
 
-    def round(self, columns: slice) -> None:
+    def round(self, columns: slice, *, gradient: bool) -> None:
         """Nothing: these products stay as they are."""
 
     def output(self, attended: Tensor, residual: Residual) -> Tensor:

@@ -40,15 +40,17 @@ class _WeightStore:
         self.narrow = Fp8Weight(quantise(data)) if fp8 else None
         """Set where products with the whole weight are 8-bit ones."""
         self.gradient = Fp8Gradient(d_y_is_wide=not slim_out) if fp8 == Fp8.ALL else None
-        """Set where the gradient is an 8-bit product; what uses the store then adds to it rather than here."""
+        """Set where the gradient, or that of the columns that are rounded, is an 8-bit product; what uses the store then adds to it rather than here."""
         self._columns = _ALL
         self._parts: dict[tuple[Any, ...], Fp8Weight] = {}
         self._sum: Tensor | None = None
         self._terms: dict[tuple[Any, ...], tuple[slice, slice, list[Tensor], list[Tensor]]] = {}
 
-    def round_columns(self, columns: slice) -> None:
-        """Make products with these columns, and all or some of the rows, 8-bit ones in :func:`linear`."""
-        self._columns, self._parts = columns, {(None, None): Fp8Weight(quantise(self.data[:, columns]))}
+    def round_columns(self, columns: slice, *, gradient: bool) -> None:
+        """Make products with these columns, and all or some of the rows, 8-bit ones in :func:`linear`; with ``gradient`` also the gradient of all rows."""
+        data = self.data[:, columns]
+        self._columns, self._parts = columns, {(None, None): Fp8Weight(quantise(data))}
+        self.gradient = Fp8Gradient(d_y_is_wide=data.shape[0] >= data.shape[1]) if gradient else None
 
     def narrow_part(self, rows: slice, columns: slice) -> Fp8Weight | None:
         """A rectangle in 8 bits, where products with it are such."""
@@ -89,18 +91,21 @@ class _WeightStore:
 
     def collect(self) -> Tensor:
         """The sum, once."""
+        narrow = None if self.gradient is None else self.gradient.collect()
         found, self._sum = self._sum, None
-        if found is None and self.gradient is not None:
-            found = self.gradient.collect()
-        if found is not None:
-            return found
         terms, self._terms = list(self._terms.values()), {}
-        if len(terms) == 1 and terms[0][:2] == (_ALL, _ALL):
+        if found is None and not terms and narrow is not None and self._columns == _ALL:
+            return narrow
+        if narrow is None and len(terms) == 1 and terms[0][:2] == (_ALL, _ALL):
             return _product(terms[0][2], terms[0][3])
-        total = torch.zeros(self.data.shape, dtype=self.data.dtype if len(terms) == 1 else wide(self.data.dtype), device=self.data.device)
+        if found is None:
+            kind = self.data.dtype if narrow is None and len(terms) == 1 else wide(self.data.dtype)
+            found = torch.zeros(self.data.shape, dtype=kind, device=self.data.device)
         for rows, columns, outs, ins in terms:
-            total[rows, columns] += _product(outs, ins)
-        return total
+            found[rows, columns] += _product(outs, ins)
+        if narrow is not None:
+            found[:, self._columns] += narrow
+        return found
 
 
 def _product(outs: list[Tensor], ins: list[Tensor]) -> Tensor:
@@ -234,11 +239,15 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         # the weight's own token is not kept here: it would tie the graph into a circle
         ctx.weight, ctx.stores, ctx.bias = (weight.store, weight.rows, weight.columns), stores, None if bias is None else bias.dtype
-        ctx.save_for_backward(x)
         data, added = weight.data, None if bias is None else bias.to(x.dtype)
-        narrow = weight.store.narrow_part(weight.rows, weight.columns)
+        narrow, top = weight.store.narrow_part(weight.rows, weight.columns), None
+        ctx.gradient = weight.store.gradient if narrow is not None and weight.rows == _ALL else None
         if narrow is not None:
-            y = narrow.forward(quantise(x), x.dtype)
+            rounded = quantise(x)
+            y = narrow.forward(rounded, x.dtype)
+            if ctx.gradient is not None:
+                ctx.gradient.expect(x.shape[0])
+                top = rounded.top
             if stores:
                 _side_by_side(stores, x.shape[0], onto=y)
             elif residual is not None:
@@ -252,21 +261,22 @@ class _Linear(torch.autograd.Function):
         elif residual is not None:
             y = torch.addmm(residual, x, data.t())
         else:
-            return F.linear(x, data, added)
+            y, added = F.linear(x, data, added), None
+        ctx.save_for_backward(x, top)
         return y if added is None else y.add_(added)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), d_y = ctx.saved_tensors, grads[0].contiguous()
+        (x, top), d_y = ctx.saved_tensors, grads[0].contiguous()
         store, rows, columns = ctx.weight
-        narrow = store.narrow_part(rows, columns)
-        if not ctx.needs_input_grad[0]:
-            d_x = None
-        elif narrow is None:
-            d_x = torch.mm(d_y, store.data[rows, columns])
+        narrow, wanted, d_x = store.narrow_part(rows, columns), ctx.needs_input_grad[0], None
+        rounded = quantise(d_y, narrow.factor) if narrow is not None and (wanted or ctx.gradient is not None) else None
+        if wanted:
+            d_x = torch.mm(d_y, store.data[rows, columns]) if narrow is None or rounded is None else narrow.backward(rounded, d_y.dtype)
+        if ctx.gradient is None or rounded is None:
+            store.add(rows, columns, d_y, x)
         else:
-            d_x = narrow.backward(quantise(d_y, narrow.factor), d_y.dtype)
-        store.add(rows, columns, d_y, x)
+            ctx.gradient.add(d_y, x, rounded.top, top)
         if ctx.stores:
             _add_apart(ctx.stores, d_y)
         d_bias = None if ctx.bias is None else d_y.sum(0, dtype=ctx.bias)
