@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.models import kernel_cases as cases
+from tests.models import kernel_cases_fp8 as narrow_cases
 from tests.models.differences import PRUNED, STEPS, WEIGHTS, made_for
 from tests.models.packs import conversation, draft_config, pack, task
 from tests.models.variants import VARIANTS
@@ -87,37 +88,37 @@ def test_heads(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("factor", [False, True])
 @pytest.mark.parametrize("shape", sizes([(3, 37), (1, 4), (0, 8)], [(65, 32000), (301, 12288)]))
 def test_quantise(shape: tuple[int, int], factor: bool, dtype: torch.dtype) -> None:
-    cases.quantise(*shape, dtype, factor=factor)
+    narrow_cases.quantise(*shape, dtype, factor=factor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", sizes([(3, 37), (33, 70), (0, 8)], [(301, 12288), (4032, 32000), (130, 151936)]))
 def test_turn(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    cases.turn(*shape, dtype)
+    narrow_cases.turn(*shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", sizes([(3, 37), (33, 70), (0, 8)], [(301, 12288), (4032, 32000), (130, 151936)]))
 def test_round_both(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    cases.round_both(*shape, dtype)
+    narrow_cases.round_both(*shape, dtype)
 
 
 @pytest.mark.parametrize("shape", sizes([(3, 37), (130, 140), (0, 8)], [(24576, 4096), (32000, 4096), (151936, 4096)]))
 def test_transpose(shape: tuple[int, int]) -> None:
-    cases.transpose(*shape)
+    narrow_cases.transpose(*shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("placed", [False, True])
 @pytest.mark.parametrize("shape", sizes([(1, 5), (7, 24), (0, 8)], [(301, 576), (1000, 4096), (77, 7168)]))
 def test_norm_rounded(shape: tuple[int, int], placed: bool, dtype: torch.dtype) -> None:
-    cases.norm_rounded(*shape, dtype, placed=placed)
+    narrow_cases.norm_rounded(*shape, dtype, placed=placed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", sizes([(1, 3), (5, 24), (0, 8)], [(513, 1536), (257, 12288), (3, 14337)]))
 def test_swiglu_rounded(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    cases.swiglu_rounded(*shape, dtype)
+    narrow_cases.swiglu_rounded(*shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
