@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import torch
 
 from tests.transfer.processes import ROOT, eventually, gone, script
 from torchspec.errors import UserError
-from torchspec.transfer import StoreConfig, StoreError, make_server, mooncake, open_store, segment
+from torchspec.transfer import StoreConfig, StoreError, make_server, mooncake, mooncake_server, open_store, segment
 from torchspec.transfer.mooncake_server import MooncakeServer
 
 START = """
@@ -38,6 +39,15 @@ def server(*, run: str = "r", budget: int = 1 << 20, log_dir: Path | None = None
     return made
 
 
+@pytest.fixture(params=[1, 3], ids=["whole", "in parts"])
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Parts in which the memory is held and clients behind one of ours: as on a small machine, and as on a large one."""
+    monkeypatch.setattr(mooncake, "lanes", lambda most, **machine: request.param)
+    monkeypatch.setattr(mooncake, "_WORTH", 0)
+    monkeypatch.setattr(mooncake_server, "_PART", 1 << 20)
+    return int(request.param)
+
+
 @pytest.fixture
 def master() -> Iterator[tuple[str, int]]:
     """A master of somebody else: its address and process id."""
@@ -47,14 +57,14 @@ def master() -> Iterator[tuple[str, int]]:
     process.wait()
 
 
-def test_full_store_refuses_and_evicts_nothing() -> None:
+def test_full_store_refuses_and_evicts_nothing(parts: int) -> None:
     """Twice the budget offered: the excess is refused with ``full``, and every record taken is there, byte for byte, long after."""
     one = server(budget=32 << 20)
     one.start()
     store = open_store(one.address)
     source, out = store.buffer(1 << 20), store.buffer(1 << 20)
     taken, refused = [], 0
-    for number in range(100):
+    for number in range(160):  # the parts are rounded up
         try:
             store.put([f"r/{number}"], [source.fill_(number)])
             taken.append(number)
@@ -72,7 +82,7 @@ def test_full_store_refuses_and_evicts_nothing() -> None:
     one.close()
 
 
-def test_budget_fits_in_spite_of_fragments() -> None:
+def test_budget_fits_in_spite_of_fragments(parts: int) -> None:
     """Sizes over two decades, deleted out of order, the budget always nearly full: no put fails."""
     budget = 32 << 20
     one = server(budget=budget)
@@ -91,6 +101,82 @@ def test_budget_fits_in_spite_of_fragments() -> None:
     assert all(store.exists([key for key, _ in live]))
     store.close()
     one.close()
+
+
+def test_a_batch_goes_through_every_client_and_keeps_its_order(parts: int) -> None:
+    one = server(budget=64 << 20)
+    one.start()
+    store = open_store(one.address)
+    sizes = [1_000_000 + 7 * i for i in range(20)]
+    source, out = store.buffer(sum(sizes)), store.buffer(sum(sizes))
+    source.copy_(torch.randint(0, 256, (sum(sizes),), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    keys = [f"r/{i}" for i in range(20)]
+    store.put(keys, source.split(sizes))
+    assert store.get(keys, out.split(sizes)) == sizes and torch.equal(source, out)
+    clients = store._clients  # type: ignore[attr-defined]
+    assert len(clients) == parts
+    store.put(keys[:3], source.split(sizes)[3:6])  # as ever: a key is written once
+    out.zero_()
+    assert store.get(keys, out.split(sizes)) == sizes and torch.equal(source, out)
+    store.delete(keys[4:9])
+    with pytest.raises(StoreError) as raised:
+        store.get(keys, out.split(sizes))
+    assert (raised.value.reason, raised.value.key) == ("missing", keys[4])
+    store.release(source)
+    again = store.buffer(3_000_000)
+    again.fill_(9)
+    store.put(["r/a", "r/b"], again.split(1_500_000))
+    assert store.get(["r/a", "r/b"], out[:3_000_000].split(1_500_000)) == [1_500_000] * 2 and out[:3_000_000].eq(9).all()
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        store.get(["r/a"], [out[:10]])
+    one.close()
+
+
+@pytest.mark.parametrize("own_buffer", [True, False], ids=["buffer", "elsewhere"])
+def test_put_that_fails_in_a_batch_is_named_and_the_batch_may_be_put_again(parts: int, own_buffer: bool) -> None:
+    """Keys before the one that failed are written, keys after it may be; what was written is written once."""
+    small = server(budget=1 << 20)
+    small.start()
+    store = open_store(small.address)
+    keys, sizes = ["r/a", "r/b", "r/c"], [1000, 48 << 20, 1000]
+    values = list((store.buffer(sum(sizes)) if own_buffer else torch.empty(sum(sizes), dtype=torch.uint8)).fill_(3).split(sizes))
+    for _ in range(2):
+        with pytest.raises(StoreError) as raised:
+            store.put(keys, values)
+        assert (raised.value.reason, raised.value.key) == ("full", keys[1])
+        assert store.exists(keys)[:2] == [True, False]
+    values[1] = values[1][:2000]
+    values[0].fill_(4)
+    store.put(keys, values)
+    out = torch.empty(3000, dtype=torch.uint8)
+    assert [store.get([key], [out])[0] for key in keys] == [1000, 2000, 1000]
+    store.get(keys[:1], [out])
+    assert out[:1000].eq(3).all()
+    store.close()
+    small.close()
+
+
+def test_more_keys_in_a_call_than_a_connection_takes(parts: int) -> None:
+    one = server(budget=16 << 20)
+    one.start()
+    store = open_store(one.address)
+    source, out = store.buffer(3000 * 64), store.buffer(3000 * 64)
+    source.copy_(torch.arange(3000).view(torch.uint8).repeat(8))
+    keys = [f"r/{i}" for i in range(3000)]
+    store.put(keys, source.split(64))
+    assert store.get(keys, out.split(64)) == [64] * 3000 and torch.equal(source, out)
+    store.close()
+    one.close()
+
+
+def test_shares_of_a_call() -> None:
+    assert mooncake.shared([5, 1, 1, 1, 1, 1], 2) == [[0], [1, 2, 3, 4, 5]]
+    assert mooncake.shared([7], 4) == [[0]]
+    groups = mooncake.shared([3, 9, 2, 8, 4, 4, 1], 3)
+    assert sorted(i for group in groups for i in group) == list(range(7)) and all(group == sorted(group) for group in groups)
+    assert mooncake.lanes(4, protocol="rdma", cores=1) == 1 and mooncake.lanes(4, protocol="tcp", cores=10_000) == 1
+    assert mooncake.lanes(4, protocol="tcp", cores=1) == min(4, len(os.sched_getaffinity(0)))
 
 
 def test_space_of_a_killed_put_comes_back(master: tuple[str, int]) -> None:
@@ -181,7 +267,7 @@ def test_dead_process_is_noticed(victim: int) -> None:
     one.close()
 
 
-def test_given_master_outlives_the_run(master: tuple[str, int]) -> None:
+def test_given_master_outlives_the_run(master: tuple[str, int], parts: int) -> None:
     """Two runs at one master: the end of one removes its records and memory, not the other's."""
     first, second = server(run="one", master=master[0]), server(run="two", master=master[0])
     first.start()
@@ -314,6 +400,26 @@ def test_client_is_quiet() -> None:
     done = subprocess.run([sys.executable, "-c", code, json.dumps(one.address)], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("told\n", "")
     one.close()
+
+
+@pytest.mark.parametrize("chosen", ["", "0"], ids=["ours", "user's"])
+def test_connections_are_kept_unless_the_user_says_otherwise(chosen: str) -> None:
+    """A connection that its client closed keeps a port for a minute (state 06): none does, or one a transfer."""
+    one = server()
+    one.start()
+    code = (
+        "import json, sys\nfrom torchspec.transfer import open_store\nstore = open_store(json.loads(sys.argv[1]))\nvalue = store.buffer(1000)\n"
+        "for i in range(30): store.put([f'r/{i}'], [value])\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in mooncake.SETTINGS} | {"PYTHONPATH": str(ROOT)}
+    if chosen:
+        environment["MC_TCP_ENABLE_CONNECTION_POOL"] = chosen
+    subprocess.run([sys.executable, "-c", code, json.dumps(one.address)], env=environment, check=True)
+    rows = [row.split() for table in ("tcp", "tcp6") for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
+    ended = Counter(int(end.rpartition(":")[2], 16) for row in rows for end in row[1:3] if row[3] == "06")
+    found = sum(count for port, count in ended.items() if segment.listens(one.pids[0], port))
+    one.close()
+    assert found >= 30 if chosen else found < 10, found
 
 
 class _Broken(importlib.abc.MetaPathFinder):

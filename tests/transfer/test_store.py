@@ -137,7 +137,7 @@ def test_empty_value_is_refused(store: Store, new_key: Callable[[], str]) -> Non
 
 
 def test_failed_put_stops_the_batch(store: Store, new_key: Callable[[], str]) -> None:
-    """Keys before the one that failed are written, keys after it are not (a Mooncake batch would write them)."""
+    """Keys before the one that cannot be written are, keys after it are not."""
     keys = [new_key() for _ in range(3)]
     with pytest.raises(StoreError) as raised:
         store.put(keys, [pattern(10), pattern(0), pattern(10)])

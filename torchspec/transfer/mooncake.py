@@ -3,11 +3,16 @@
 Mooncake 0.3.14 as measured, and what is done about it here:
 
 * a put of a key that exists, *or whose first put never ended*, returns 0 and writes nothing: existence is asked after each put;
-* in a batch, keys after a failed one are written all the same: keys are put one by one, as the contract says;
+* in a batch, keys after a failed one are written all the same, as the contract allows;
 * a remove within the read lease answers -706: removal is always forced;
 * a call on a closed client crashes the process: closed clients are refused here;
 * ``setup`` tries a dead master 20 times, 90 s: the port is probed first, and ``setup`` gets one try;
-* protocol rdma without an RDMA device silently becomes TCP: refused.
+* protocol rdma without an RDMA device silently becomes TCP: refused;
+* TCP opens a connection for every transfer, and each closed one keeps a port for a minute: connections are kept;
+* all TCP of a client goes through one thread, 0.3 s of it for every GB, on either side: on a machine with cores to spare, a client of ours
+  has several of Mooncake's and shares the keys of a call among them, and so has the process that holds the memory (``segment.py``);
+* the TCP of a client takes 1024 transfers at once: a call is cut into smaller ones;
+* TCP goes in pieces of 64 KiB, and a CUDA build asks the driver about the memory with each: they are 1 MiB here.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import ctypes
 import functools
 import os
 import socket
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +36,24 @@ if TYPE_CHECKING:
 
 INSTALL_LIBRARIES = "apt-get install -y libibverbs1 librdmacm1 libnuma1"
 INSTALL_WHEEL = "pip install mooncake-transfer-engine-non-cuda (no GPU), mooncake-transfer-engine (CUDA 12) or mooncake-transfer-engine-cuda13"
+
+SETTINGS = {
+    "MC_STORE_CLIENT_METRIC": "0",
+    "MC_STORE_CLIENT_SETUP_RETRIES": "1",
+    "MC_RPC_TIMEOUT_MS": "10000",
+    "MC_TCP_ENABLE_CONNECTION_POOL": "1",
+    "MC_TCP_SLICE_SIZE": str(1 << 20),
+}
+"""Mooncake's environment variables as they are set for every process that uses it, unless they are set already."""
+
+_LANES = 2
+"""Clients of Mooncake's behind one of ours, at most."""
+_CORES = 8
+"""Of the machine, for each of them: a client that waits for a transfer keeps a core busy, and its transport another."""
+_WORTH = 16_000_000
+"""Bytes of a call from which more than one of them is used."""
+_MOST_KEYS = 256
+"""Of one call to Mooncake."""
 
 _CODES = {
     -10: "buffer overflow",
@@ -56,9 +80,8 @@ def load() -> ModuleType:
     Raises:
         UserError: the wheel or a system library is missing; the fix is the line that installs it.
     """
-    os.environ.setdefault("MC_STORE_CLIENT_METRIC", "0")
-    os.environ.setdefault("MC_STORE_CLIENT_SETUP_RETRIES", "1")
-    os.environ.setdefault("MC_RPC_TIMEOUT_MS", "10000")
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         import mooncake.store
     except ModuleNotFoundError as error:
@@ -125,7 +148,7 @@ class MooncakeStore:
     kind = "mooncake"
 
     def __init__(self, address: Address) -> None:
-        self._client: Any = None
+        self._clients: list[Any] = []
         self._buffers: list[Tensor] = []
         self._registered: list[tuple[int, int]] = []  # [start, end) addresses
         self._stage: Tensor | None = None
@@ -137,9 +160,11 @@ class MooncakeStore:
             host = route_to(master_host, master_port)
         except OSError as error:
             raise StoreError("unreachable", "", f"Mooncake master {address['master']}: {error}") from error
-        self._client = connect(
-            host=host, master=address["master"], metadata=address["metadata"], protocol=address["protocol"], rdma_devices=address["rdma_devices"]
+        self._connect = functools.partial(
+            connect, host=host, master=address["master"], metadata=address["metadata"], protocol=address["protocol"], rdma_devices=address["rdma_devices"]
         )
+        self._lanes = lanes(_LANES, protocol=address["protocol"], cores=_CORES)
+        self._clients.append(self._connect())
 
     def buffer(self, nbytes: int, *, device: str = "cpu") -> Tensor:
         """[nbytes] uint8 registered with the transport; page-locked where CUDA is present.
@@ -149,12 +174,12 @@ class MooncakeStore:
         """
         import torch
 
-        client = self._open()
+        self._open()
         pin = device == "cpu" and torch.cuda.is_available()
         tensor = torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pin)
         start = tensor.data_ptr()
         movable = tensor.device.type == "cpu" or _moves_cuda(str(load().__file__))
-        code = client.register_buffer(start, nbytes) if movable else -600
+        code = min(client.register_buffer(start, nbytes) for client in self._clients) if movable else -600
         if code == 0:
             self._registered.append((start, start + nbytes))
         elif tensor.device.type == "cpu":
@@ -163,27 +188,32 @@ class MooncakeStore:
         return tensor
 
     def release(self, buffer: Tensor) -> None:
-        client = self._open()
+        self._open()
         span = (buffer.data_ptr(), buffer.data_ptr() + buffer.numel())
         if span in self._registered:  # memory that the transport refused is not
             self._registered.remove(span)
-            code = client.unregister_buffer(span[0])
+            code = min(client.unregister_buffer(span[0]) for client in self._clients)
             if code != 0:
                 raise StoreError("io", "", f"giving back {buffer.numel()} bytes: {_words(code)}")
         self._buffers = [kept for kept in self._buffers if kept is not buffer]
 
     def put(self, keys: Sequence[str], values: Sequence[Tensor]) -> None:
         client = self._open()
-        for key, value in zip(keys, values, strict=True):
+        for at, (key, value) in enumerate(zip(keys, values, strict=True)):
             if value.numel() == 0:
+                if at:
+                    self.put(keys[:at], values[:at])
                 raise StoreError("io", key, "value is empty")
-            source = value if self._is_registered(value) else self._staged(value.numel())
-            if source is not value:
-                source.copy_(value)
-            else:
-                _wait_for_device(value)
-            (code,) = client.batch_put_from([key], [source.data_ptr()], [value.numel()], self._pinned)
-            _check(code, key)
+            _wait_for_device(value)
+        if all(self._is_registered(value) for value in values):
+            codes = self._move("batch_put_from", keys, values, self._pinned)
+            for key, code in zip(keys, codes, strict=True):
+                _check(code, key)
+        else:
+            for key, value in zip(keys, values, strict=True):
+                source = value if self._is_registered(value) else self._staged(value.numel()).copy_(value)
+                (code,) = client.batch_put_from([key], [source.data_ptr()], [value.numel()], self._pinned)
+                _check(code, key)
         for key, there in zip(keys, client.batch_is_exist(list(keys)), strict=True):
             _check(min(there, 0), key)
             if not there:
@@ -194,10 +224,10 @@ class MooncakeStore:
         for out in outs:
             _wait_for_device(out)
         if all(self._is_registered(out) for out in outs):
-            sizes = client.batch_get_into(list(keys), [out.data_ptr() for out in outs], [out.numel() for out in outs])
+            sizes = self._move("batch_get_into", keys, outs)
             for key, size in zip(keys, sizes, strict=True):
                 _check(size, key)
-            return list(sizes)
+            return sizes
         sizes = []
         for key, out in zip(keys, outs, strict=True):
             stage = out if self._is_registered(out) else self._staged(out.numel())
@@ -207,6 +237,39 @@ class MooncakeStore:
                 out[:size].copy_(stage[:size])
             sizes.append(size)
         return sizes
+
+    def _move(self, method: str, keys: Sequence[str], tensors: Sequence[Tensor], *more: Any) -> list[int]:
+        """Call a batch method of Mooncake's clients, each with its share of the keys; returns their codes in the order of the keys."""
+        shares = [list(range(len(keys)))]
+        if self._lanes > 1 and sum(tensor.numel() for tensor in tensors) >= _WORTH:
+            shares = shared([tensor.numel() for tensor in tensors], self._lanes)
+        while len(self._clients) < len(shares):
+            self._clients.append(self._connect())
+            for start, end in self._registered:
+                _check(self._clients[-1].register_buffer(start, end - start), "")
+        codes = [0] * len(keys)
+        errors: list[BaseException] = []
+
+        def run(client: Any, share: list[int]) -> None:
+            try:
+                for at in range(0, len(share), _MOST_KEYS):
+                    some = share[at : at + _MOST_KEYS]
+                    found = getattr(client, method)([keys[i] for i in some], [tensors[i].data_ptr() for i in some], [tensors[i].numel() for i in some], *more)
+                    for i, code in zip(some, found, strict=True):
+                        codes[i] = code
+            except BaseException as error:
+                errors.append(error)
+
+        # A transfer that never ends keeps its thread for good, which must not keep the process: no pool, whose threads are waited for at exit.
+        threads = [threading.Thread(target=run, args=job, daemon=True) for job in zip(self._clients[1:], shares[1:], strict=False)]
+        for thread in threads:
+            thread.start()
+        run(self._clients[0], shares[0])
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return codes
 
     def exists(self, keys: Sequence[str]) -> list[bool]:
         found = self._open().batch_is_exist(list(keys))
@@ -220,9 +283,9 @@ class MooncakeStore:
                 _check(code, key)
 
     def close(self) -> None:
-        """Takes up to a second, with the interpreter lock held: Mooncake waits for its heartbeat thread."""
-        client, self._client = self._client, None
-        if client is not None:
+        """Takes up to a second for each of Mooncake's clients, with the interpreter lock held: Mooncake waits for a heartbeat thread."""
+        clients, self._clients = self._clients, []
+        for client in clients:
             for start, _ in self._registered:
                 client.unregister_buffer(start)
             client.close()
@@ -231,9 +294,9 @@ class MooncakeStore:
         self._stage = None
 
     def _open(self) -> Any:
-        if self._client is None:
+        if not self._clients:
             raise StoreError("unreachable", "", "this client is closed")
-        return self._client
+        return self._clients[0]
 
     def _is_registered(self, tensor: Tensor) -> bool:
         start = tensor.data_ptr()
@@ -246,6 +309,28 @@ class MooncakeStore:
                 self.release(self._stage)
             self._stage = self.buffer(max(1 << 20, 1 << (nbytes - 1).bit_length()))
         return self._stage[:nbytes]
+
+
+def lanes(most: int, *, protocol: str, cores: int) -> int:
+    """Clients of Mooncake's to move bytes with side by side on this machine.
+
+    Args:
+        most: at most.
+        protocol: over RDMA one does.
+        cores: of the machine for each.
+    """
+    return max(1, min(most, len(os.sched_getaffinity(0)) // cores)) if protocol == "tcp" else 1
+
+
+def shared(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Positions of ``sizes`` in up to ``most`` groups of about the same sum; none is empty, and positions ascend in each."""
+    groups: list[list[int]] = [[] for _ in range(min(most, len(sizes)))]
+    sums = [0] * len(groups)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        least = sums.index(min(sums))
+        groups[least].append(i)
+        sums[least] += sizes[i]
+    return [sorted(group) for group in groups]
 
 
 @functools.cache

@@ -41,7 +41,9 @@ class SegmentJob:
     host: str
     """Address under which others reach this host."""
     nbytes: int
-    """Memory to contribute."""
+    """Memory of each part."""
+    parts: int
+    """Clients of Mooncake's, each of which holds as much memory and moves what comes and goes there in a thread of its own."""
     protocol: str
     rdma_devices: str
     master: str | None
@@ -62,16 +64,17 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the whole foreground group; the owner decides when we end
     status = 1
     master: subprocess.Popen[bytes] | None = None
-    client: Any = None
+    clients: list[Any] = []
     try:
         mooncake.load()
         address = job.master
         if address is None:
             master, port = start_master(job.host)
             address = f"{job.host}:{port}"
-        client = mooncake.connect(
-            host=job.host, master=address, metadata=job.metadata, protocol=job.protocol, rdma_devices=job.rdma_devices, segment=job.nbytes
-        )
+        for _ in range(job.parts):
+            clients.append(
+                mooncake.connect(host=job.host, master=address, metadata=job.metadata, protocol=job.protocol, rdma_devices=job.rdma_devices, segment=job.nbytes)
+            )
         _say(master=address, master_pid=master.pid if master else None)
         status = _watch(master, address, wake)
     except UserError as error:
@@ -79,14 +82,15 @@ def main() -> NoReturn:
     except Exception as error:
         traceback.print_exc()
         _say(error=str(error) or type(error).__name__)
-    if client is not None and job.master is not None and status == 0:  # else nobody answers
-        client.remove_by_regex(f"^{re.escape(job.run)}/.*", True)
-        client.close()
+    if clients and job.master is not None and status == 0:  # else nobody answers
+        clients[0].remove_by_regex(f"^{re.escape(job.run)}/.*", True)
+        for client in clients:
+            client.close()
     if master is not None:
         master.kill()  # it keeps nothing: no need to ask
         master.wait()
     sys.stderr.flush()
-    os._exit(status)  # while ``client`` is referenced: its destructor would wait seconds for a master that is gone
+    os._exit(status)  # while ``clients`` are referenced: their destructors would wait seconds for a master that is gone
 
 
 def _say(**words: Any) -> None:

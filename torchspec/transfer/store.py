@@ -82,7 +82,7 @@ class Store(Protocol):
         of the same key may be refused as ``io``, so a new attempt takes a new key.
 
         Raises:
-            StoreError: the first key that failed; keys before it are written, keys after it are not.
+            StoreError: the first key that failed; keys before it are written, keys after it may be.
         """
         ...
 
