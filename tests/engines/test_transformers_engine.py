@@ -177,10 +177,15 @@ class _Faulty:
         return getattr(self.store, name)
 
 
+def _make_faulty(writer: RecordWriter, faults: list[StoreError]) -> None:
+    for hand in writer._hands:
+        hand.store = _Faulty(hand.store, faults)  # type: ignore[assignment]
+
+
 def test_a_full_store_is_waited_for(target: Path, server: StoreServer) -> None:
     engine = engine_for(target, server)
     assert engine._writer is not None
-    engine._writer._store = _Faulty(engine._writer._store, [StoreError("full", "k", "no room")] * 2)  # type: ignore[assignment]
+    _make_faulty(engine._writer, [StoreError("full", "k", "no room")] * 2)
     finished, failed = work_off(engine, leases_of([[1, 2], [3]]))
     assert len(finished) == 2 and not failed
     engine.close()
@@ -189,7 +194,7 @@ def test_a_full_store_is_waited_for(target: Path, server: StoreServer) -> None:
 def test_a_put_that_fails_costs_only_its_own_record(target: Path, server: StoreServer) -> None:
     engine = engine_for(target, server)
     assert engine._writer is not None
-    engine._writer._store = _Faulty(engine._writer._store, [StoreError("io", "k", "bad"), StoreError("io", "k", "bad again")])  # type: ignore[assignment]
+    _make_faulty(engine._writer, [StoreError("io", "k", "bad"), StoreError("io", "k", "bad again")])
     finished, failed = work_off(engine, leases_of([[1, 2], [3]]))
     assert [f.lease for f in finished] == [1]
     assert [(f.lease, f.retry) for f in failed] == [(0, True)] and "bad again" in failed[0].reason
@@ -240,4 +245,4 @@ def test_the_writer_ends_with_what_it_was_given(target: Path, server: StoreServe
     assert writer.results(0.0) == []
     writer.close()
     writer.close()
-    assert not writer._thread.is_alive()
+    assert not [hand for hand in writer._hands if hand.thread.is_alive()]

@@ -1,8 +1,8 @@
-"""Writes the records of finished batches in a thread of its own, so that the target computes the next batch meanwhile.
+"""Writes the records of finished batches in threads of its own, so that the target computes the next batch meanwhile.
 
-The thread copies states from the device into a registered buffer of the store (on CUDA: on a stream of its own), seals the records and puts them. A batch
-whose put fails is put again record by record, so that one bad record does not take its neighbours along. No error ends the thread: each becomes the failure of
-the leases that it concerns.
+A thread copies states from the device into a registered buffer of the store (on CUDA: on a stream of its own), seals the records and puts them. There are two,
+each with a buffer and a client of the store, so that one copies and seals while the other puts. A batch whose put fails is put again record by record, so that
+one bad record does not take its neighbours along. No error ends a thread: each becomes the failure of the leases that it concerns.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ log = logging.getLogger(__name__)
 _FULL_WAIT = 60.0
 """Seconds to wait for room in a store that is full although credit should prevent that; of a batch, all in all."""
 _HANDOFF = 2e-4
-"""Seconds after which a thread that asks for the interpreter gets it. A record is written in a few short calls that give the interpreter up; a busy thread
-beside them (the target's) gives it back after 5 ms by default, for each, which is longer than the writing of a record of some MB."""
+"""Seconds after which a thread that asks for the interpreter gets it. A record is written, and read, in a few short calls that give the interpreter up; a
+busy thread beside them (the target's, or the training step's) gives it back after 5 ms by default, for each, which is longer than the writing of a record of
+some MB."""
 _ENDS = 5.0
-"""Seconds for the thread to look up, and again to end."""
+"""Seconds for a thread to look up, and again to end."""
+_HANDS = 2
+"""Threads."""
 
 
 def quick_handoffs() -> None:
-    """For this process: threads that write records wait less for the interpreter."""
+    """For this process: threads that write or read records wait less for the interpreter."""
     sys.setswitchinterval(min(sys.getswitchinterval(), _HANDOFF))
 
 
@@ -60,6 +63,12 @@ class Written:
     finished: list[Finished] = field(default_factory=list)
     failed: list[Failed] = field(default_factory=list)
     seconds: float = 0.0
+    """Of copying, sealing and putting, without the wait for the device to have computed; divided by the number of threads, so that the sum over
+    batches is the time in which all of them were busy."""
+
+
+_Jobs = queue.Queue[tuple[Captured, Any] | None]
+"""Batches with the CUDA event after which their states are there (None on a CPU); None ends the thread that takes it."""
 
 
 class RecordWriter:
@@ -70,33 +79,31 @@ class RecordWriter:
         spec: of the records.
         producer: engine and version, for the manifest.
         device: of the states.
+        hands: threads.
 
     Raises:
         StoreError: the store cannot be reached.
     """
 
-    def __init__(self, address: Address, spec: RecordSpec, *, producer: str, device: str) -> None:
+    def __init__(self, address: Address, spec: RecordSpec, *, producer: str, device: str, hands: int = _HANDS) -> None:
         quick_handoffs()
-        self._store = open_store(address)
-        self._spec = spec
-        self._producer = producer
-        self._stream: Any = torch.cuda.Stream(device) if device != "cpu" else None
-        self._buffer: Tensor | None = None
-        self._jobs: queue.Queue[tuple[Captured, Any] | None] = queue.Queue(maxsize=1)
+        self._cuda = device != "cpu"
+        self._jobs: _Jobs = queue.Queue(maxsize=1)
         self._results: queue.SimpleQueue[Written] = queue.SimpleQueue()
         self.in_flight = 0
         """Batches given and not yet taken back as results."""
-        self._thread = threading.Thread(target=self._run, name="record-writer", daemon=True)
-        self._thread.start()
+        self._hands = [_Hand(open_store(address), spec, producer, device, self._jobs, self._results, hands) for _ in range(hands)]
+        for hand in self._hands:
+            hand.thread.start()
 
     def write(self, batch: Captured) -> None:
         """Takes a batch; waits while another one is waiting."""
         self.in_flight += 1
-        ready = torch.cuda.current_stream().record_event() if self._stream is not None else None
+        ready = torch.cuda.current_stream().record_event() if self._cuda else None
         self._jobs.put((batch, ready))
 
     def results(self, timeout: float) -> list[Written]:
-        """What has been written; waits up to ``timeout`` seconds for the first one when any is in flight."""
+        """What has been written, in the order in which it was; waits up to ``timeout`` seconds for the first one when any is in flight."""
         found: list[Written] = []
         try:
             while len(found) < self.in_flight:
@@ -107,16 +114,37 @@ class RecordWriter:
         return found
 
     def close(self) -> None:
-        """Finish what is in the queue and end; a put that does not return is left behind, and the client with it. Idempotent."""
-        if self._thread.is_alive():
-            with suppress(queue.Full):
+        """Finish what is in the queue and end; a put that does not return is left behind, and its client with it. Idempotent."""
+        with suppress(queue.Full):
+            for _ in [hand for hand in self._hands if hand.thread.is_alive()]:
                 self._jobs.put(None, timeout=_ENDS)
-            self._thread.join(_ENDS)
-        if self._thread.is_alive():
+        deadline = time.monotonic() + _ENDS
+        for hand in self._hands:
+            hand.close(deadline)
+
+
+class _Hand:
+    """One of the writer's threads, with its client of the store and its buffer."""
+
+    def __init__(self, store: Store, spec: RecordSpec, producer: str, device: str, jobs: _Jobs, results: queue.SimpleQueue[Written], hands: int) -> None:
+        self.store = store
+        self._spec = spec
+        self._producer = producer
+        self._stream: Any = torch.cuda.Stream(device) if device != "cpu" else None
+        self._buffer: Tensor | None = None
+        self._jobs = jobs
+        self._results = results
+        self._hands = hands
+        self.thread = threading.Thread(target=self._run, name="record-writer", daemon=True)
+
+    def close(self, deadline: float) -> None:
+        """Close the client once the thread has ended; by ``deadline`` (monotonic clock) it is left behind."""
+        self.thread.join(max(0.0, deadline - time.monotonic()))
+        if self.thread.is_alive():
             log.warning("the store does not take the last records: they are left behind")
             return
         self._buffer = None
-        self._store.close()
+        self.store.close()
 
     # -- in the thread
 
@@ -128,12 +156,13 @@ class RecordWriter:
                 started = time.monotonic()
                 try:
                     if ready is not None:
-                        self._stream.wait_event(ready)
+                        ready.synchronize()
+                        started = time.monotonic()
                     written = self._write(batch)
                 except Exception as error:  # of whatever kind: it is these records' failure, and the next batch is written
                     log.exception("%d records were not written", len(batch.leases))
                     written = Written(failed=[Failed(lease.id, one_line(error)) for lease in batch.leases])
-                written.seconds = time.monotonic() - started
+                written.seconds = (time.monotonic() - started) / self._hands
                 self._results.put(written)
                 del job, batch
 
@@ -142,14 +171,14 @@ class RecordWriter:
         done = [Finished(lease.id, value.numel(), ids.numel()) for lease, value, ids in zip(batch.leases, values, batch.ids, strict=True)]
         deadline = time.monotonic() + _FULL_WAIT
         try:
-            put_when_room(self._store, [lease.key for lease in batch.leases], values, deadline=deadline)
+            put_when_room(self.store, [lease.key for lease in batch.leases], values, deadline=deadline)
             return Written(finished=done)
         except Exception as error:
             log.warning("put of %d records failed (%s): one by one", len(values), one_line(error))
         written = Written()
         for lease, value, result in zip(batch.leases, values, done, strict=True):
             try:
-                put_when_room(self._store, [lease.key], [value], deadline=deadline)
+                put_when_room(self.store, [lease.key], [value], deadline=deadline)
                 written.finished.append(result)
             except Exception as error:
                 written.failed.append(Failed(lease.id, one_line(error)))
@@ -163,8 +192,8 @@ class RecordWriter:
             if outgrown is not None:
                 if self._stream is not None:
                     self._stream.synchronize()  # a batch that failed half-way may be on its way into it
-                self._store.release(outgrown)
-            self._buffer = self._store.buffer(sum(sizes) * 5 // 4)
+                self.store.release(outgrown)
+            self._buffer = self.store.buffer(sum(sizes) * 5 // 4)
         slots = list(torch.split(self._buffer[: sum(sizes)], sizes))
         for row, (slot, ids) in enumerate(zip(slots, batch.ids, strict=True)):
             n = ids.numel()
