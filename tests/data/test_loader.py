@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import threading
 import time
 import types
@@ -194,6 +195,16 @@ def test_a_rank_gets_its_packs_in_plan_order_with_the_right_states(world: World)
     assert world.coordinator.opened == [("train", 7, 4, len(world.plan), 0, 2, 0), ("train", 7, 4, len(world.plan), 1, 2, 0)]
     assert sorted(world.coordinator.acknowledged) == list(range(4, len(world.plan))) and not world.coordinator.alive
     assert world.coordinator.closed == [("train", 7)] * 2 and not threads()
+
+
+def test_a_busy_thread_of_the_trainer_gives_the_interpreter_up_quickly(world: World) -> None:
+    before = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(0.005)
+        next(iter(world.loader()))
+        assert sys.getswitchinterval() <= 2.1e-4
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_what_is_submitted_stays_inside_the_window(world: World) -> None:

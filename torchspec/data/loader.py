@@ -21,6 +21,7 @@ from torchspec.agreement import Vote
 from torchspec.batch import PackedBatch
 from torchspec.data.fetcher import SLICE, Channel, Fetcher, Link, LoaderConfig, LoaderStats, Pass
 from torchspec.data.staging import Staged
+from torchspec.engines.record_writer import quick_handoffs
 from torchspec.errors import GroupStopped
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class PackStream:
         fetcher = Fetcher(self._config, self._link, what, self._stats, self._channel)
         self._left = len(fetcher.mine)
         if self._left:
+            quick_handoffs()
             self._thread = threading.Thread(target=fetcher.run, name=f"{self._config.stage}-loader", daemon=True)
             self._thread.start()
         return self._left > 0
