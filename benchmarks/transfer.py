@@ -2,9 +2,11 @@
 
     python benchmarks/transfer.py --kinds shm mooncake --sizes 1 7 64 --writers 1 2 4 --seconds 1
 
-Prints one JSON line a case. A rate is 10^9 bytes a second over all processes: what they moved, divided by the time from the first one's
-start to the last one's end. (Adding up each one's own rate would flatter processes that take turns.) A put includes the deletion of the
-record it replaces, as in a run. Records are of one size, moved out of and into buffers of the store that exist and were touched before.
+Prints one JSON line a case: records put and got one by one; ``pack``, in which a call takes all that a process has (``--pack``); and ``both``, in which a
+second client of the process gets a pack over and over while the first puts one, as engines and trainers do. A rate is 10^9 bytes a second over all
+processes: what they moved, divided by the time from the first one's start to the last one's end. (Adding up each one's own rate would flatter processes that
+take turns.) A put includes the deletion of the record it replaces, as in a run. Records are of one size, moved out of and into buffers of the store that exist
+and were touched before. ``taskset -c 0-3`` in front shows what Mooncake does with one thread on each side (on fewer than 8 cores it has no more).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -24,20 +27,21 @@ sys.path.insert(0, str(ROOT))
 from torchspec.transfer import StoreConfig, make_server, open_store  # noqa: E402
 
 MB = 1_000_000
-ROUND = 64 * MB
-"""Bytes that a process has in the store at most."""
+ACTIONS = ("memcpy", "put", "get", "pack_put", "pack_get", "both")
 
 
-def work(address: dict[str, Any], name: str, nbytes: int, seconds: float) -> None:
-    """One process: for each of copy, put, get, wait for a line on stdin, move records for ``seconds``, say bytes, start and end."""
+def work(address: dict[str, Any], name: str, nbytes: int, pack: int, seconds: float) -> None:
+    """One process: for each action, wait for a line on stdin, move records for ``seconds``, say bytes, start and end."""
     import torch
 
     torch.set_num_threads(1)
-    store = open_store(address)
-    count = max(1, ROUND // nbytes)
+    store, reader = open_store(address), open_store(address)
+    count = max(1, pack // nbytes)
     source, sink = store.buffer(count * nbytes), store.buffer(count * nbytes)
+    read = reader.buffer(count * nbytes)
     source.random_(0, 256)
     sink.zero_()
+    read.zero_()
     parts = [slice(i * nbytes, (i + 1) * nbytes) for i in range(count)]
     keys = [f"{name}/{i}" for i in range(count)]
 
@@ -53,31 +57,50 @@ def work(address: dict[str, Any], name: str, nbytes: int, seconds: float) -> Non
         for key, part in zip(keys, parts, strict=True):
             store.get([key], [sink[part]])
 
+    def pack_put() -> None:
+        store.put(keys, [source[part] for part in parts])
+
+    def pack_get() -> None:
+        store.get(keys, [sink[part] for part in parts])
+
+    other = [f"{key}/read" for key in keys]
+    got = [0]
+
+    def get_until(end: float) -> None:
+        while time.monotonic() < end:
+            reader.get(other, [read[part] for part in parts])
+            got[0] += count * nbytes
+
     put()  # warm: connections, and pages of the store
-    for action in (copy, put, get):
+    store.put(other, [source[part] for part in parts])
+    for name, action in zip(ACTIONS, (copy, put, get, pack_put, pack_get, pack_put), strict=True):
         print("ready", flush=True)
         input()
-        moved, began = 0, time.monotonic()  # one clock for all processes of the host
+        moved, got[0], began = 0, 0, time.monotonic()  # one clock for all processes of the host
+        beside = threading.Thread(target=get_until, args=(began + seconds if name == "both" else 0.0,))
+        beside.start()
         while time.monotonic() < began + seconds:
-            if action is put:
+            if action in (put, pack_put):
                 store.delete(keys)
             action()
             moved += count * nbytes
-        print(json.dumps([moved, began, time.monotonic()]), flush=True)
+        beside.join()
+        print(json.dumps([moved + got[0], began, time.monotonic()]), flush=True)
     store.close()
+    reader.close()
 
 
-def measure(kind: Any, nbytes: int, writers: int, seconds: float) -> dict[str, Any]:
+def measure(kind: Any, nbytes: int, writers: int, pack: int, seconds: float) -> dict[str, Any]:
     """One case."""
-    server = make_server(StoreConfig(kind=kind), run=f"bench-{os.getpid()}", budget=2 * writers * max(ROUND, nbytes))
+    server = make_server(StoreConfig(kind=kind), run=f"bench-{os.getpid()}", budget=max(4 << 30, 3 * writers * max(pack, nbytes)))
     server.start()
     processes: list[subprocess.Popen[str]] = []
     try:
         for number in range(writers):
-            arguments = json.dumps([server.address, f"bench/{number}", nbytes, seconds])
+            arguments = json.dumps([server.address, f"bench/{number}", nbytes, pack, seconds])
             processes.append(subprocess.Popen([sys.executable, __file__, "--worker", arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         rates = {}
-        for action in ("memcpy", "put", "get"):
+        for action in ACTIONS:
             for process in processes:
                 _line(process.stdout)
             for process in processes:
@@ -109,6 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", default=["shm", "mooncake"], choices=["shm", "mooncake"])
     parser.add_argument("--sizes", nargs="+", type=float, default=[1, 7, 64], help="record sizes, 10^6 bytes")
+    parser.add_argument("--pack", type=float, default=64, help="what a process has in the store, 10^6 bytes")
     parser.add_argument("--writers", nargs="+", type=int, default=[1, 2, 4], help="processes at once")
     parser.add_argument("--seconds", type=float, default=1.0, help="time of each measurement")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -119,7 +143,7 @@ def main() -> None:
     for kind in arguments.kinds:
         for size in arguments.sizes:
             for writers in arguments.writers:
-                print(json.dumps(measure(kind, int(size * MB), writers, arguments.seconds)), flush=True)
+                print(json.dumps(measure(kind, int(size * MB), writers, int(arguments.pack * MB), arguments.seconds)), flush=True)
 
 
 if __name__ == "__main__":
