@@ -32,6 +32,7 @@ from torchspec.errors import UserError
 from torchspec.target import TargetConfig
 from torchspec.transfer import StoreServer, open_store
 from torchspec.transfer.spec import RecordSpec
+from torchspec.transfer.store import StoreError
 
 LAYERS, BLOCK, HIDDEN = 3, 8, 16
 SPEC = RecordSpec(target="t", tokenizer="", aux_layers=(1, 2), hidden_size=HIDDEN, dtype="float32")
@@ -152,6 +153,47 @@ def test_a_capture_that_cannot_be_read_is_reported_and_the_next_one_is_written(s
     assert sink.copy(capture_of("good", 9, [5]), cache) is not None
     bad, good = inbox.wait(2)
     assert "1 blocks of 8 tokens for 19 states" in bad.error and good.error == ""
+    sink.close()
+
+
+def test_records_that_wait_are_put_in_one_call_and_a_bad_one_takes_no_neighbour_along(
+    server: StoreServer, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = HiddenStateCache(torch.randn(10, LAYERS, BLOCK, HIDDEN), layers=LAYERS, block_size=BLOCK)
+    sink = make_sink(server.address, inbox)
+    assert sink._store is not None
+    put, calls, begun, go_on = sink._store.put, list[list[str]](), threading.Event(), threading.Event()
+
+    def watched(keys: list[str], values: list[torch.Tensor]) -> None:
+        calls.append(list(keys))
+        begun.set()
+        assert go_on.wait(20)
+        if "poison" in keys:
+            raise StoreError("io", "poison", "no")
+        put(keys, values)
+
+    monkeypatch.setattr(sink._store, "put", watched)
+    sink.copy(capture_of("first", 9, [5]), cache)
+    assert begun.wait(10)
+    for key in ("a", "b", "c"):
+        sink.copy(capture_of(key, 9, [5]), cache)
+    go_on.set()
+    assert [(report.key, report.error) for report in inbox.wait(4)] == [(key, "") for key in ("first", "a", "b", "c")]
+    assert calls == [["first"], ["a", "b", "c"]]
+    begun.clear(), go_on.clear(), calls.clear()
+    sink.copy(capture_of("second", 9, [5]), cache)
+    assert begun.wait(10)
+    for key in ("d", "poison", "e"):
+        sink.copy(capture_of(key, 9, [5]), cache)
+    sink.copy(capture_of("bad", 20, [5]), cache)  # fewer blocks than states
+    go_on.set()
+    reports = {report.key: report.error for report in inbox.wait(9)[4:]}
+    assert list(reports) == ["second", "d", "poison", "e", "bad"] and [bool(error) for error in reports.values()] == [False, False, True, False, True]
+    assert calls == [["second"], ["d", "poison", "e"], ["d"], ["poison"], ["e"]]
+    store = open_store(server.address)
+    for key in ("a", "b", "c", "d", "e"):
+        assert torch.equal(read_record(store, key, SPEC.layout(9, 8).total, SPEC).aux, cache.read([5], 8)[:, :2].flatten(1))
+    store.close()
     sink.close()
 
 

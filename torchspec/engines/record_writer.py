@@ -169,7 +169,7 @@ class _Hand:
     def _write(self, batch: Captured) -> Written:
         values = self._fill(batch)
         done = [Finished(lease.id, value.numel(), ids.numel()) for lease, value, ids in zip(batch.leases, values, batch.ids, strict=True)]
-        deadline = time.monotonic() + _FULL_WAIT
+        deadline = room_deadline()
         try:
             put_when_room(self.store, [lease.key for lease in batch.leases], values, deadline=deadline)
             return Written(finished=done)
@@ -206,6 +206,11 @@ class _Hand:
         return [seal(slot, self._spec, ids.numel(), ids.numel(), producer=self._producer) for slot, ids in zip(slots, batch.ids, strict=True)]
 
 
+def room_deadline() -> float:
+    """Until when (monotonic clock) a batch that is about to be put waits for room."""
+    return time.monotonic() + _FULL_WAIT
+
+
 def put_when_room(store: Store, keys: Sequence[str], values: Sequence[Tensor], *, deadline: float | None = None) -> None:
     """Put; a full store is waited for.
 
@@ -217,7 +222,7 @@ def put_when_room(store: Store, keys: Sequence[str], values: Sequence[Tensor], *
         StoreError: as of :meth:`Store.put`; ``full`` at the deadline.
     """
     if deadline is None:
-        deadline = time.monotonic() + _FULL_WAIT
+        deadline = room_deadline()
     delay = 0.05
     while True:
         try:

@@ -1,8 +1,8 @@
 """Records on their way from vLLM's cache to the store, and word of them back to the engine.
 
 A sink belongs to one destination (store, record spec, engine). The model runner's thread copies states into a registered ring of memory (on CUDA on a stream of
-its own, so that the next forward goes on); a thread of the sink seals and puts them in order and reports each one. Whatever goes wrong with a
-record is reported as that record's failure; nothing here raises into vLLM.
+its own, so that the next forward goes on); a thread of the sink seals them in order, puts those that wait in one call, and reports each one. Whatever goes
+wrong with a record is reported as that record's failure; nothing here raises into vLLM.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from torchspec.engines.connection import BadFrame, Closed, Connection
 from torchspec.engines.greeting import prove
 from torchspec.engines.messages import Challenge, Stop
-from torchspec.engines.record_writer import one_line, put_when_room, quick_handoffs
+from torchspec.engines.record_writer import one_line, put_when_room, quick_handoffs, room_deadline
 from torchspec.engines.vllm.cache import HiddenStateCache
 from torchspec.engines.vllm.orders import REPORTER, Destination, Introduce, Wrote
 from torchspec.transfer import open_store
@@ -196,27 +196,73 @@ class Sink:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while (copy := self._copies.get()) is not None:
-            started = time.monotonic()
+        going = True
+        while going:
+            copies, going = self._waiting()
+            self._write(copies)
+        self._reports.close()
+        if self._store is not None:
+            self._store.close()
+
+    def _waiting(self) -> tuple[list[_Copy], bool]:
+        """The oldest copies, about half of the ring at most (waits for the first one), and whether more may come."""
+        copies: list[_Copy] = []
+        room = self._ring.capacity // 2
+        while room > 0:
+            try:
+                copy = self._copies.get(block=not copies)
+            except queue.Empty:
+                break
+            if copy is None:
+                return copies, False
+            copies.append(copy)
+            room -= copy.record.numel()
+        return copies, True
+
+    def _write(self, copies: list[_Copy]) -> None:
+        """Put records in one call, one by one where that fails, and report each."""
+        since, deadline = time.monotonic(), room_deadline()
+        sealed = [self._sealed(copy) for copy in copies]
+        good = [(copy.capture.key, value) for copy, value in zip(copies, sealed, strict=True) if isinstance(value, Tensor)]
+        together = False
+        if len(good) > 1:
+            try:
+                put_when_room(self._opened(), [key for key, _ in good], [value for _, value in good], deadline=deadline)
+                together = True
+            except Exception as error:
+                log.warning("put of %d records failed (%s): one by one", len(good), one_line(error))
+        for copy, value in zip(copies, sealed, strict=True):
             capture = copy.capture
             try:
-                if copy.error or self.broken:
-                    raise RuntimeError(copy.error or "the engine that ordered it is gone")
-                if copy.done is not None:
-                    copy.done.synchronize()
-                assert self._store is not None
-                sealed = seal(copy.record, self.spec, len(capture.ids), capture.rows, producer=self._producer)
-                put_when_room(self._store, [capture.key], [sealed])
-                report = Wrote(key=capture.key, nbytes=sealed.numel(), rows=capture.rows, seconds=copy.seconds + time.monotonic() - started)
+                if isinstance(value, str):
+                    raise RuntimeError(value)
+                if not together:
+                    put_when_room(self._opened(), [capture.key], [value], deadline=deadline)
+                now = time.monotonic()
+                report = Wrote(key=capture.key, nbytes=value.numel(), rows=capture.rows, seconds=copy.seconds + now - since)
+                since = now
             except Exception as error:  # of whatever kind: it is this record's failure, and vLLM goes on
                 log.warning("record %s was not written: %s", capture.key, error)
                 report = Wrote(key=capture.key, error=one_line(error))
             with self._lock:
                 self._ring.free_oldest()
             self._report(report)
-        self._reports.close()
-        if self._store is not None:
-            self._store.close()
+
+    def _sealed(self, copy: _Copy) -> Tensor | str:
+        """The record once its states are there, or why there is none."""
+        capture = copy.capture
+        if copy.error or self.broken:
+            return copy.error or "the engine that ordered it is gone"
+        try:
+            if copy.done is not None:
+                copy.done.synchronize()
+            return seal(copy.record, self.spec, len(capture.ids), capture.rows, producer=self._producer)
+        except Exception as error:
+            return one_line(error)
+
+    def _opened(self) -> Store:
+        assert self._store is not None
+        return self._store
 
     def _report(self, report: Wrote) -> None:
         try:
