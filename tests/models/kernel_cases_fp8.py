@@ -5,8 +5,16 @@ from __future__ import annotations
 import torch
 
 from tests.models.kernel_cases import DEVICE, make, same
-from torchspec.models.fp8 import Rounded
+from torchspec.models.fp8 import SMALLEST, Rounded
 from torchspec.models.fp8 import quantise as quantise_in_torch
+
+
+def faint(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with a first row of zeros and two whose scales would leave fp32 (in fp16 zeros as well)."""
+    x[:1] = 0
+    x[1:2] = 1e-40
+    x[2:3] *= 1e-33
+    return x
 
 
 def same_rounding(ours: Rounded, exact: Rounded) -> None:
@@ -24,16 +32,14 @@ def same_rounding(ours: Rounded, exact: Rounded) -> None:
 def quantise(rows: int, width: int, dtype: torch.dtype, *, factor: bool) -> None:
     from torchspec.models.kernels import fp8 as kernel
 
-    x = make(rows, width, dtype=dtype, seed=1)
-    x[:1] = 0
+    x = faint(make(rows, width, dtype=dtype, seed=1))
     by = make(width, dtype=torch.float32, seed=2) if factor else None
     ours = kernel.quantise(x, by)
     exact = x.double() if by is None else x.double() * by.double()
     assert torch.isfinite(ours.data.float()).all() and (ours.scale > 0).all()
     step = exact.abs() / 16 + ours.scale.double() / 512  # half a step of three mantissa bits, or of the smallest number
     assert ((ours.data.double() * ours.scale.double() - exact).abs() <= step * 1.01).all()
-    if rows > 1:
-        assert ours.data[1:].float().abs().amax(-1).eq(448).all()
+    assert ours.data[:3].float().eq(0).all() and ours.data[3:].float().abs().amax(-1).eq(448).all()
     if DEVICE.type == "cpu":
         same_rounding(ours, quantise_in_torch(x, by))
 
@@ -42,10 +48,10 @@ def turn(rows: int, width: int, dtype: torch.dtype) -> None:
     """Both ways of scaling, into both 8-bit types, at a place inside a longer row; more than the type's largest number saturates, NaN is seen."""
     from torchspec.models.kernels import fp8 as kernel
 
-    x = make(rows, width, dtype=dtype, seed=1, scale=3.0)
-    x[:1] = 0
+    x = faint(make(rows, width, dtype=dtype, seed=1, scale=3.0))
     top, padded = x.float().abs().amax(1) if rows else x.new_empty(0, dtype=torch.float32), -(-rows // 16) * 16
     other = make(rows, dtype=torch.float32, seed=2).abs() + 0.1
+    other[2:3] = 1e-40
     for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
         most = torch.finfo(kind).max
         for common in (None, torch.tensor(float(other.amax()) / most if rows else 1.0, device=DEVICE), torch.tensor(1e-6, device=DEVICE)):
@@ -53,7 +59,7 @@ def turn(rows: int, width: int, dtype: torch.dtype) -> None:
             kernel.turn(x, top if common is None else other, whole[:, 16 : 16 + padded], limit=most, common=common)
             ours = whole.float()
             assert (ours[:, :16] == 1.5).all() and (ours[:, 16 + padded :] == 1.5).all() and (ours[:, 16 + rows : 16 + padded] == 0).all()
-            by = torch.where(top > 0, most / top, 0.0) if common is None else other / most / common
+            by = torch.where(top > SMALLEST, most / top, 0.0) if common is None else torch.where(other > SMALLEST, other / most / common, 0.0)
             exact = (x.double() * by.double()[:, None]).clamp(-most, most).t()
             half = 2.0 ** (-4 if kind == torch.float8_e4m3fn else -3)
             tiny = 2.0 ** (-10 if kind == torch.float8_e4m3fn else -17)
@@ -67,14 +73,14 @@ def turn(rows: int, width: int, dtype: torch.dtype) -> None:
 def round_both(rows: int, width: int, dtype: torch.dtype) -> None:
     from torchspec.models.kernels import fp8 as kernel
 
-    x, factor = make(rows, width, dtype=dtype, seed=1), make(width, dtype=torch.float32, seed=2).abs() + 0.01
-    x[:1] = 0
+    x, factor = faint(make(rows, width, dtype=dtype, seed=1)), make(width, dtype=torch.float32, seed=2).abs() + 0.01
     expected = kernel.quantise(x, factor)
     whole = torch.zeros(width, 16 + -(-rows // 16) * 16, device=DEVICE).to(torch.float8_e5m2)
     wanted = whole.clone()
     kernel.turn(x, expected.top, wanted[:, 16:], limit=torch.finfo(whole.dtype).max, common=None)
     same_rounding(kernel.round_both(x, factor, expected.scale, expected.top, whole[:, 16:]), expected)
     assert (whole.view(torch.uint8) != wanted.view(torch.uint8)).float().mean() <= (0.0 if DEVICE.type == "cpu" else 1e-3)
+    assert torch.isfinite(whole.float()).all()
     torch.testing.assert_close(whole.float(), wanted.float(), rtol=0.26, atol=2.0**-16)
 
 
@@ -108,7 +114,7 @@ def swiglu_rounded(rows: int, width: int, dtype: torch.dtype) -> None:
     from torchspec.models.kernels import swiglu as kernel
 
     gate_up, d_act = make(rows, 2 * width, dtype=dtype, seed=1, scale=2.0), make(rows, width, dtype=dtype, seed=2)
-    d_act[:1] = 0
+    faint(d_act)
     factor = make(2 * width, dtype=torch.float32, seed=3).abs() + 0.01
     same_rounding(kernel.forward_rounded(gate_up), rounding.quantise(kernel.forward(gate_up), None))
     expected, d_expected = kernel.backward(gate_up, d_act)
@@ -117,6 +123,7 @@ def swiglu_rounded(rows: int, width: int, dtype: torch.dtype) -> None:
     same(act, expected)
     same(d_gate_up, d_expected)
     assert torch.equal(top, rounding.quantise(act, None).top)
+    assert torch.isfinite(rounded.data.float()).all()
     same_rounding(rounded, rounding.quantise(d_gate_up, factor))
     nothing, again, neither, rounded_again = kernel.backward_rounded(gate_up, d_act, factor, plain=False)
     assert nothing is None and neither is None
@@ -130,5 +137,6 @@ def swiglu_rounded(rows: int, width: int, dtype: torch.dtype) -> None:
     for values, largest, out in zip((d_gate_up, act), (rounded.top, top), wanted, strict=True):
         rounding.turn(values, largest, out[:, 16:], limit=torch.finfo(out.dtype).max, common=None)
     for ours, exact in zip(whole, wanted, strict=True):
+        assert torch.isfinite(ours.float()).all()
         assert (ours.view(torch.uint8) != exact.view(torch.uint8)).float().mean() <= (0.0 if DEVICE.type == "cpu" else 1e-3)
         torch.testing.assert_close(ours.float(), exact.float(), rtol=0.26, atol=2.0**-9)

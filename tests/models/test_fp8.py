@@ -30,6 +30,28 @@ def test_rows_are_rounded_by_half_a_step_and_use_their_range(factor: bool) -> No
     assert y.float().abs().amax(dim=1).tolist() == [448.0, 448.0, 0.0, 448.0, 448.0]
 
 
+@pytest.mark.parametrize("d_y_is_wide", [True, False])
+def test_rows_too_faint_for_a_scale_count_as_zeros(d_y_is_wide: bool) -> None:
+    """Such gradients come where attention hardly looks at a token; their scales, or one over them, would not be finite."""
+    generator = torch.Generator().manual_seed(0)
+    x, zeros = (torch.randn(16, 48, generator=generator).to(DEVICE) for _ in range(2))
+    x[1], x[2], x[5] = 1e-40, x[2] * 1e-33, 1e-44
+    zeros.copy_(x)[[1, 2, 5]] = 0.0
+    by = torch.full((48,), 1e-5, device=DEVICE)
+    for factor in (None, by):
+        ours, exact = fp8.quantise(x, factor), fp8.quantise(zeros, factor)
+        assert torch.isfinite(ours.data.float()).all() and torch.equal(ours.data.float(), exact.data.float()) and torch.equal(ours.scale, exact.scale)
+    found = []
+    for rows in (x, zeros):
+        gradient = fp8.Fp8Gradient(d_y_is_wide=d_y_is_wide)
+        other = rows.flip(0)[:, :32].contiguous()
+        wide, slim = (rows, other) if d_y_is_wide else (other, rows)
+        gradient.add(wide, slim, wide.abs().amax(1), slim.abs().amax(1))
+        found.append(gradient.collect())
+    assert found[0] is not None and found[1] is not None
+    assert torch.isfinite(found[0]).all() and torch.equal(found[0], found[1])
+
+
 @pytest.mark.parametrize(("out", "into"), [(48, 16), (16, 48)], ids=["d_y wider", "x wider"])
 @pytest.mark.parametrize("bound", [2**30, 48 * 48], ids=["one product", "several"])
 def test_weight_gradient_of_many_calls(out: int, into: int, bound: int, monkeypatch: pytest.MonkeyPatch) -> None:

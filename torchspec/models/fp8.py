@@ -22,6 +22,9 @@ from torchspec.models.draft_config import DraftConfig
 
 MULTIPLE = 16
 """What the product's kernel wants both sizes of a weight to be multiples of, and the length of its sums."""
+SMALLEST = 1e-30
+"""A row with nothing above it counts as one of zeros. Its scale, or one over it, would leave fp32 and make NaN of it: gradients of tokens that attention
+hardly looks at get that small in training, and a row of them has no share in any sum."""
 _E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -92,7 +95,7 @@ def quantise(x: Tensor, factor: Tensor | None = None) -> Rounded:
     if factor is not None:
         wide = wide * factor
     scale = wide.abs().amax(dim=1, keepdim=True) / 448.0
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = torch.where(scale > SMALLEST / 448.0, scale, 1.0)
     return Rounded((wide / scale).to(_E4M3), scale, top)
 
 
@@ -152,7 +155,7 @@ def turn(x: Tensor, top: Tensor, out: Tensor, *, limit: float, common: Tensor | 
         x: [R, C].
         top: [R] fp32.
         out: [C, R or more] of an 8-bit type; what is past R becomes 0.
-        limit: of ``by``: limit / top_r (0 for a row of zeros), or with ``common`` top_r / limit / common.
+        limit: of ``by``: limit / top_r, or with ``common`` top_r / limit / common; 0 for rows with nothing above :data:`SMALLEST`.
         common: a scalar on the device.
     """
     if kernels.usable(x):
@@ -160,7 +163,7 @@ def turn(x: Tensor, top: Tensor, out: Tensor, *, limit: float, common: Tensor | 
 
         fp8.turn(x, top, out, limit=limit, common=common)
         return
-    by = torch.where(top > 0, limit / top, 0.0) if common is None else top / limit / common
+    by = torch.where(top > SMALLEST, limit / top if common is None else top / limit / common, 0.0)
     most = torch.finfo(out.dtype).max
     rows = x.shape[0]
     out[:, :rows] = (x.float() * by[:, None]).clamp(-most, most).t().to(out.dtype)

@@ -1,10 +1,11 @@
 """Rows of a matrix to 8-bit floats, each with a scale of its own, and matrices turned on the way to them; twins: ``models/fp8.py``.
 
-    quantise   s_r = max_c |x_rc f_c| / 448      y_rc = round(x_rc f_c / s_r)       (f: optional factors by column; s_r = 1 for a row of zeros)
+    quantise   s_r = max_c |x_rc f_c| / 448      y_rc = round(x_rc f_c / s_r)       (f: optional factors by column)
     turn       y_cr = round(x_rc by_r)           by_r = limit / top_r, or top_r / (limit common)
     transpose  y_cr = x_rc
 
-The second pass over a row reads it from a cache. Values beyond the type's largest are made that one here, since a cast may make them NaN; NaN stays.
+The second pass over a row reads it from a cache. Values beyond the type's largest are made that one here, since a cast may make them NaN; NaN stays. Rows
+with nothing above ``models.fp8.SMALLEST`` count as rows of zeros: s_r = 1, by_r = 0.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchspec.models.fp8 import Rounded
+from torchspec.models.fp8 import SMALLEST, Rounded
+from torchspec.models.kernels.rounding import factor_of, scale_of
 
+_SMALLEST = tl.constexpr(SMALLEST)
 _BLOCK = 4096
 _ROWS, _COLUMNS = 128, 64
 """A tile of ``turn``: what it reads of a row and what it writes of a column are 128 bytes each, for two-byte numbers."""
@@ -37,7 +40,7 @@ def _quantise(x, factor, y, scale, top, width, stride, FACTOR: tl.constexpr, BLO
     tl.store(top + row, largest)
     if FACTOR:
         largest = tl.max(highest, axis=0)
-    by = tl.where(largest > 0, largest / 448.0, 1.0)
+    by = scale_of(largest)
     tl.store(scale + row, by)
     for first in range(0, width, BLOCK):
         column = first + lane
@@ -55,9 +58,9 @@ def _turn(x, top, common, y, rows, padded, width, y_stride, limit, most, COMMON:
     values = tl.load(x + row.to(tl.int64)[:, None] * width + column[None, :], mask=seen, other=0.0).to(tl.float32)
     largest = tl.load(top + row, mask=row < rows, other=0.0)
     if COMMON:
-        by = largest / limit / tl.load(common)
+        by = tl.where(largest > _SMALLEST, largest / limit / tl.load(common), 0.0)
     else:
-        by = tl.where(largest > 0, limit / tl.where(largest > 0, largest, 1.0), 0.0)
+        by = factor_of(largest, limit)
     values = values * by[:, None]
     values = tl.where(values > most, most, tl.where(values < -most, -most, values))
     turned = tl.trans(values.to(y.dtype.element_ty))
@@ -76,7 +79,7 @@ def _round_both(x, factor, scale, top, y, turned, rows, padded, width, stride, m
     factors = tl.load(factor + column, mask=column < width, other=0.0)
     tl.store(y + at, (values * factors[None, :] / by[:, None]).to(y.dtype.element_ty), mask=seen)
     largest = tl.load(top + row, mask=within, other=0.0)
-    values = values * tl.where(largest > 0, most / tl.where(largest > 0, largest, 1.0), 0.0)[:, None]
+    values = values * factor_of(largest, most)[:, None]
     values = tl.where(values > most, most, tl.where(values < -most, -most, values))
     other = tl.trans(values.to(turned.dtype.element_ty))
     tl.store(turned + column.to(tl.int64)[:, None] * stride + row[None, :], other, mask=(column < width)[:, None] & (row < padded)[None, :])

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchspec.models.kernels.rounding import scale_of
+
 _LOW = tl.constexpr(-1e30)
 _TINY = tl.constexpr(1e-30)
 _LOG_TINY = tl.constexpr(-69.07755278982137)
@@ -130,7 +132,7 @@ def _losses(
                 highest = tl.maximum(highest, magnitude * tl.load(factor8 + column, mask=seen, other=0.0))
         if NARROW:
             largest = tl.max(highest, axis=0)
-            tl.store(scale8 + row, tl.where(largest > 0, largest / 448.0, 1.0))
+            tl.store(scale8 + row, scale_of(largest))
             tl.store(top8 + row, tl.max(plain, axis=0))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchspec.models.fp8 import Rounded
 from torchspec.models.kernels import power_of_two
+from torchspec.models.kernels.rounding import scale_of
 
 _RESIDENT = 132 * 16
 """Warps of the backward in all: 16 on each of an H100's 132 multiprocessors, as many as it holds at a time with up to 128 registers a thread (which
@@ -44,7 +45,7 @@ def _forward(
     if NARROW:
         values = result.to(tl.float32)
         largest = tl.max(tl.abs(values), axis=1)
-        by = tl.where(largest > 0, largest / 448.0, 1.0)
+        by = scale_of(largest)
         tl.store(y8 + at, (values / by[:, None]).to(y8.dtype.element_ty), mask=seen)
         tl.store(scale8 + row, by, mask=within)
         tl.store(top + row, largest, mask=within)

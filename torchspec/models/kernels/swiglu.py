@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchspec.models.fp8 import Rounded
+from torchspec.models.kernels.rounding import factor_of, scale_of
 
 _BLOCK = 1024
 _ROW_BLOCK = 2048
@@ -68,7 +69,7 @@ def _forward_rounded(gate_up, y, scale, top, width, BLOCK: tl.constexpr):
         column = first + lane
         highest = tl.maximum(highest, tl.abs(_activation(gate_up, row, column, width, column < width).to(tl.float32)))
     largest = tl.max(highest, axis=0)
-    by = tl.where(largest > 0, largest / 448.0, 1.0)
+    by = scale_of(largest)
     tl.store(scale + row, by)
     tl.store(top + row, largest)
     for first in range(0, width, BLOCK):
@@ -96,7 +97,7 @@ def _backward_rounded(gate_up, d_act, act, d_gate_up, factor, y, scale, top, act
         right *= tl.load(factor + width + column, mask=seen, other=0.0)
         highest = tl.maximum(highest, tl.maximum(left, right))
     largest = tl.max(highest, axis=0)
-    by = tl.where(largest > 0, largest / 448.0, 1.0)
+    by = scale_of(largest)
     tl.store(scale + row, by)
     tl.store(top + row, tl.max(plain, axis=0))
     tl.store(act_top + row, tl.max(act_high, axis=0))
@@ -113,7 +114,7 @@ def _backward_rounded(gate_up, d_act, act, d_gate_up, factor, y, scale, top, act
 @triton.jit
 def _store_turned(values, top, out, row, column, line, rows, padded, width, stride, most):
     largest = tl.load(top + row, mask=row < rows, other=0.0)
-    by = tl.where(largest > 0, most / tl.where(largest > 0, largest, 1.0), 0.0)
+    by = factor_of(largest, most)
     values = values.to(tl.float32) * by[:, None]
     values = tl.where(values > most, most, tl.where(values < -most, -most, values))
     turned = tl.trans(values.to(out.dtype.element_ty))
