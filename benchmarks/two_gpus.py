@@ -224,7 +224,7 @@ class StepClock(pl.Callback):
     def __init__(self, skip: int) -> None:
         self._skip = skip
         self._clock: BatchClock | None = None
-        self._began = 0.0
+        self._counting = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._clock = BatchClock(pl_module.device)
@@ -236,14 +236,14 @@ class StepClock(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert self._clock is not None
         self._clock.end(batch.num_tokens)
-        if not self._began and trainer.global_step == self._skip:
+        if not self._counting and trainer.global_step == self._skip:
             self._clock.reset()
-            self._began = time.monotonic()
+            self._counting = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         assert self._clock is not None
         times = self._clock.settle(wait=True)
-        seconds = time.monotonic() - self._began
+        seconds = times.busy_s + times.between_s
         found = {"seconds": round(seconds, 2), "tokens_per_s": round(times.tokens / seconds), "wait_fraction": round(times.starved_s / seconds, 4)}
         found |= {"trainer_tokens_per_s": round(times.tokens / times.busy_s)}
         (Path(trainer.default_root_dir) / "clock.json").write_text(json.dumps(found))
