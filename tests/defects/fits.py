@@ -34,9 +34,8 @@ def batches(count: int) -> Any:
 def fit(folder: Path, made: DraftModule, *, steps: int, ckpt_path: str | None = None, validate: bool = False, **trainer: Any) -> Trainer:
     """Train for optimizer steps, one batch each."""
     quiet: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    runner = Trainer(
-        default_root_dir=folder, max_steps=steps, num_sanity_val_steps=0, log_every_n_steps=1, **{"enable_checkpointing": False, **quiet, **trainer}
-    )
+    quiet |= {"enable_checkpointing": False, "log_every_n_steps": 1, **trainer}
+    runner = Trainer(default_root_dir=folder, max_steps=steps, num_sanity_val_steps=0, **quiet)
     runner.fit(made, batches(steps), batches(1) if validate else None, ckpt_path=ckpt_path)
     return runner
 

@@ -177,6 +177,25 @@ def test_what_the_refusals_damage_is_whole(with_data: Path, target: Target, tmp_
     assert run_with_data(tmp_path, target, steps=5, resume=with_data).global_step == 5
 
 
+class Poison(pl.Callback):
+    """Makes a weight NaN before the fifth step."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 4:
+            next(p for p in pl_module.parameters() if p.requires_grad).data.view(-1)[:1] = float("nan")
+
+
+@pytest.mark.parametrize(("every", "words"), [(1, r"train/loss=nan at step 5 is no number"), (50, r"checkpoints/last.ckpt='step 9' is not written: task\.")])
+def test_weights_that_are_no_numbers_end_the_run_and_are_not_saved(target: Target, tmp_path: Path, every: int, words: str) -> None:
+    kept = begun(tmp_path, target)
+    with pytest.raises(UserError, match=words):
+        fit(
+            tmp_path, module(target, optimizer=adamw, lr_scheduler=Cosine), steps=9, ckpt_path="last", enable_checkpointing=True, log_every_n_steps=every,
+            callbacks=[Poison(), LastCheckpoint(every_n_train_steps=100)],
+        )  # fmt: skip
+    assert kept()
+
+
 def test_an_optimizer_without_moments_has_none_to_lose(target: Target, tmp_path: Path) -> None:
     def sgd(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=0.1)

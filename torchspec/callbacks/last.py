@@ -4,7 +4,7 @@ Lightning's ModelCheckpoint with a monitor writes ``last`` only when the monitor
 validation, however old. This one keeps the newest state alone, in ``last``, apart from the best; one of each in a configuration.
 
 What it takes the place of is whole, so what it writes must be: nothing before training has begun (a resume that fails has restored a part of its state),
-and nothing while an optimizer step is under way (weights may have moved, the counters and the schedule not yet).
+nothing while an optimizer step is under way (weights may have moved, the counters and the schedule not yet), and no weights that are not numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from torchspec.errors import UserError
@@ -56,6 +57,16 @@ class LastCheckpoint(ModelCheckpoint):
             self._save(trainer)
         except UserError as failed:
             log.warning("no checkpoint of this moment: %s", failed)  # what ended the run is the error to be told
+
+    def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Any]) -> None:
+        """Raises UserError instead where a trained weight is no number (of this rank's share: ranks may be anywhere when a run breaks off)."""
+        for name, parameter in trainer.lightning_module.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(getattr(parameter, "_local_tensor", parameter)).all():
+                raise UserError(
+                    "checkpoints/last.ckpt", f"step {trainer.global_step}", f"is not written: {name} is no longer made of numbers, and what is there is kept",
+                    "go on from it with --ckpt_path last and a lower learning rate, with trainer.gradient_clip_val, or with model.matmul: bf16",
+                )  # fmt: skip
+        super()._save_last_checkpoint(trainer, monitor_candidates)
 
     def _save(self, trainer: pl.Trainer) -> None:
         if self.whole and trainer.global_step != self._last_global_step_saved:

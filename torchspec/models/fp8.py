@@ -94,8 +94,8 @@ def quantise(x: Tensor, factor: Tensor | None = None) -> Rounded:
     top = wide.abs().amax(dim=1) if x.shape[0] else x.new_empty(0, dtype=torch.float32)
     if factor is not None:
         wide = wide * factor
-    scale = wide.abs().amax(dim=1, keepdim=True) / 448.0
-    scale = torch.where(scale > SMALLEST / 448.0, scale, 1.0)
+    largest = wide.abs().amax(dim=1, keepdim=True)
+    scale = torch.where(largest > SMALLEST, largest / 448.0, 1.0)
     return Rounded((wide / scale).to(_E4M3), scale, top)
 
 

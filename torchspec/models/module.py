@@ -7,6 +7,7 @@ checkpoint needs beyond weights is in its ``torchspec`` entry as plain values, s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -244,6 +245,12 @@ class DraftModule(pl.LightningModule):
             return
         values = self._sums.reduce(self.trainer.strategy).metrics(self.step_weights)
         self._sums = None
+        if not math.isfinite(values["loss"]):  # the same on every rank
+            step = self.trainer.global_step
+            raise UserError(
+                "train/loss", values["loss"], f"at step {step} is no number, and so are the weights: training on would be in vain",
+                "go on from the last checkpoint with --ckpt_path last and a lower learning rate, with trainer.gradient_clip_val, or with model.matmul: bf16",
+            )  # fmt: skip
         self.log_dict({f"train/{name}": value for name, value in values.items()})
         self.log("loss", values["loss"], prog_bar=True, logger=False)
         self.log("acceptance", values["expected_acceptance_greedy"], prog_bar=True, logger=False)
