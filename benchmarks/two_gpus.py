@@ -312,6 +312,8 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", default=[], help="of paths: these alone, by name; compared with the run single where it is among them")
     parser.add_argument("--small", action="store_true", help="sizes for two CPU processes")
     args = parser.parse_args()
+    if args.steps <= args.skip:
+        parser.error(f"--steps {args.steps} leaves none to measure after --skip {args.skip}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.part == "target":

@@ -49,7 +49,7 @@ def test_times_add_up_and_only_waiting_for_data_is_starving(now: Now) -> None:
     batch(watch, now, between=1.0, waited=10.0, busy=1.0, tokens=7)
     watch.end(3)  # no batch was begun
     times = watch.settle()
-    assert (times.tokens, times.busy_s, times.between_s, times.starved_s) == (14, 2.0, 1.0, 0.5)
+    assert (times.tokens, times.busy_s, times.between_s, times.starved_s) == (14, 2.0, 6.0, 0.5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -133,6 +133,57 @@ def test_a_batch_goes_through_every_client_and_keeps_its_order(parts: int) -> No
     one.close()
 
 
+def test_the_largest_record_fits_into_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mooncake, "lanes", lambda most, **machine: most)
+    for largest, parts in ((0, 4), (100 << 20, 4), (300 << 20, 2), (3 << 30, 1)):
+        made = make_server(StoreConfig(kind="mooncake"), run="r", budget=4 << 30, largest=largest)
+        assert isinstance(made, MooncakeServer)
+        assert made._parts == parts and (parts == 1 or made._part_nbytes >= 10 * largest)
+        assert made._parts * made._part_nbytes >= 6 << 30
+
+
+@pytest.mark.parametrize("refuses", ["set-up", "memory"])
+def test_a_second_client_that_cannot_be_had_is_done_without(monkeypatch: pytest.MonkeyPatch, refuses: str) -> None:
+    monkeypatch.setattr(mooncake, "_WORTH", 0)
+    monkeypatch.setattr(mooncake, "lanes", lambda most, **machine: 1)
+    one = server(budget=16 << 20)
+    one.start()
+    monkeypatch.setattr(mooncake, "lanes", lambda most, **machine: 2)
+    store = open_store(one.address)
+    buffer = store.buffer(2_000_000)
+
+    class Refusing:
+        closed = False
+
+        def register_buffer(self, start: int, nbytes: int) -> int:
+            return -600
+
+        def close(self) -> None:
+            self.closed = True
+
+    other = Refusing()
+
+    def connect() -> Refusing:
+        if refuses == "set-up":
+            raise StoreError("unreachable", "", "no")
+        return other
+
+    monkeypatch.setattr(store, "_connect", connect)
+    for round in range(2):
+        store.put([f"r/{round}a", f"r/{round}b"], buffer.split(1_000_000))
+        assert store.get([f"r/{round}a", f"r/{round}b"], buffer.split(1_000_000)) == [1_000_000] * 2
+        monkeypatch.setattr(store, "_connect", None)  # it is not asked again
+    assert other.closed == (refuses == "memory") and len(store._clients) == 1  # type: ignore[attr-defined]
+    store._clients.append(other)  # type: ignore[attr-defined]
+    with pytest.raises(StoreError, match="registering"):
+        store.buffer(1_000_000)
+    store._clients.pop()  # type: ignore[attr-defined]
+    assert len(store._registered) == 1  # type: ignore[attr-defined]
+    store.buffer(1_000_000)
+    store.close()
+    one.close()
+
+
 @pytest.mark.parametrize("own_buffer", [True, False], ids=["buffer", "elsewhere"])
 def test_put_that_fails_in_a_batch_is_named_and_the_batch_may_be_put_again(parts: int, own_buffer: bool) -> None:
     """Keys before the one that failed are written, keys after it may be; what was written is written once."""

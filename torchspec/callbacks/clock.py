@@ -75,10 +75,10 @@ class BatchClock:
         self._previous = None
 
     def reset(self) -> None:
-        """Count from the next batch on."""
+        """Count from now on."""
         self.settle(wait=True)
         self.times = Times()
-        self._previous = None
+        self._previous = self._mark()
 
     def settle(self, *, wait: bool = False) -> Times:
         """Add what the device is done with; ``wait`` for the rest of it too."""

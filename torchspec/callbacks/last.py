@@ -31,6 +31,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     whole = False
     """Whether the trainer's state is that after a number of optimizer steps."""
+    _breaks_off = False
 
     def __init__(self, every_n_train_steps: int = 200, dirpath: str | None = None) -> None:
         super().__init__(dirpath=dirpath, every_n_train_steps=every_n_train_steps, save_top_k=0, save_last=True, save_on_exception=True)
@@ -53,19 +54,20 @@ class LastCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         if not self._should_save_on_exception(trainer):
             return
+        self._breaks_off = True
         try:
             self._save(trainer)
         except UserError as failed:
             log.warning("no checkpoint of this moment: %s", failed)  # what ended the run is the error to be told
 
     def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Any]) -> None:
-        """Raises UserError instead where a trained weight is no number (of this rank's share: ranks may be anywhere when a run breaks off)."""
-        for name, parameter in trainer.lightning_module.named_parameters():
-            if parameter.requires_grad and not torch.isfinite(getattr(parameter, "_local_tensor", parameter)).all():
-                raise UserError(
-                    "checkpoints/last.ckpt", f"step {trainer.global_step}", f"is not written: {name} is no longer made of numbers, and what is there is kept",
-                    "go on from it with --ckpt_path last and a lower learning rate, with trainer.gradient_clip_val, or with model.matmul: bf16",
-                )  # fmt: skip
+        """Raises UserError instead where trained weights are no numbers; on all ranks, but where a run breaks off: then ranks may be anywhere."""
+        trained = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
+        sound = all(bool(torch.isfinite(getattr(p, "_local_tensor", p)).all()) for p in trained)
+        if not (sound if self._breaks_off else trainer.strategy.reduce_boolean_decision(sound)):
+            problem = "is not written: weights are no longer numbers. What is there is kept"
+            fix = "go on from it with --ckpt_path last and a lower learning rate, or with model.matmul: bf16 where it is another"
+            raise UserError("checkpoints/last.ckpt", f"step {trainer.global_step}", problem, fix)
         super()._save_last_checkpoint(trainer, monitor_candidates)
 
     def _save(self, trainer: pl.Trainer) -> None:

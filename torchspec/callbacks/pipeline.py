@@ -3,7 +3,7 @@
 Logged every ``trainer.log_every_n_steps`` steps under ``pipeline/`` and summed up in ``pipeline.json`` in the run's folder. Capacity is tokens over *busy*
 time: what a side would make if it never waited, so the smaller of the two is the bottleneck whatever the buffers hide. Time spent on validation is in
 neither. What the trainer waits is time in which its device stands still (``clock.py``), counted from the second optimizer step on: the first one compiles
-kernels, and before it engines start.
+kernels, and before it engines start. It is rank 0's: where another rank lacks data, this one stands in a collective and counts as busy.
 """
 
 from __future__ import annotations

@@ -112,7 +112,9 @@ class Coordinator:
         started = time.monotonic()
         c = self.config
         try:
-            store = make_server(StoreConfig(**c["store"]), run=c["run"], budget=c["budget"], expected_host=c["expected_host"], log_dir=c["log_dir"])
+            largest = RecordSpec.from_dict(c["spec"]).nbytes(c["max_length"])
+            where = {"expected_host": c["expected_host"], "log_dir": c["log_dir"]}
+            store = make_server(StoreConfig(**c["store"]), run=c["run"], budget=c["budget"], largest=largest, **where)
             self._store = store
             await asyncio.to_thread(store.start)
         except Exception as error:

@@ -1,13 +1,15 @@
 """Writes the records of finished batches in threads of its own, so that the target computes the next batch meanwhile.
 
-A thread copies states from the device into a registered buffer of the store (on CUDA: on a stream of its own), seals the records and puts them. There are two,
-each with a buffer and a client of the store, so that one copies and seals while the other puts. A batch whose put fails is put again record by record, so that
-one bad record does not take its neighbours along. No error ends a thread: each becomes the failure of the leases that it concerns.
+A thread copies states from the device into a registered buffer of the store (on CUDA: on a stream of its own), seals the records and puts them. There are two
+where the machine has cores for them, each with a buffer and a client of the store: one copies and seals while the other puts. A batch whose put fails is put
+again record by record, so that one bad record does not take its neighbours along. No error ends a thread: each becomes the failure of the leases that it
+concerns.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import sys
 import threading
@@ -34,8 +36,8 @@ busy thread beside them (the target's, or the training step's) gives it back aft
 some MB."""
 _ENDS = 5.0
 """Seconds for a thread to look up, and again to end."""
-_HANDS = 2
-"""Threads."""
+_HANDS, _HAND_CORES = 2, 2
+"""Threads, and cores of the machine for each of them: a client of the store keeps one busy while it waits."""
 
 
 def quick_handoffs() -> None:
@@ -79,20 +81,29 @@ class RecordWriter:
         spec: of the records.
         producer: engine and version, for the manifest.
         device: of the states.
-        hands: threads.
+        hands: threads; None is as many as the machine has cores for.
 
     Raises:
         StoreError: the store cannot be reached.
     """
 
-    def __init__(self, address: Address, spec: RecordSpec, *, producer: str, device: str, hands: int = _HANDS) -> None:
+    def __init__(self, address: Address, spec: RecordSpec, *, producer: str, device: str, hands: int | None = None) -> None:
         quick_handoffs()
         self._cuda = device != "cpu"
         self._jobs: _Jobs = queue.Queue(maxsize=1)
         self._results: queue.SimpleQueue[Written] = queue.SimpleQueue()
         self.in_flight = 0
         """Batches given and not yet taken back as results."""
-        self._hands = [_Hand(open_store(address), spec, producer, device, self._jobs, self._results, hands) for _ in range(hands)]
+        if hands is None:
+            hands = max(1, min(_HANDS, len(os.sched_getaffinity(0)) // _HAND_CORES))
+        self._hands: list[_Hand] = []
+        try:
+            for _ in range(hands):
+                self._hands.append(_Hand(open_store(address), spec, producer, device, self._jobs, self._results, hands))
+        except BaseException:
+            for hand in self._hands:
+                hand.store.close()
+            raise
         for hand in self._hands:
             hand.thread.start()
 
@@ -115,10 +126,10 @@ class RecordWriter:
 
     def close(self) -> None:
         """Finish what is in the queue and end; a put that does not return is left behind, and its client with it. Idempotent."""
+        deadline = time.monotonic() + 2 * _ENDS
         with suppress(queue.Full):
             for _ in [hand for hand in self._hands if hand.thread.is_alive()]:
-                self._jobs.put(None, timeout=_ENDS)
-        deadline = time.monotonic() + _ENDS
+                self._jobs.put(None, timeout=max(0.0, deadline - _ENDS - time.monotonic()))
         for hand in self._hands:
             hand.close(deadline)
 
@@ -171,7 +182,7 @@ class _Hand:
         done = [Finished(lease.id, value.numel(), ids.numel()) for lease, value, ids in zip(batch.leases, values, batch.ids, strict=True)]
         deadline = room_deadline()
         try:
-            put_when_room(self.store, [lease.key for lease in batch.leases], values, deadline=deadline)
+            self.store.put([lease.key for lease in batch.leases], values)
             return Written(finished=done)
         except Exception as error:
             log.warning("put of %d records failed (%s): one by one", len(values), one_line(error))
@@ -190,19 +201,19 @@ class _Hand:
         if self._buffer is None or self._buffer.numel() < sum(sizes):
             outgrown, self._buffer = self._buffer, None
             if outgrown is not None:
-                if self._stream is not None:
-                    self._stream.synchronize()  # a batch that failed half-way may be on its way into it
                 self.store.release(outgrown)
             self._buffer = self.store.buffer(sum(sizes) * 5 // 4)
         slots = list(torch.split(self._buffer[: sum(sizes)], sizes))
-        for row, (slot, ids) in enumerate(zip(slots, batch.ids, strict=True)):
-            n = ids.numel()
-            into_ids, into_aux, into_last = views(slot, self._spec, n, n)
-            into_ids.copy_(ids)
-            into_aux.copy_(batch.aux[row, :n], non_blocking=True)
-            into_last.copy_(batch.last[row, :n], non_blocking=True)
-        if self._stream is not None:
-            self._stream.synchronize()
+        try:
+            for row, (slot, ids) in enumerate(zip(slots, batch.ids, strict=True)):
+                n = ids.numel()
+                into_ids, into_aux, into_last = views(slot, self._spec, n, n)
+                into_ids.copy_(ids)
+                into_aux.copy_(batch.aux[row, :n], non_blocking=True)
+                into_last.copy_(batch.last[row, :n], non_blocking=True)
+        finally:
+            if self._stream is not None:
+                self._stream.synchronize()  # also where a copy fails: nothing of it may land in the buffer later
         return [seal(slot, self._spec, ids.numel(), ids.numel(), producer=self._producer) for slot, ids in zip(slots, batch.ids, strict=True)]
 
 

@@ -23,8 +23,8 @@ from torchspec.models.draft_config import DraftConfig
 MULTIPLE = 16
 """What the product's kernel wants both sizes of a weight to be multiples of, and the length of its sums."""
 SMALLEST = 1e-30
-"""A row with nothing above it counts as one of zeros. Its scale, or one over it, would leave fp32 and make NaN of it: gradients of tokens that attention
-hardly looks at get that small in training, and a row of them has no share in any sum."""
+"""A row with nothing above it counts as one of zeros. Its scale, or one over it, would leave fp32 and make NaN of it. Gradients of tokens that attention
+hardly looks at may get that small, and a row of them has no share in any sum."""
 _E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 

@@ -246,11 +246,9 @@ class DraftModule(pl.LightningModule):
         values = self._sums.reduce(self.trainer.strategy).metrics(self.step_weights)
         self._sums = None
         if not math.isfinite(values["loss"]):  # the same on every rank
-            step = self.trainer.global_step
-            raise UserError(
-                "train/loss", values["loss"], f"at step {step} is no number, and so are the weights: training on would be in vain",
-                "go on from the last checkpoint with --ckpt_path last and a lower learning rate, with trainer.gradient_clip_val, or with model.matmul: bf16",
-            )  # fmt: skip
+            step, other = self.trainer.global_step, "a lower learning rate" if self.matmul == "bf16" else "model.matmul: bf16"
+            problem = f"at step {step} is no number, and so are the weights: training on would be in vain"
+            raise UserError("train/loss", values["loss"], problem, f"go on from the last checkpoint with --ckpt_path last and {other}")
         self.log_dict({f"train/{name}": value for name, value in values.items()})
         self.log("loss", values["loss"], prog_bar=True, logger=False)
         self.log("acceptance", values["expected_acceptance_greedy"], prog_bar=True, logger=False)

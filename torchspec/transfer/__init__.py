@@ -57,13 +57,22 @@ def open_store(address: Address) -> Store:
     raise UserError("store.kind", address["kind"], "is unknown", "use mooncake or shm")
 
 
-def make_server(config: StoreConfig, *, run: str, budget: int, expected_host: str | None = None, log_dir: str | os.PathLike[str] | None = None) -> StoreServer:
+def make_server(
+    config: StoreConfig,
+    *,
+    run: str,
+    budget: int,
+    largest: int = 0,
+    expected_host: str | None = None,
+    log_dir: str | os.PathLike[str] | None = None,
+) -> StoreServer:
     """A server, not yet started; its ``kind`` and ``reason`` say which one and why.
 
     Args:
         config: what the user asked for.
         run: id of the run. Keys start with it.
         budget: bytes of records alive at once.
+        largest: bytes of the largest record; 0 where nobody knows.
         expected_host: address under which other hosts reach this one, used where ``config.host`` is None; None is loopback.
         log_dir: folder for log files of child processes; None keeps none.
 
@@ -75,7 +84,7 @@ def make_server(config: StoreConfig, *, run: str, budget: int, expected_host: st
     if kind == "mooncake":
         from torchspec.transfer.mooncake_server import MooncakeServer
 
-        return MooncakeServer(config, run=run, budget=budget, reason=reason, host=host, log_dir=log_dir)
+        return MooncakeServer(config, run=run, budget=budget, largest=largest, reason=reason, host=host, log_dir=log_dir)
     if host != "localhost" and not host.startswith("127."):
         problem = f"gives shared memory ({reason}), which serves one host, but others are to reach {host}"
         raise UserError("store.kind", config.kind, problem, "install Mooncake: make setup")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import socket
 import threading
@@ -33,6 +34,8 @@ from torchspec.transfer.store import Address, StoreError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 INSTALL_LIBRARIES = "apt-get install -y libibverbs1 librdmacm1 libnuma1"
 INSTALL_WHEEL = "pip install mooncake-transfer-engine-non-cuda (no GPU), mooncake-transfer-engine (CUDA 12) or mooncake-transfer-engine-cuda13"
@@ -179,13 +182,23 @@ class MooncakeStore:
         tensor = torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pin)
         start = tensor.data_ptr()
         movable = tensor.device.type == "cpu" or _moves_cuda(str(load().__file__))
-        code = min(client.register_buffer(start, nbytes) for client in self._clients) if movable else -600
+        code = self._register(start, nbytes) if movable else -600
         if code == 0:
             self._registered.append((start, start + nbytes))
         elif tensor.device.type == "cpu":
             raise StoreError("io", "", f"registering {nbytes} bytes: {_words(code)}")
         self._buffers.append(tensor)
         return tensor
+
+    def _register(self, start: int, nbytes: int) -> int:
+        """With all clients, or, when one refuses, with none; returns its code."""
+        for number, client in enumerate(self._clients):
+            code = int(client.register_buffer(start, nbytes))
+            if code != 0:
+                for earlier in self._clients[:number]:
+                    earlier.unregister_buffer(start)
+                return code
+        return 0
 
     def release(self, buffer: Tensor) -> None:
         self._open()
@@ -207,14 +220,16 @@ class MooncakeStore:
             _wait_for_device(value)
         if all(self._is_registered(value) for value in values):
             codes = self._move("batch_put_from", keys, values, self._pinned)
-            for key, code in zip(keys, codes, strict=True):
-                _check(code, key)
         else:
+            codes = []
             for key, value in zip(keys, values, strict=True):
                 source = value if self._is_registered(value) else self._staged(value.numel()).copy_(value)
-                (code,) = client.batch_put_from([key], [source.data_ptr()], [value.numel()], self._pinned)
-                _check(code, key)
-        for key, there in zip(keys, client.batch_is_exist(list(keys)), strict=True):
+                codes += client.batch_put_from([key], [source.data_ptr()], [value.numel()], self._pinned)
+                if codes[-1] < 0:
+                    break
+            keys = keys[: len(codes)]
+        for key, code, there in zip(keys, codes, client.batch_is_exist(list(keys)), strict=True):
+            _check(code, key)
             _check(min(there, 0), key)
             if not there:
                 raise StoreError("io", key, "an earlier put of this key was never finished; take another key")
@@ -243,10 +258,8 @@ class MooncakeStore:
         shares = [list(range(len(keys)))]
         if self._lanes > 1 and sum(tensor.numel() for tensor in tensors) >= _WORTH:
             shares = shared([tensor.numel() for tensor in tensors], self._lanes)
-        while len(self._clients) < len(shares):
-            self._clients.append(self._connect())
-            for start, end in self._registered:
-                _check(self._clients[-1].register_buffer(start, end - start), "")
+            self._widen(len(shares))
+            shares = shares if len(self._clients) >= len(shares) else [list(range(len(keys)))]
         codes = [0] * len(keys)
         errors: list[BaseException] = []
 
@@ -270,6 +283,22 @@ class MooncakeStore:
         if errors:
             raise errors[0]
         return codes
+
+    def _widen(self, number: int) -> None:
+        """Have so many clients that all know the memory. One that cannot be had is done without from now on: more of them are for speed alone."""
+        while len(self._clients) < number:
+            more = None
+            try:
+                more = self._connect()
+                for start, end in self._registered:
+                    _check(more.register_buffer(start, end - start), "")
+            except StoreError as error:
+                log.warning("going on with %d of %d clients of the store: %s", len(self._clients), number, error)
+                self._lanes = len(self._clients)
+                if more is not None:
+                    more.close()
+                return
+            self._clients.append(more)
 
     def exists(self, keys: Sequence[str]) -> list[bool]:
         found = self._open().batch_is_exist(list(keys))

@@ -41,7 +41,9 @@ _PARTS = 4
 _CORES = 4
 """Of the machine, for each of them."""
 _PART = 1536 << 20
-"""Bytes of each of them, at least. Of 4,900 puts at a full budget none was refused with records of up to a tenth of a part; of 2,100 with up to a
+"""Bytes of each of them, at least."""
+_RECORDS = 10
+"""Largest records in each of them, at least: of 4,900 puts at a full budget none was refused with records of up to a tenth of a part; of 2,100 with up to a
 quarter, 19 were."""
 _UNIT = 16 << 20
 """What Mooncake takes memory in."""
@@ -55,6 +57,7 @@ class MooncakeServer:
         config: protocol, RDMA devices, given master and metadata, host.
         run: id of the run; its keys start with it.
         budget: bytes of records alive at once.
+        largest: bytes of the largest record, which has to fit into a part with room to spare; 0 where nobody knows.
         reason: why this kind of store, for the log.
         host: address under which other hosts reach this one.
         log_dir: folder for ``mooncake.log``, the output of holder and master; None keeps it in a nameless file until :meth:`close`.
@@ -63,12 +66,13 @@ class MooncakeServer:
     kind = "mooncake"
 
     def __init__(
-        self, config: StoreConfig, *, run: str, budget: int, reason: str, host: str = "127.0.0.1", log_dir: str | os.PathLike[str] | None = None
+        self, config: StoreConfig, *, run: str, budget: int, largest: int, reason: str, host: str = "127.0.0.1", log_dir: str | os.PathLike[str] | None = None
     ) -> None:
         self.reason = reason
         self._config = config
         self._run = run
-        self._parts = max(1, min(mooncake.lanes(_PARTS, protocol=config.protocol, cores=_CORES), int(budget * ROOM) // _PART))
+        part = max(_PART, _RECORDS * largest)
+        self._parts = max(1, min(mooncake.lanes(_PARTS, protocol=config.protocol, cores=_CORES), int(budget * ROOM) // part))
         self._part_nbytes = -(-int(budget * ROOM) // self._parts // _UNIT) * _UNIT + _UNIT
         self._host = host
         self._log_dir = Path(log_dir) if log_dir is not None else None

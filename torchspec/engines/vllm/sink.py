@@ -159,6 +159,8 @@ class Sink:
             done = self._fill(record, capture, cache)
         except (RuntimeError, ValueError, IndexError) as problem:
             error = one_line(problem)
+            if self._stream is not None:
+                self._stream.synchronize()  # nothing of it may be read, or land in the ring, later
         self._copies.put(_Copy(capture, record, done, time.monotonic() - started, error))
         return done.query if done is not None else _at_once
 
@@ -220,14 +222,14 @@ class Sink:
         return copies, True
 
     def _write(self, copies: list[_Copy]) -> None:
-        """Put records in one call, one by one where that fails, and report each."""
+        """Put records in one call, one by one where that fails (a full store is waited for then, while those before are reported), and report each."""
         since, deadline = time.monotonic(), room_deadline()
         sealed = [self._sealed(copy) for copy in copies]
         good = [(copy.capture.key, value) for copy, value in zip(copies, sealed, strict=True) if isinstance(value, Tensor)]
         together = False
         if len(good) > 1:
             try:
-                put_when_room(self._opened(), [key for key, _ in good], [value for _, value in good], deadline=deadline)
+                self._opened().put([key for key, _ in good], [value for _, value in good])
                 together = True
             except Exception as error:
                 log.warning("put of %d records failed (%s): one by one", len(good), one_line(error))
