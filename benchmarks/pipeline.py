@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lightning.pytorch as pl
 
 from benchmarks.paced_source import RATE
-from torchspec.callbacks.clock import BatchClock
+from torchspec.callbacks.clock import Clocked
 from torchspec.callbacks.vocabulary import VocabularyPruning
 from torchspec.data.datamodule import DraftDataModule
 from torchspec.engines.engine import EngineConfig
@@ -71,14 +71,14 @@ def make_data(file: Path, args: argparse.Namespace) -> None:
             out.write(json.dumps({"input_ids": generator.integers(args.vocab, size=n).tolist(), "loss_mask": [0] + [1] * (n - 1)}) + "\n")
 
 
-class Watch(pl.Callback):
+class Watch(Clocked):
     """Starts the source when the group listens, and measures between two steps."""
 
     def __init__(self, *, rate: float, sources: int, first: int, last: int) -> None:
+        super().__init__(skip=first)
         self._rate, self._sources, self._first, self._last = rate, sources, first, last
         self._processes: list[subprocess.Popen[bytes]] = []
         self._begun: dict[str, float] = {}
-        self._clock: BatchClock | None = None
         self.found: dict[str, float] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
@@ -96,21 +96,12 @@ class Watch(pl.Callback):
         counters = {name: float(getattr(stats, name)) for name in ("wait_s", "read_s", "collate_s", "idle_s", "full_s", "bytes")}
         return {"seconds": time.monotonic(), **counters}
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._clock = BatchClock(pl_module.device)
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        assert self._clock is not None
-        self._clock.begin(trainer.datamodule.loader_stats("train").wait_s)  # type: ignore[attr-defined]
-
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        assert self._clock is not None
-        self._clock.end(batch.num_tokens)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.global_step == self._first:
-            self._clock.reset()
             self._begun = self._now(trainer)
         elif trainer.global_step == self._last:
-            now, times = self._now(trainer), self._clock.settle(wait=True)
+            now, times = self._now(trainer), self.clock.settle(wait=True)
             self.found = {name: now[name] - begun for name, begun in self._begun.items()} | asdict(times)
 
     def end(self) -> None:

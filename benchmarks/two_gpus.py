@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.e2e.runs import STARTED, config, descendants, run, start, store_files, wait_for
 from tests.tiny import WORDS, save_tokenizer
-from torchspec.callbacks.clock import BatchClock
+from torchspec.callbacks.clock import Clocked
 
 STEPS = 200
 CUDA = torch.cuda.is_available()
@@ -218,31 +218,11 @@ def _guarded(chain: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 # -- engines
 
 
-class StepClock(pl.Callback):
+class StepClock(Clocked):
     """Writes seconds, tokens, and the device's waiting for data after ``skip`` optimizer steps to ``clock.json`` (``torchspec/callbacks/clock.py``)."""
 
-    def __init__(self, skip: int) -> None:
-        self._skip = skip
-        self._clock: BatchClock | None = None
-        self._counting = False
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._clock = BatchClock(pl_module.device)
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        assert self._clock is not None
-        self._clock.begin(trainer.datamodule.loader_stats("train").wait_s)  # type: ignore[attr-defined]
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        assert self._clock is not None
-        self._clock.end(batch.num_tokens)
-        if not self._counting and trainer.global_step == self._skip:
-            self._clock.reset()
-            self._counting = True
-
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        assert self._clock is not None
-        times = self._clock.settle(wait=True)
+        times = self.clock.settle(wait=True)
         seconds = times.busy_s + times.between_s
         found = {"seconds": round(seconds, 2), "tokens_per_s": round(times.tokens / seconds), "wait_fraction": round(times.starved_s / seconds, 4)}
         found |= {"trainer_tokens_per_s": round(times.tokens / times.busy_s)}

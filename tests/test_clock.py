@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from torchspec.callbacks import clock
-from torchspec.callbacks.clock import BatchClock
+from torchspec.callbacks.clock import BatchClock, Clocked
 
 
 class Now:
@@ -50,6 +52,29 @@ def test_times_add_up_and_only_waiting_for_data_is_starving(now: Now) -> None:
     watch.end(3)  # no batch was begun
     times = watch.settle()
     assert (times.tokens, times.busy_s, times.between_s, times.starved_s) == (14, 2.0, 6.0, 0.5)
+
+
+def test_a_callback_counts_after_the_steps_to_skip_and_not_while_it_validates(now: Now) -> None:
+    """Two batches a step, and a run that goes on from step 5."""
+    stats = SimpleNamespace(wait_s=0.0)
+    trainer: Any = SimpleNamespace(global_step=5, datamodule=SimpleNamespace(loader_stats=lambda stage: stats))
+    module = SimpleNamespace(device=torch.device("cpu"))
+    one = Clocked(skip=1)
+    one.on_validation_start(trainer, module)  # before the training
+    one.on_train_start(trainer, module)
+    for number in range(6):
+        now.at += 1.0
+        stats.wait_s += 0.25
+        batch = SimpleNamespace(num_tokens=10**number)
+        one.on_train_batch_start(trainer, module, batch, number)
+        now.at += 2.0
+        trainer.global_step += number % 2
+        one.on_train_batch_end(trainer, module, None, batch, number)
+        if number == 4:
+            one.on_validation_start(trainer, module)
+            now.at += 60.0
+    times = one.clock.settle()
+    assert (times.tokens, times.busy_s, times.between_s, times.starved_s) == (111100, 8.0, 3.0, 0.75)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

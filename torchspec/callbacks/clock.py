@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 
 
@@ -102,3 +103,40 @@ class BatchClock:
 
     def _seconds(self, begin: Any, end: Any) -> float:
         return float(begin.elapsed_time(end)) / 1e3 if self._cuda else end - begin
+
+
+class Clocked(pl.Callback):
+    """Base of callbacks that measure a training: tells a clock about every batch. Hooks that a subclass has as well call these first.
+
+    Args:
+        skip: optimizer steps of this run, at least one, after whose end the times begin.
+    """
+
+    def __init__(self, *, skip: int) -> None:
+        self._skip = skip
+        self._first_step = 0
+        self._clock: BatchClock | None = None
+        self._counting = False
+
+    @property
+    def clock(self) -> BatchClock:
+        """From the start of the training on."""
+        assert self._clock is not None
+        return self._clock
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._first_step = trainer.global_step
+        self._clock = BatchClock(pl_module.device)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.clock.begin(trainer.datamodule.loader_stats("train").wait_s)  # type: ignore[attr-defined]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.clock.end(batch.num_tokens)
+        if not self._counting and trainer.global_step == self._first_step + self._skip:
+            self._counting = True
+            self.clock.reset()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self._clock is not None:
+            self._clock.pause()

@@ -17,30 +17,28 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from torchspec.callbacks.clock import BatchClock
+from torchspec.callbacks.clock import Clocked
 
 
-class PipelineMetrics(pl.Callback):
+class PipelineMetrics(Clocked):
     """Log the pipeline's rates and name its bottleneck."""
 
     def __init__(self) -> None:
+        super().__init__(skip=1)
         self._trained_s = 0.0
         self._since: float | None = None
         self._tokens = 0
         self._all_tokens: int | None = None
-        self._first_step = 0
         self._last: dict[str, float] = {}
         self._observer: Any | None = None
         self._drafted = (0, 0)
-        self._clock: BatchClock | None = None
-        self._warm = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._first_step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         self._since = time.monotonic()
-        self._clock = BatchClock(pl_module.device)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        super().on_validation_start(trainer, pl_module)
         self._pause()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -48,8 +46,6 @@ class PipelineMetrics(pl.Callback):
             self._since = time.monotonic()
 
     def _pause(self) -> None:
-        if self._clock is not None:
-            self._clock.pause()
         if self._since is not None:
             self._trained_s += time.monotonic() - self._since
             self._since = None
@@ -57,17 +53,9 @@ class PipelineMetrics(pl.Callback):
     def _seconds(self) -> float:
         return self._trained_s + (0.0 if self._since is None else time.monotonic() - self._since)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        assert self._clock is not None
-        self._clock.begin(trainer.datamodule.loader_stats("train").wait_s)  # type: ignore[attr-defined]
-
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        assert self._clock is not None
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._tokens += batch.num_tokens
-        self._clock.end(batch.num_tokens)
-        if trainer.global_step == self._first_step + 1 and not self._warm:
-            self._warm = True
-            self._clock.reset()
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not stepped or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
@@ -77,10 +65,9 @@ class PipelineMetrics(pl.Callback):
 
     def measure(self, trainer: pl.Trainer) -> dict[str, float]:
         """The state of the pipeline now; token rates are over all ranks, which train as many packs each: until the end all count as this one."""
-        assert self._clock is not None
         seconds = max(self._seconds(), 1e-9)
         trained = self._tokens * trainer.world_size if self._all_tokens is None else self._all_tokens
-        times = self._clock.settle(wait=self._all_tokens is not None)
+        times = self.clock.settle(wait=self._all_tokens is not None)
         values = {
             "tokens_per_s": trained / seconds,
             "data_wait_s": times.starved_s,
