@@ -1,4 +1,4 @@
-"""Processes for tests of the store: scripts that say a line when they are somewhere, and waiting for what another process does."""
+"""Processes for tests of the store: scripts that say a line when they are somewhere, Mooncake's, and waiting for what another process does."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torchspec.transfer import StoreConfig, make_server
+from torchspec.transfer.mooncake_server import MooncakeServer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,6 +63,13 @@ def script(code: str, *args: Any) -> Iterator[Script]:
     finally:
         one.kill()
         one.end()
+
+
+def mooncake_of(*, run: str = "r", budget: int = 1 << 20, log_dir: Path | None = None, **config: str) -> MooncakeServer:
+    """The owner of a Mooncake store, not started."""
+    made = make_server(StoreConfig(kind="mooncake", **config), run=run, budget=budget, log_dir=log_dir)  # type: ignore[arg-type]
+    assert isinstance(made, MooncakeServer)
+    return made
 
 
 def eventually(condition: Callable[[], bool], *, seconds: float = 20.0) -> bool:
