@@ -69,7 +69,8 @@ class Coordinator:
         devices |= {f"{ANSWERER}-{i}": device for i, device in enumerate(config["answer_devices"])}
         processes = [WorkerProcess(name, device, log_dir / f"{name}.log") for name, device in devices.items()]
         self.supervisor = Supervisor(processes, limits=self.engines, on_end=lambda name: self.exchange.worker_ended(name), on_fatal=self.stop)
-        self.exchange = Exchange(config, ledger, spec=spec.to_dict(), now=lambda: self.now, workers=self.supervisor, stop=self.stop)
+        self.exchange = Exchange(config, ledger, spec=config["spec"], now=lambda: self.now, workers=self.supervisor, stop=self.stop)
+        self._largest = spec.nbytes(config["max_length"])
         self._say = say
         self._store: StoreServer | None = None
         self._cleaner: Cleaner | None = None
@@ -112,9 +113,14 @@ class Coordinator:
         started = time.monotonic()
         c = self.config
         try:
-            largest = RecordSpec.from_dict(c["spec"]).nbytes(c["max_length"])
-            where = {"expected_host": c["expected_host"], "log_dir": c["log_dir"]}
-            store = make_server(StoreConfig(**c["store"]), run=c["run"], budget=c["budget"], largest=largest, **where)
+            store = make_server(
+                StoreConfig(**c["store"]),
+                run=c["run"],
+                budget=c["budget"],
+                largest=self._largest,
+                expected_host=c["expected_host"],
+                log_dir=c["log_dir"],
+            )
             self._store = store
             await asyncio.to_thread(store.start)
         except Exception as error:
