@@ -173,19 +173,16 @@ def test_nobody_listening_is_said_with_the_address() -> None:
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineGroup]:
-    """A coordinator without engines."""
+    """One without engines, which :func:`endpoint` starts."""
     folder = tmp_path_factory.mktemp("group")
     made = EngineGroup(group_config(folder, save_tiny(folder / "target"), engines={"workers": 0}))
-    made.start()
     yield made
     made.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def endpoint(group: EngineGroup) -> Endpoint:
-    found = group._endpoint
-    assert found is not None
-    return found
+    return group.start()
 
 
 def raw(endpoint: Endpoint, *, hello: bool) -> socket.socket:

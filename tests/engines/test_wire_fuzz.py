@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from tests.engines.parts import group_config, save_tiny
-from torchspec.engines.client import TrainerClient
+from torchspec.engines.client import Endpoint, TrainerClient
 from torchspec.engines.connection import BadFrame, Framer
 from torchspec.engines.greeting import prove
 from torchspec.engines.group import EngineGroup
@@ -111,17 +111,22 @@ def test_what_arrives_is_what_was_sent_up_to_the_first_breach(sent: list[Any], h
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineGroup]:
     folder: Path = tmp_path_factory.mktemp("fuzz")
     made = EngineGroup(group_config(folder, save_tiny(folder / "target"), engines={"workers": 0}))
-    made.start()
     yield made
     made.close()
 
 
+@pytest.fixture(scope="module")
+def endpoint(group: EngineGroup) -> Endpoint:
+    return group.start()
+
+
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(sent=st.lists(messages, max_size=8), flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), max_size=3), known=st.booleans())
-def test_no_message_of_a_client_ends_or_bloats_the_coordinator(group: EngineGroup, sent: list[Any], flips: list[tuple[int, int]], known: bool) -> None:
+def test_no_message_of_a_client_ends_or_bloats_the_coordinator(
+    group: EngineGroup, endpoint: Endpoint, sent: list[Any], flips: list[tuple[int, int]], known: bool
+) -> None:
     """Well-formed nonsense and damaged bytes, by strangers and by those who know the token."""
-    endpoint = group._endpoint
-    assert endpoint is not None and group._process is not None
+    assert group._process is not None
     with socket.create_connection((endpoint.host, endpoint.port), timeout=20) as connection:
         head = connection.recv(8, socket.MSG_WAITALL)
         challenge = msgspec.msgpack.decode(connection.recv(struct.unpack("<II", head)[0], socket.MSG_WAITALL), type=ToTrainer)

@@ -13,13 +13,12 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
 
 import torchspec
-from torchspec.engines.client import Endpoint, GroupStopped, TrainerClient
+from torchspec.engines.client import Endpoint, GroupStopped
 from torchspec.engines.engine import EngineConfig, OnPolicy
 from torchspec.errors import UserError
 from torchspec.network import is_loopback
@@ -128,7 +127,6 @@ class EngineGroup:
         self._process: subprocess.Popen[bytes] | None = None
         self._said = b""
         self._error: str | None = None
-        self._endpoint: Endpoint | None = None
 
     def start(self) -> Endpoint:
         """Start the coordinator; returns as soon as it listens (store and engines go on loading).
@@ -150,8 +148,7 @@ class EngineGroup:
         except BaseException:
             self.close()
             raise
-        self._endpoint = Endpoint(self.config.listen_host, said["port"], self.config.token)
-        return self._endpoint
+        return Endpoint(self.config.listen_host, said["port"], self.config.token)
 
     def _listen(self, deadline: float) -> dict[str, Any]:
         """The coordinator's first words."""
@@ -191,30 +188,6 @@ class EngineGroup:
             self._error = self._error or f"the coordinator ended with code {code}; see {self.config.log_dir / 'coordinator.log'}"
         if self._error is not None:
             raise GroupStopped(self._error)
-
-    def wait_ready(self, timeout: float, progress: Callable[[float], None] | None = None) -> None:
-        """Wait until every local worker is ready. ``progress`` is called with the seconds so far, about twice a second.
-
-        Raises:
-            GroupStopped: the group ended, or the time was up.
-        """
-        assert self._endpoint is not None
-        started = time.monotonic()
-        client = TrainerClient(self._endpoint, "owner", role="observer")
-        try:
-            while True:
-                ready = sum(worker["alive"] for worker in client.ask()["workers"].values())
-                if ready >= self.config.engines.workers:
-                    return
-                waited = time.monotonic() - started
-                if waited > timeout:
-                    raise GroupStopped(f"{ready} of {self.config.engines.workers} engine workers ready after {timeout:.0f} s; see {self.config.log_dir}")
-                if progress is not None:
-                    progress(waited)
-                time.sleep(0.5)
-                self.check()
-        finally:
-            client.close()
 
     def close(self) -> None:
         """End the group and whatever it left. Idempotent."""
