@@ -47,9 +47,10 @@ class PlainStep(nn.Module):
         layer, tokens, size = draft.layers[0], batch.num_tokens, config.head_dim
         attention, mlp = layer.self_attn, layer.mlp  # type: ignore[union-attr]
         with torch.no_grad():
-            logits = self.task.head.logits(batch.last)
+            head = self.task.head
+            logits = head.logits(batch.last)
             best = logits.argmax(-1)
-            ids = self.task.draft_ids
+            ids = None if head.order is None else head.order[: head.width]
             kept = logits if ids is None else logits[:, ids]
             p = kept.float().softmax(-1)
             inside = torch.ones_like(best, dtype=torch.bool) if ids is None else torch.isin(best, ids)

@@ -18,7 +18,7 @@ from tests.defects.fits import fit, module, weights
 from tests.models import reference
 from tests.models.differences import PRUNED, against_reference
 from tests.models.exports import LAYERS, export_variant, random_draft, save_plain_target
-from tests.models.packs import conversation, counts, draft_config, pack, task
+from tests.models.packs import conversation, counts, draft_config, head_weight, pack, task
 from torchspec.batch import supervised_counts
 from torchspec.callbacks.vocabulary import VocabularyPruning
 from torchspec.engines.hooks import HiddenStates
@@ -82,7 +82,7 @@ def test_defect_03_the_last_supervised_position_has_the_targets_distribution() -
     output = made(pack(config, [given], 3))
     slow, sums = reference.loss(
         config, {name: p.detach() for name, p in made.draft.named_parameters()}, made.draft.embedding_table, ids=given.ids, mask=given.mask, aux=given.aux,
-        last=given.last, head=made.head.weight, head_norm=made.head.norm_weight, head_eps=1e-5, draft_ids=list(range(40)), step_weights=steps,
+        last=given.last, head=head_weight(made), head_norm=made.head.norm_weight, head_eps=1e-5, draft_ids=list(range(40)), step_weights=steps,
         counts=counts([given], 3),
     )  # fmt: skip
     assert output.sums["rows"].tolist() == sums["rows"] == [3.0, 2.0, 1.0]
@@ -111,7 +111,7 @@ def test_defect_05_the_final_norm_is_applied_once_before_the_targets_head(target
         expected = model(ids).logits[0]
         last = HiddenStates(model, (LAYERS,), num_layers=LAYERS).run(ids)[LAYERS][0]
         head = TargetHead(model.lm_head.weight, None, norm_module=model.model.norm, norm_tensors={"weight": model.model.norm.weight})
-        torch.testing.assert_close(head.project(head.normed(last)), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(head.logits(last), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_defect_06_layer_ids_mean_the_same_to_engine_trainer_and_servers(target: Target, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_defect_11_tokens_outside_the_draft_vocabulary_are_misses_and_means_are_
         made.draft.lm_head.weight.zero_()
     conversations = [conversation(config, [0] + [1] * n, n) for n in (3, 40, 12)]
     last = [c.last for c in conversations]
-    best = [made.head.project(made.head.normed(states)).argmax(-1).tolist() for states in last]
+    best = [made.head.logits(states).argmax(-1).tolist() for states in last]
     sums = None
     right: list[list[bool]] = []
     for c, tokens in zip(conversations, best, strict=True):
@@ -95,7 +95,9 @@ def test_defect_11_a_likely_token_outside_is_a_miss_even_if_the_draft_says_the_b
     config = draft_config().with_draft_vocabulary(2)
     made = task(config, draft_ids=[7, 9], step_weights=[1.0])
     made.head.weight.zero_()
-    made.head.weight[3], made.head.weight[7] = 2.0, 1.0  # 3 is the likeliest, 7 the likeliest of the draft's
+    assert made.head.order is not None
+    row = made.head.order.argsort()
+    made.head.weight[row[3]], made.head.weight[row[7]] = 2.0, 1.0  # 3 is the likeliest, 7 the likeliest of the draft's
     with torch.no_grad():
         made.draft.lm_head.weight.zero_()
     given = conversation(config, [0, 1, 1, 1], 0)

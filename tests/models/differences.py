@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.models import reference
-from tests.models.packs import Conversation, conversation, counts, draft_config, pack, task
+from tests.models.packs import Conversation, conversation, counts, draft_config, head_weight, pack, task
 from tests.models.variants import VARIANTS
 from torchspec.models.task import DraftTask
 
@@ -35,7 +35,7 @@ def against_reference(variant: str, draft_ids: list[int] | None) -> dict[str, fl
     config, over = made.draft.config, counts(conversations, STEPS)
     weights = {name: p.detach().double().clone().requires_grad_() for name, p in made.draft.named_parameters()}
     table = weights["embed_tokens.weight"] if config.owns_embedding else made.draft.embedding_table.double()
-    head: dict[str, Any] = {"head": made.head.weight.double(), "head_norm": made.head.norm_weight.double(), "head_eps": 1e-5}
+    head: dict[str, Any] = {"head": head_weight(made).double(), "head_norm": made.head.norm_weight.double(), "head_eps": 1e-5}
     total = torch.zeros((), dtype=torch.float64)
     sums: dict[str, Tensor] = {}
     for c in conversations:

@@ -349,15 +349,17 @@ def merge(number: int, heads: int, groups: int, size: int, slots: int, count: in
 def target(number: int, vocabulary: int, width: int, dtype: torch.dtype) -> None:
     from torchspec.models.kernels import target as kernel
 
-    whole = make(number, vocabulary, dtype=dtype, seed=1, scale=3.0)
-    ids = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))[:width].sort().values.to(DEVICE) if width < vocabulary else None
-    kept, best, inside, total, mass = kernel.ask(whole, ids)
-    expected = whole if ids is None else whole[:, ids]
-    assert torch.equal(kept, expected)
-    assert torch.equal(expected.gather(1, best.long()[:, None])[:, 0], expected.amax(-1))
-    assert torch.equal(inside.bool(), expected.amax(-1) == whole.amax(-1))
-    close("total", total, expected.double().logsumexp(-1), torch.float32)
-    close("mass", mass, (expected.double().logsumexp(-1) - whole.double().logsumexp(-1)).exp(), torch.float32, 5.0)
+    logits = make(number, vocabulary, dtype=dtype, seed=1, scale=3.0)
+    logits[::2, width - 1 :: max(1, vocabulary // 3)] = 9.0  # ties, also between the two parts
+    kept, rest = logits[:, :width], logits[:, width:] if width < vocabulary else None
+    p = logits.clone()[:, :width]
+    best, inside, whole, mass = kernel.ask(p, rest)
+    largest = kept == kept.amax(-1, keepdim=True)
+    assert torch.equal(best.long(), (largest.cumsum(-1) == 0).sum(-1))  # the first of them
+    assert torch.equal(inside.bool(), kept.amax(-1) == logits.amax(-1))
+    close("p", p, kept.double().softmax(-1), dtype)
+    close("whole", whole, p.double().sum(-1), torch.float32)
+    close("mass", mass, (kept.double().logsumexp(-1) - logits.double().logsumexp(-1)).exp(), torch.float32, 5.0)
 
 
 def losses(number: int, width: int, weights: dict[str, float], dtype: torch.dtype, *, pruned: bool, measure: bool) -> None:
@@ -367,9 +369,9 @@ def losses(number: int, width: int, weights: dict[str, float], dtype: torch.dtyp
 
     chosen, low, steps, states = LossWeights.of(weights), 2, 3, 2 * number
     vocabulary = 2 * width if pruned else width
-    whole = make(number, vocabulary, dtype=dtype, seed=1, scale=2.0)
-    ids = torch.arange(0, vocabulary, 2, device=DEVICE) if pruned else None
-    asked = kernel.Asked(*target_kernel.ask(whole, ids), low)
+    logits = make(number, vocabulary, dtype=dtype, seed=1, scale=2.0)
+    p = logits[:, :width].clone(memory_format=torch.contiguous_format)
+    asked = kernel.Asked(p, *target_kernel.ask(p, logits[:, width:] if pruned else None), low)
     place = torch.randperm(states + 1, generator=torch.Generator().manual_seed(2))[:states].to(DEVICE)
     flat = lambda high, seed: torch.randint(0, high, (states + 1,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)  # noqa: E731
     lists = kernel.Rows(
@@ -380,7 +382,7 @@ def losses(number: int, width: int, weights: dict[str, float], dtype: torch.dtyp
     z = make(states, width, dtype=dtype, seed=9, scale=2.0)
     t, k = lists.source[place] - low, lists.step[place]
     exact = RowTargets(
-        p=torch.softmax(asked.kept.double(), -1)[t], best=asked.best.long()[t], inside=asked.inside.bool()[t], mass=asked.mass.double()[t] if pruned else None,
+        p=p.double()[t], best=asked.best.long()[t], inside=asked.inside.bool()[t], mass=asked.mass.double()[t] if pruned else None,
         scale=lists.scale.double()[k], mixing=lists.mixing.double()[k],
     )  # fmt: skip
     expected = row_losses(z.double().clone(), exact, chosen, gradient=True, measure=measure)

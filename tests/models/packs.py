@@ -49,6 +49,12 @@ def conversation(config: DraftConfig, mask: list[int], seed: int) -> Conversatio
     return Conversation(torch.randint(0, config.vocab_size, (T,), generator=g).tolist(), mask, make(T, len(config.aux_layers) * D), make(T, D))
 
 
+def head_weight(made: DraftTask) -> Tensor:
+    """[V, D] of the target's head, in the target's order."""
+    head = made.head
+    return head.weight if head.order is None else head.weight[head.order.argsort()]
+
+
 def task(config: DraftConfig, *, draft_ids: list[int] | None, step_weights: list[float], dtype: torch.dtype = torch.float64, seed: int = 0) -> DraftTask:
     torch.manual_seed(seed)
     draft = Eagle3Draft(config, compute_dtype=dtype)

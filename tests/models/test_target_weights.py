@@ -55,8 +55,15 @@ def test_logits_equal_the_models_own(family: str, tmp_path: Path) -> None:
     head = TargetHead.of(target)
     assert not list(head.parameters()) and not head.state_dict()
     torch.testing.assert_close(head.logits(seen["last"][0]).float(), logits.float(), rtol=1e-5, atol=1e-5)
-    rows = torch.tensor([3, 7, 50])
-    torch.testing.assert_close(head.project(head.normed(seen["last"][0]), rows).float(), logits[:, rows].float(), rtol=1e-5, atol=1e-5)
+    ids = torch.tensor([50, 3, 7])
+    others = [i for i in range(logits.shape[1]) if i not in ids.tolist()]
+    head.put_first(ids)
+    normed = head.normed(seen["last"][0])
+    kept, rest = head.parts(normed)
+    assert rest is not None
+    torch.testing.assert_close(kept.float(), logits[:, ids].float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rest.float(), logits[:, others].float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head.logits(seen["last"][0]).float(), logits.float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(read_embedding(target), model.get_input_embeddings().weight.detach())
     weight = head.rms_weight()
     if "LayerNorm" in family:

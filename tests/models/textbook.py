@@ -55,6 +55,8 @@ class Setting:
         kind = torch.float64
         self.ids = ids
         self.head = TargetHead(torch.randn(V, D), None, norm_module=PlainNorm(D), norm_tensors={"weight": 1 + 0.2 * torch.randn(D)}).to(kind)
+        if ids is not None:
+            self.head.put_first(torch.tensor(ids))
         self.last = torch.randn(9, D, dtype=kind)
         self.index = (torch.tensor([0, 1, 2, 4, 5, 7, 8]), torch.tensor([0, 1, 4, 7]))
         self.states = [torch.randn(len(i), H, dtype=kind, requires_grad=True) for i in self.index]
@@ -84,8 +86,7 @@ class Setting:
     def found(self, weights: dict[str, float], measure: bool) -> tuple[Tensor, list[Tensor], list[float]]:
         """Loss, gradients of three times the loss, and loss sums by step, of the fast path."""
         losses = LossWeights.of(weights)
-        ids = None if self.ids is None else torch.tensor(self.ids)
-        target = target_distribution(self.head, self.last, ids, dtype=torch.float64, mass=measure or losses.needs_alpha)
+        target = target_distribution(self.head, self.last, dtype=torch.float64, mass=measure or losses.needs_alpha)
         result = head_loss(
             self.states, self.norm, self.weight, target, self.index,
             eps=1e-5, scale=torch.tensor(SCALE, dtype=torch.float64), weights=losses, mixing=mixing(torch.tensor(MEAN_ALPHA, dtype=torch.float64)),

@@ -61,7 +61,7 @@ class _Layer:
         self.gate_up = Weight.of([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight], dtype, fp8=fp8)
         self.down = Weight.of([layer.mlp.down_proj.weight], dtype, fp8=fp8, slim_out=True)
         if fp8:  # the embedding's half serves every step with one product, which stays as it is
-            width = self.gate_up.data.shape[1]
+            width = self.gate_up.store.shape[1]
             self.attention.round(slice(width, None) if first else slice(None), gradient=fp8 == Fp8.ALL)
         self.memory: UnrollMemory | FusedMemory | None = None
 

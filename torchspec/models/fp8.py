@@ -9,6 +9,7 @@ The gradient is :class:`Fp8Gradient`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -78,6 +79,10 @@ class Rounded:
         floats = torch.empty(2, _whole(rows), dtype=torch.float32, device=device)[:, :rows]  # the second list as aligned as the first
         return cls(torch.empty(rows, width, dtype=_E4M3, device=device), floats[0, :, None], floats[1])
 
+    def rows(self, which: slice) -> Rounded:
+        """Some of them, in the same memory."""
+        return Rounded(self.data[which], self.scale[which], self.top[which])
+
 
 def quantise(x: Tensor, factor: Tensor | None = None) -> Rounded:
     """Round rows, after multiplying columns by ``factor``.
@@ -96,7 +101,22 @@ def quantise(x: Tensor, factor: Tensor | None = None) -> Rounded:
         wide = wide * factor
     largest = wide.abs().amax(dim=1, keepdim=True)
     scale = torch.where(largest > SMALLEST, largest / 448.0, 1.0)
-    return Rounded((wide / scale).to(_E4M3), scale, top)
+    return Rounded((wide * (1.0 / scale)).to(_E4M3), scale, top)
+
+
+def quantise_stacked(parts: Sequence[Tensor]) -> Rounded:
+    """:func:`quantise` of matrices [R_i, C] on top of each other, without a copy of them in one piece."""
+    if len(parts) == 1:
+        return quantise(parts[0])
+    if not kernels.usable(parts[0]):
+        return quantise(torch.cat(list(parts)))
+    from torchspec.models.kernels import fp8
+
+    whole, first = Rounded.empty(sum(part.shape[0] for part in parts), parts[0].shape[1], parts[0].device), 0
+    for part in parts:
+        fp8.quantise(part, None, into=whole.rows(slice(first, first + part.shape[0])))
+        first += part.shape[0]
+    return whole
 
 
 def _transposed(x: Tensor) -> Tensor:
@@ -125,7 +145,7 @@ class Fp8Weight:
 
     def part(self, rows: slice) -> Fp8Weight:
         """Some of the rows."""
-        return Fp8Weight(Rounded(self.data[rows], self.scale[rows], self.rounded.top[rows]))
+        return Fp8Weight(self.rounded.rows(rows))
 
     @property
     def factor(self) -> Tensor:

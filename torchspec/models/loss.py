@@ -19,6 +19,7 @@ from torch import Tensor
 
 from torchspec.models.losses import LossWeights, RowTargets, row_losses
 from torchspec.models.norms import rms_backward, rms_forward
+from torchspec.models.shared import wide
 from torchspec.models.target_weights import TargetHead
 
 _CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
@@ -47,34 +48,30 @@ class TargetDistribution:
 
 
 @torch.no_grad()
-def target_distribution(head: TargetHead, last: Tensor, draft_ids: Tensor | None, *, dtype: torch.dtype, mass: bool) -> TargetDistribution:
+def target_distribution(head: TargetHead, last: Tensor, *, dtype: torch.dtype, mass: bool) -> TargetDistribution:
     """Ask the target's head.
 
     Args:
-        head: the frozen head.
+        head: the frozen head, rows of the draft vocabulary first.
         last: [R, D] states before the final norm, those that predict what step 0 predicts.
-        draft_ids: [W] target ids of the draft rows, None for all.
         dtype: type to keep p in.
         mass: also the mass of the draft vocabulary (needs the sum over the whole one).
     """
-    rows = last.shape[0]
-    width = head.weight.shape[0] if draft_ids is None else draft_ids.shape[0]
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    p = torch.empty(rows, width, dtype=dtype, device=last.device)
+    rows, pruned = last.shape[0], head.width < head.weight.shape[0]
+    p = torch.empty(rows, head.width, dtype=dtype, device=last.device)
     best = torch.empty(rows, dtype=torch.int64, device=last.device)
     inside = torch.ones(rows, dtype=torch.bool, device=last.device)
-    masses = torch.empty(rows, dtype=wide, device=last.device) if mass and draft_ids is not None else None
+    masses = torch.empty(rows, dtype=wide(dtype), device=last.device) if mass and pruned else None
     normed = head.normed(last)
     for low, high in _chunks(rows, head.weight.shape[0], last.device):
-        whole = head.project(normed[low:high])
-        kept = whole if draft_ids is None else whole[:, draft_ids]
+        kept, rest = head.parts(normed[low:high])
         highest, best[low:high] = kept.max(dim=-1)
-        if draft_ids is not None:
-            inside[low:high] = highest == whole.amax(dim=-1)
-        logits = kept if kept.dtype == torch.float64 else kept.float()
+        logits = kept.to(wide(kept.dtype))
         total = torch.logsumexp(logits, dim=-1)
-        if masses is not None:
-            masses[low:high] = torch.exp(total - torch.logsumexp(whole if whole.dtype == torch.float64 else whole.float(), dim=-1))
+        if rest is not None:
+            inside[low:high] = highest >= rest.amax(dim=-1)
+            if masses is not None:
+                masses[low:high] = torch.sigmoid(total - torch.logsumexp(rest.to(wide(rest.dtype)), dim=-1))
         p[low:high] = (logits - total[:, None]).exp_()
     return TargetDistribution(p, best, inside, masses)
 
@@ -170,17 +167,17 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: HeadPlan, norm: Tensor, weight: Tensor, *states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         target, dtype, device = plan.target, states[0].dtype, states[0].device
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        exact = wide(dtype)
         train = plan.train and any(ctx.needs_input_grad)
         sizes = [state.shape[0] for state in states]
         total = sum(sizes)
         cast = weight.to(dtype)
-        per_row = torch.empty(total, dtype=wide, device=device)
+        per_row = torch.empty(total, dtype=exact, device=device)
         hit = torch.empty(total, dtype=torch.bool, device=device)
-        alpha = torch.empty(total if plan.measure else 0, dtype=wide, device=device)
+        alpha = torch.empty(total if plan.measure else 0, dtype=exact, device=device)
         d_states = [torch.empty_like(state) for state in states] if train else []
-        d_weight = torch.zeros_like(cast, dtype=wide) if train else None
-        d_norm = torch.zeros_like(norm, dtype=wide) if train else None
+        d_weight = torch.zeros_like(cast, dtype=exact) if train else None
+        d_norm = torch.zeros_like(norm, dtype=exact) if train else None
         for low, high in _chunks(total, cast.shape[0], device):
             pieces = [(k, first, end, place, *rms_forward(states[k][first:end], norm, plan.eps)) for k, first, end, place in _pieces(sizes, low, high)]
             x = pieces[0][4] if len(pieces) == 1 else torch.cat([piece[4] for piece in pieces])
@@ -190,10 +187,10 @@ class _HeadLoss(torch.autograd.Function):
                 target.best[at],
                 target.inside[at],
                 None if target.mass is None else target.mass[at],
-                plan.scale[low:high].to(wide),
-                plan.mixing[low:high].to(wide),
+                plan.scale[low:high].to(exact),
+                plan.mixing[low:high].to(exact),
             )
-            found = row_losses(torch.matmul(x, cast.t()).to(wide), rows, plan.weights, gradient=train, measure=plan.measure)
+            found = row_losses(torch.matmul(x, cast.t()).to(exact), rows, plan.weights, gradient=train, measure=plan.measure)
             per_row[low:high], hit[low:high] = found.loss, found.hit
             if found.alpha is not None and plan.measure:
                 alpha[low:high] = found.alpha
@@ -207,7 +204,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(per_row, hit, alpha)
         if d_weight is not None and d_norm is not None:
             ctx.save_for_backward(d_norm.to(norm.dtype), d_weight.to(weight.dtype), *d_states)
-        return torch.dot(per_row, plan.scale.to(wide)), per_row, hit, alpha
+        return torch.dot(per_row, plan.scale.to(exact)), per_row, hit, alpha
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -4,7 +4,7 @@ Rows of all steps are ordered by the step-0 row whose target they have, so that 
 states, and drops them. A chunk costs three products with the draft's head, one with the target's, one read of each logit or two, and one write: the gradient
 stands where the logits stood.
 
-    target logits [c, V] -> kept [c, W]        z = norm(h'') W^T [r, W] -> d_z        dW += d_z^T x (fp32)        d_x = d_z W
+    target logits [c, W], [c, V - W] -> p [c, W]        z = norm(h'') W^T [r, W] -> d_z        dW += d_z^T x (fp32)        d_x = d_z W
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torchspec.models.losses import LossWeights
 from torchspec.models.shared import Weight
 from torchspec.models.target_weights import TargetHead
 
+_TILE = 128
+"""Rows of a tile of the products: chunks are equal to within one, for a short last one would read both heads for little, and of whole tiles."""
 _CHUNK_ELEMENTS = 600 * 2**20
 """Draft logits of a chunk, at most: 1.2 GiB in bf16."""
 _CHUNK_ROWS = 4096
@@ -34,7 +36,6 @@ class FusedPlan:
     head: TargetHead
     last: Tensor
     """[R_0, D] target states before the final norm, that predict what step 0 predicts."""
-    draft_ids: Tensor | None
     rows: UnrollRows
     scale: Tensor
     """[K] weight_k / count_k."""
@@ -47,7 +48,7 @@ class FusedPlan:
     train: bool
     """Gradients are wanted."""
     fp8: Fp8 = Fp8.NONE
-    """8-bit products with the draft's head."""
+    """8-bit products with the draft's head, and with the target's where it is only asked whether a token outside the draft vocabulary is likelier."""
 
 
 def chunks(rows: UnrollRows, width: int) -> list[tuple[int, int, int, int]]:
@@ -58,9 +59,9 @@ def chunks(rows: UnrollRows, width: int) -> list[tuple[int, int, int, int]]:
     change[:total] += 1
     change.index_add_(0, torch.arange(total) + rows.depth, torch.full_like(rows.depth, -1))
     before = torch.cat([torch.zeros(1, dtype=torch.int64), change[:total].cumsum(0).cumsum(0)]).tolist()
-    high = max(rows.steps, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // width))
-    step = max(1, high // rows.steps)
-    step = step // 64 * 64 or step
+    high = max(rows.steps, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // width)) // rows.steps
+    number = -(-total // (high // _TILE * _TILE or high))
+    step = min(high, -(-total // number // _TILE) * _TILE)
     return [(low, min(low + step, total), before[low], before[min(low + step, total)]) for low in range(0, total, step)]
 
 
@@ -112,7 +113,8 @@ class _FusedLoss(torch.autograd.Function):
             for _, _, first, end in cut:
                 store.gradient.expect(end - first)
         for low, high, first, end in cut:
-            asked = kernel.Asked(*target_kernel.ask(plan.head.project(normed[low:high]).contiguous(), plan.draft_ids), low)
+            p, rest = plan.head.parts(normed[low:high], rounded=bool(plan.fp8))
+            asked = kernel.Asked(p, *target_kernel.ask(p, rest), low)
             place = order[first:end]
             x: Tensor | None
             if store.narrow is None:
@@ -124,7 +126,7 @@ class _FusedLoss(torch.autograd.Function):
                 del x8
             factor = None if store.narrow is None or store.gradient is None else store.narrow.factor
             sizes = kernel.losses(z, place, asked, rows, vars(plan.weights), gradient=train, measure=plan.measure, factor=factor)
-            del asked
+            del asked, p, rest
             if d_every is not None:
                 assert x is not None
                 if store.narrow is None:

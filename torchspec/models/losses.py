@@ -123,15 +123,16 @@ def row_losses(z: Tensor, target: RowTargets, weights: LossWeights, *, gradient:
     lse = torch.logsumexp(z, dim=-1)
     hit = (z.argmax(dim=-1) == target.best) & inside
     loss = torch.zeros_like(lse)
-    soft = lse - torch.linalg.vecdot(p.to(wide), z)
+    z.sub_(lse[:, None])  # log q
+    soft = -torch.linalg.vecdot(p.to(wide), z)  # rather than lse - p.z, which a p that is rounded, and so does not sum to 1, would shift
     straight = weights.forward_kl + weights.lk_lambda * target.mixing
     loss += straight * soft
     if weights.cross_entropy:
-        loss += weights.cross_entropy * (lse - z.gather(1, target.best[:, None])[:, 0])
+        loss -= weights.cross_entropy * z.gather(1, target.best[:, None])[:, 0]
     only_soft = not (weights.needs_alpha or weights.reverse_kl or weights.jsd)
     if only_soft and not gradient and not measure:
         return RowLosses(torch.where(inside, loss, 0.0), hit, None, None)
-    q = z.sub_(lse[:, None]).exp_()
+    q = z.exp_()
     alpha = None
     curved: Tensor | None = None  # sum of w (g_v - sum q g): what q multiplies in the gradient
     if measure or weights.needs_alpha:

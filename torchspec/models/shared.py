@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchspec.models import kernels
-from torchspec.models.fp8 import Fp8, Fp8Gradient, Fp8Weight, quantise
+from torchspec.models.fp8 import Fp8, Fp8Gradient, Fp8Weight, quantise, quantise_stacked
 
 _ALL = slice(None)
 
@@ -35,16 +35,24 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 class _WeightStore:
     """[out, in] data of one or several stacked weights, and the sum of its gradients."""
 
-    def __init__(self, data: Tensor, *, fp8: Fp8 = Fp8.NONE, slim_out: bool = False) -> None:
-        self.data = data
-        self.narrow = Fp8Weight(quantise(data)) if fp8 else None
+    def __init__(self, parts: Sequence[Tensor], dtype: torch.dtype, *, fp8: Fp8 = Fp8.NONE, slim_out: bool = False) -> None:
+        given = [part.detach() for part in parts]
+        self.dtype, self.device, self.shape = dtype, given[0].device, torch.Size([sum(part.shape[0] for part in given), given[0].shape[1]])
+        self.narrow = Fp8Weight(quantise_stacked(given)) if fp8 else None
         """Set where products with the whole weight are 8-bit ones."""
+        self._data = None if fp8 else _stacked(given, dtype)
         self.gradient = Fp8Gradient(d_y_is_wide=not slim_out) if fp8 == Fp8.ALL else None
         """Set where the gradient, or that of the columns that are rounded, is an 8-bit product; what uses the store then adds to it rather than here."""
         self._columns = _ALL
         self._parts: dict[tuple[Any, ...], Fp8Weight] = {}
         self._sum: Tensor | None = None
         self._terms: dict[tuple[Any, ...], tuple[slice, slice, list[Tensor], list[Tensor]]] = {}
+
+    @property
+    def data(self) -> Tensor:
+        """[out, in] in the compute type; not there where products with the whole weight are 8-bit ones."""
+        assert self._data is not None
+        return self._data
 
     def round_columns(self, columns: slice, *, gradient: bool) -> None:
         """Make products with these columns, and all or some of the rows, 8-bit ones in :func:`linear`; with ``gradient`` also the gradient of all rows."""
@@ -68,7 +76,7 @@ class _WeightStore:
 
     def add(self, rows: slice, columns: slice, d_y: Tensor, x: Tensor) -> None:
         """Add d_y^T x to a part of the gradient; d_y is [R, rows], x [R, columns]."""
-        if self.data.is_cuda:
+        if self.device.type == "cuda":
             self._add_now(rows, columns, d_y, x)
             return
         key = (rows.start, rows.stop, columns.start, columns.stop)
@@ -82,7 +90,7 @@ class _WeightStore:
             self._sum = torch.mm(d_y.t(), x, out_dtype=torch.float32) if narrow else torch.mm(d_y.t(), x)
             return
         if self._sum is None:
-            self._sum = torch.zeros(self.data.shape, dtype=wide(self.data.dtype), device=self.data.device)
+            self._sum = torch.zeros(self.shape, dtype=wide(self.dtype), device=self.device)
         part = self._sum[rows, columns]
         if narrow:
             torch.addmm(part, d_y.t(), x, out_dtype=torch.float32, out=part)
@@ -99,13 +107,23 @@ class _WeightStore:
         if narrow is None and len(terms) == 1 and terms[0][:2] == (_ALL, _ALL):
             return _product(terms[0][2], terms[0][3])
         if found is None:
-            kind = self.data.dtype if narrow is None and len(terms) == 1 else wide(self.data.dtype)
-            found = torch.zeros(self.data.shape, dtype=kind, device=self.data.device)
+            kind = self.dtype if narrow is None and len(terms) == 1 else wide(self.dtype)
+            found = torch.zeros(self.shape, dtype=kind, device=self.device)
         for rows, columns, outs, ins in terms:
             found[rows, columns] += _product(outs, ins)
         if narrow is not None:
             found[:, self._columns] += narrow
         return found
+
+
+def _stacked(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Matrices on top of each other, in a type."""
+    if len(parts) == 1:
+        return parts[0].to(dtype)
+    data = parts[0].new_empty(sum(part.shape[0] for part in parts), parts[0].shape[1], dtype=dtype)
+    for place, part in zip(data.split([part.shape[0] for part in parts]), parts, strict=True):
+        place.copy_(part)
+    return data
 
 
 def _product(outs: list[Tensor], ins: list[Tensor]) -> Tensor:
@@ -120,7 +138,7 @@ class _Stack(torch.autograd.Function):
     def forward(ctx: Any, store: _WeightStore, *parts: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.store, ctx.kinds = store, [(part.shape[0], part.dtype) for part in parts]
-        return store.data.new_empty(0)
+        return parts[0].new_empty(0, dtype=store.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -141,13 +159,7 @@ class Weight:
     def of(cls, parts: Sequence[Tensor], dtype: torch.dtype, *, fp8: Fp8 = Fp8.NONE, slim_out: bool = False) -> Weight:
         """Weights [out_i, in] with one input stacked to [sum out_i, in], in ``dtype``; with ``fp8`` products with the whole of it are 8-bit ones, and
         ``slim_out`` says that its outputs are the fewer numbers."""
-        if len(parts) == 1:
-            data = parts[0].detach().to(dtype)
-        else:
-            data = parts[0].new_empty(sum(part.shape[0] for part in parts), parts[0].shape[1], dtype=dtype)
-            for place, part in zip(data.split([part.shape[0] for part in parts]), parts, strict=True):
-                place.copy_(part.detach())
-        store = _WeightStore(data, fp8=fp8, slim_out=slim_out)
+        store = _WeightStore(parts, dtype, fp8=fp8, slim_out=slim_out)
         return cls(store, _Stack.apply(store, *parts), _ALL, _ALL)
 
     def part(self, *, rows: slice = _ALL, columns: slice = _ALL) -> Weight:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchspec.errors import UserError
+from torchspec.models.fp8 import MULTIPLE, Fp8Weight, quantise
 from torchspec.target import Target
 
 
@@ -52,14 +53,36 @@ class TargetHead(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("order", None, persistent=False)
         for name, tensor in norm_tensors.items():
             self.register_buffer(f"norm_{name}", tensor, persistent=False)
         self._norm: tuple[nn.Module, tuple[str, ...]] = (norm_module, tuple(norm_tensors))  # in a tuple: not a submodule
         self.scale = scale
         self.soft_cap = soft_cap
+        self.width = weight.shape[0]
+        self._narrow: Fp8Weight | None = None
 
     weight: Tensor
+    """[V, D], rows in the target's order until :meth:`put_first`."""
     bias: Tensor | None
+    order: Tensor | None
+    """[V] target id of each row, where they are not in the target's order."""
+    width: int
+    """W: how many rows come first, see :meth:`put_first`; all of them before it."""
+
+    def put_first(self, draft_ids: Tensor) -> None:
+        """Sort the rows, those of the draft vocabulary first, so that its logits and the others are products of their own.
+
+        Args:
+            draft_ids: [W] distinct target ids, in the order of the draft's rows.
+        """
+        assert self.order is None
+        others = torch.ones(self.weight.shape[0], dtype=torch.bool, device=draft_ids.device)
+        others[draft_ids] = False
+        self.order = torch.cat([draft_ids, others.nonzero()[:, 0]]).to(self.weight.device)
+        self.weight = self.weight[self.order]
+        self.bias = None if self.bias is None else self.bias[self.order]
+        self.width = draft_ids.shape[0]
 
     def normed(self, last: Tensor) -> Tensor:
         """The target's final norm of its last states, [..., D] in the head's type."""
@@ -68,11 +91,26 @@ class TargetHead(nn.Module):
         normed: Tensor = torch.func.functional_call(module, tensors, (last.to(self.weight.dtype),))
         return normed
 
-    def project(self, normed: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Logits of normed states, over the whole vocabulary or the given target ids [W]; fp32 where a cap or scale applies."""
-        weight = self.weight if rows is None else self.weight[rows]
-        bias = self.bias if rows is None or self.bias is None else self.bias[rows]
-        logits = F.linear(normed, weight, bias)
+    def parts(self, normed: Tensor, *, rounded: bool = False) -> tuple[Tensor, Tensor | None]:
+        """[R, W] logits of the draft vocabulary, and [R, V - W] of all other tokens or None where there are none; fp32 where a cap or scale applies.
+
+        Args:
+            normed: [R, D], from :meth:`normed`.
+            rounded: the second by an 8-bit product, where D allows it. Which of two nearly equal tokens is likelier may come out the other way round.
+        """
+        number = self.weight.shape[0] - self.width
+        if not number or not rounded or self.weight.shape[1] % MULTIPLE:
+            whole = self._project(normed, slice(None))
+            return whole[:, : self.width], whole[:, self.width :] if number else None
+        if self._narrow is None:
+            self._narrow = Fp8Weight(quantise(F.pad(self.weight[self.width :], (0, 0, 0, -number % MULTIPLE))))
+        rest = self._narrow.forward(quantise(normed), normed.dtype)[:, :number]
+        return self._project(normed, slice(0, self.width)), self._finish(rest if self.bias is None else rest + self.bias[self.width :])
+
+    def _project(self, normed: Tensor, rows: slice) -> Tensor:
+        return self._finish(F.linear(normed, self.weight[rows], None if self.bias is None else self.bias[rows]))
+
+    def _finish(self, logits: Tensor) -> Tensor:
         if self.scale != 1.0:
             logits = logits.float() * self.scale
         if self.soft_cap is not None:
@@ -80,8 +118,9 @@ class TargetHead(nn.Module):
         return logits
 
     def logits(self, last: Tensor) -> Tensor:
-        """[..., V] logits of states before the final norm."""
-        return self.project(self.normed(last))
+        """[..., V] logits of states before the final norm, in the target's order."""
+        found = self._project(self.normed(last), slice(None))
+        return found if self.order is None else torch.empty_like(found).index_copy_(-1, self.order, found)
 
     @classmethod
     def of(cls, target: Target) -> TargetHead:

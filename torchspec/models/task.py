@@ -52,14 +52,13 @@ class DraftTask(nn.Module):
 
     Args:
         draft: the network to train.
-        head: the target's norm and head.
+        head: the target's norm and head; its rows are sorted here.
         draft_ids: [W] target ids of the draft's rows; None for the whole vocabulary.
         step_weights: [K] w_k.
         loss: which losses, by weight.
     """
 
     step_weights: Tensor
-    draft_ids: Tensor | None
     mean_alpha: Tensor
     """[K] mean alpha of each depth over the previous optimizer step, 0 before the first; ``lk_lambda`` reads it."""
 
@@ -67,9 +66,10 @@ class DraftTask(nn.Module):
         super().__init__()
         self.draft = draft
         self.head = head
+        if draft_ids is not None:
+            head.put_first(draft_ids)
         self.loss = loss
         self.register_buffer("mean_alpha", torch.zeros(len(step_weights)), persistent=False)
-        self.register_buffer("draft_ids", draft_ids, persistent=False)
         self.register_buffer("step_weights", torch.tensor(step_weights, dtype=torch.float32), persistent=False)
 
     @classmethod
@@ -130,11 +130,11 @@ class DraftTask(nn.Module):
         scale = self.step_weights.to(wide(draft.compute_dtype)) / batch.counts.clamp(min=1.0)
         rules: dict[str, Any] = {"eps": norm.eps, "scale": scale, "weights": self.loss, "mixing": mixing(self.mean_alpha), "measure": measure}
         if kernels.usable(states[0]):
-            plan = FusedPlan(self.head, last, self.draft_ids, rows, train=torch.is_grad_enabled(), fp8=draft.fp8, **rules)
+            plan = FusedPlan(self.head, last, rows, train=torch.is_grad_enabled(), fp8=draft.fp8, **rules)
             result = split_steps(*fused_head_loss(plan, states, norm.weight, draft.lm_head.weight), rows.index)
         else:
             mass = measure or self.loss.needs_alpha
-            target = target_distribution(self.head, last, self.draft_ids, dtype=draft.compute_dtype, mass=mass)
+            target = target_distribution(self.head, last, dtype=draft.compute_dtype, mass=mass)
             result = head_loss(states, norm.weight, draft.lm_head.weight, target, rows.index, **rules)
         return self._summed(result.loss, result.loss_sum, result.hit, result.alpha, batch)
 

@@ -4,8 +4,8 @@
     turn       y_cr = round(x_rc by_r)           by_r = limit / top_r, or top_r / (limit common)
     transpose  y_cr = x_rc
 
-The second pass over a row reads it from a cache. Values beyond the type's largest are made that one here, since a cast may make them NaN; NaN stays. Rows
-with nothing above ``models.fp8.SMALLEST`` count as rows of zeros: s_r = 1, by_r = 0.
+Rows that fit into a block are read once; of longer ones the second pass reads them from a cache. Values beyond the type's largest are made that one here,
+since a cast may make them NaN; NaN stays. Rows with nothing above ``models.fp8.SMALLEST`` count as rows of zeros: s_r = 1, by_r = 0.
 """
 
 from __future__ import annotations
@@ -19,15 +19,26 @@ from torchspec.models.fp8 import SMALLEST, Rounded
 from torchspec.models.kernels.rounding import factor_of, scale_of
 
 _SMALLEST = tl.constexpr(SMALLEST)
-_BLOCK = 4096
+_BLOCK = 8192
 _ROWS, _COLUMNS = 128, 64
 """A tile of ``turn``: what it reads of a row and what it writes of a column are 128 bytes each, for two-byte numbers."""
 
 
 @triton.jit
-def _quantise(x, factor, y, scale, top, width, stride, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+def _quantise(x, factor, y, scale, top, width, stride, FACTOR: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
+    if HELD:
+        values = tl.load(x + row * stride + lane, mask=lane < width, other=0.0).to(tl.float32)
+        largest = tl.max(tl.abs(values), axis=0)
+        tl.store(top + row, largest)
+        if FACTOR:
+            values *= tl.load(factor + lane, mask=lane < width, other=0.0)
+            largest = tl.max(tl.abs(values), axis=0)
+        by = scale_of(largest)
+        tl.store(scale + row, by)
+        tl.store(y + row * width + lane, (values * (1.0 / by)).to(y.dtype.element_ty), mask=lane < width)
+        return
     plain, highest = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         column = first + lane
@@ -41,13 +52,14 @@ def _quantise(x, factor, y, scale, top, width, stride, FACTOR: tl.constexpr, BLO
     if FACTOR:
         largest = tl.max(highest, axis=0)
     by = scale_of(largest)
+    inverse = 1.0 / by
     tl.store(scale + row, by)
     for first in range(0, width, BLOCK):
         column = first + lane
         values = tl.load(x + row * stride + column, mask=column < width, other=0.0).to(tl.float32)
         if FACTOR:
             values *= tl.load(factor + column, mask=column < width, other=0.0)
-        tl.store(y + row * width + column, (values / by).to(y.dtype.element_ty), mask=column < width)
+        tl.store(y + row * width + column, (values * inverse).to(y.dtype.element_ty), mask=column < width)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -75,9 +87,9 @@ def _round_both(x, factor, scale, top, y, turned, rows, padded, width, stride, m
     seen = within[:, None] & (column < width)[None, :]
     at = row.to(tl.int64)[:, None] * width + column[None, :]
     values = tl.load(x + at, mask=seen, other=0.0).to(tl.float32)
-    by = tl.load(scale + row, mask=within, other=1.0)
+    inverse = 1.0 / tl.load(scale + row, mask=within, other=1.0)
     factors = tl.load(factor + column, mask=column < width, other=0.0)
-    tl.store(y + at, (values * factors[None, :] / by[:, None]).to(y.dtype.element_ty), mask=seen)
+    tl.store(y + at, (values * factors[None, :] * inverse[:, None]).to(y.dtype.element_ty), mask=seen)
     largest = tl.load(top + row, mask=within, other=0.0)
     values = values * factor_of(largest, most)[:, None]
     values = tl.where(values > most, most, tl.where(values < -most, -most, values))
@@ -93,14 +105,23 @@ def _transpose(x, y, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     tl.store(y + column.to(tl.int64)[:, None] * rows + row[None, :], tl.trans(values), mask=(column < width)[:, None] & (row < rows)[None, :])
 
 
-def quantise(x: Tensor, factor: Tensor | None) -> Rounded:
-    """x [R, C], factor [C] fp32 or None."""
+def quantise(x: Tensor, factor: Tensor | None, *, into: Rounded | None = None) -> Rounded:
+    """Round rows.
+
+    Args:
+        x: [R, C], rows contiguous.
+        factor: [C] fp32 or None.
+        into: where to write; None for a new place.
+    """
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, width = x.shape
-    y = Rounded.empty(rows, width, x.device)
+    y = Rounded.empty(rows, width, x.device) if into is None else into
     if rows:
         block = min(_BLOCK, triton.next_power_of_2(width))
-        _quantise[(rows,)](x, factor, y.data, y.scale, y.top, width, x.stride(0), FACTOR=factor is not None, BLOCK=block, num_warps=8 if block >= 2048 else 4)
+        _quantise[(rows,)](
+            x, factor, y.data, y.scale, y.top, width, x.stride(0),
+            FACTOR=factor is not None, HELD=block >= width, BLOCK=block, num_warps=16 if block >= 8192 else 8 if block >= 2048 else 4,
+        )  # fmt: skip
     return y
 
 
@@ -139,7 +160,7 @@ def round_both(x: Tensor, factor: Tensor, scale: Tensor, top: Tensor, out: Tenso
     padded = out.shape[1]
     if padded and width:
         _round_both[(triton.cdiv(padded, _ROWS), triton.cdiv(width, _COLUMNS))](
-            x, factor, scale, top, y.data, out, rows, padded, width, out.stride(0), torch.finfo(out.dtype).max, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=8
+            x, factor, scale, top, y.data, out, rows, padded, width, out.stride(0), torch.finfo(out.dtype).max, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4
         )
     return y
 

@@ -4,7 +4,7 @@
     pass 2   (only where a loss or metric asks) alpha = sum min(t, q), B = sum of q where q < t, R = sum q log(q/p), the two halves of JSD
     pass 3   d_z = scale [ a (q - p) + b (q - [v = best]) + q ( c (B - [q < t]) + d (log(q/p) - R) + e (log(q/m) - sum q log(q/m)) / 2 ) ]
 
-with q = exp(z - lse), p = exp(kept - total), t = p mass, m = (p + q) / 2; a = forward_kl + lambda lk_lambda, b = cross_entropy,
+with q = exp(z - lse), t = p mass, m = (p + q) / 2; a = forward_kl + lambda lk_lambda, b = cross_entropy,
 c = tv + (1 - lambda) lk_lambda + lk_alpha / alpha, d = reverse_kl, e = jsd. A program does one row; passes after the first find it in the L2 cache for
 W up to about 60,000, since few programs run at a time.
 """
@@ -18,74 +18,76 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchspec.models.kernels.rounding import scale_of
+from torchspec.models.kernels.rounding import LOG2E, scale_of
+from torchspec.models.kernels.target import VECTOR, first_of
 
 _LOW = tl.constexpr(-1e30)
 _TINY = tl.constexpr(1e-30)
 _LOG_TINY = tl.constexpr(-69.07755278982137)
-BLOCK, WARPS = 4096, 16
+BLOCK, WARPS = 16384, 16
 """Logits of a step through a row, and warps of a program."""
 
 
 @triton.jit(do_not_specialize=["low"], do_not_specialize_on_alignment=["place"])
 def _losses(
-    z, kept, best, inside, total, mass, place, source, step, scale, mixing, loss, hit, alpha, factor8, scale8, top8, low, width,
+    z, target, best, inside, whole, mass, place, source, step, scale, mixing, loss, hit, alpha, factor8, scale8, top8, low, width, stride,
     w_kl, w_ce, w_rkl, w_jsd, w_tv, w_lka, w_lkl,
     GRADIENT: tl.constexpr, ALPHA: tl.constexpr, ACCEPT: tl.constexpr, REVERSE: tl.constexpr, JSD: tl.constexpr, CROSS: tl.constexpr,
-    NARROW: tl.constexpr, BLOCK: tl.constexpr,
+    NARROW: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     where = tl.load(place + row)
     t = (tl.load(source + where) - low).to(tl.int64)
     k = tl.load(step + where)
-    lane = tl.arange(0, BLOCK)
-    own, other = z + row * width, kept + t * width
-    p_total = tl.load(total + t)
+    offset = tl.arange(0, LANES)[:, None] * (BLOCK // LANES) + tl.arange(0, BLOCK // LANES)[None, :]
+    own, other = z + row * width, target + t * stride
+    p_sum = tl.load(whole + t)
     answer = tl.load(best + t)
     valid = tl.load(inside + t) != 0
 
-    top, index = tl.full([BLOCK], _LOW, tl.float32), tl.zeros([BLOCK], tl.int32)
-    weight, dot = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    top, start = tl.full([LANES], _LOW, tl.float32), tl.zeros([LANES], tl.int32)
+    weight, dot = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
     for first in range(0, width, BLOCK):
-        column = first + lane
+        column = first + offset
         seen = column < width
         value = tl.load(own + column, mask=seen, other=_LOW).to(tl.float32)
-        p = tl.exp(tl.load(other + column, mask=seen, other=_LOW).to(tl.float32) - p_total)
-        higher = tl.maximum(top, value)
-        index = tl.where(value > top, column, index)
-        weight = weight * tl.exp(top - higher) + tl.where(seen, tl.exp(value - higher), 0.0)
-        dot += tl.where(seen, p * value, 0.0)
+        p = tl.load(other + column, mask=seen, other=0.0).to(tl.float32)
+        most = tl.max(value, axis=1)
+        higher = tl.maximum(top, most)
+        start = tl.where(most > top, first, start)
+        weight = weight * tl.exp2((top - higher) * LOG2E) + tl.sum(tl.exp2((value - higher[:, None]) * LOG2E), axis=1)
+        dot += tl.sum(p * value, axis=1)
         top = higher
-    highest = tl.max(top, axis=0)
-    guess = tl.min(tl.where(top == highest, index, 2147483647), axis=0)
-    lse = highest + tl.log(tl.sum(weight * tl.exp(top - highest), axis=0))
+    guess, highest = first_of(own, top, start, width, BLOCK, LANES)
+    lse = highest + tl.log(tl.sum(weight * tl.exp2((top - highest) * LOG2E), axis=0))
     lam = tl.load(mixing + k)
     straight = w_kl + w_lkl * lam
-    value_of = straight * (lse - tl.sum(dot, axis=0))
+    value_of = straight * (p_sum * lse - tl.sum(dot, axis=0))
     if CROSS:
         value_of += w_ce * (lse - tl.load(own + answer).to(tl.float32))
 
     accept, below, ratio_mean, jsd_mean, factor = 0.0, 0.0, 0.0, 0.0, 0.0
     if ALPHA or REVERSE or JSD:
         m = tl.load(mass + t)
-        v_alpha, v_below = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-        v_ratio, v_jsd, v_other = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        v_alpha, v_below = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
+        v_ratio, v_jsd, v_other = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
         for first in range(0, width, BLOCK):
-            column = first + lane
+            column = first + offset
             seen = column < width
             log_q = tl.load(own + column, mask=seen, other=_LOW).to(tl.float32) - lse
-            log_p = tl.load(other + column, mask=seen, other=_LOW).to(tl.float32) - p_total
-            q, p = tl.exp(log_q), tl.exp(log_p)
-            log_q, log_p = tl.maximum(log_q, _LOG_TINY), tl.maximum(log_p, _LOG_TINY)
+            p = tl.load(other + column, mask=seen, other=0.0).to(tl.float32)
+            q = tl.exp2(log_q * LOG2E)
             if ALPHA:
-                v_alpha += tl.minimum(p * m, q)
-                v_below += tl.where(q < p * m, q, 0.0)
+                v_alpha += tl.sum(tl.minimum(p * m, q), axis=1)
+                v_below += tl.sum(tl.where(q < p * m, q, 0.0), axis=1)
+            if REVERSE or JSD:
+                log_q, log_p = tl.maximum(log_q, _LOG_TINY), tl.log(tl.maximum(p, _TINY))
             if REVERSE:
-                v_ratio += q * (log_q - log_p)
+                v_ratio += tl.sum(q * (log_q - log_p), axis=1)
             if JSD:
                 middle = tl.log(tl.maximum((p + q) * 0.5, _TINY))
-                v_jsd += q * (log_q - middle)
-                v_other += p * (log_p - middle)
+                v_jsd += tl.sum(q * (log_q - middle), axis=1)
+                v_other += tl.sum(p * (log_p - middle), axis=1)
         if ALPHA:
             accept = tl.sum(v_alpha, axis=0)
             below = tl.sum(v_below, axis=0)
@@ -105,45 +107,48 @@ def _losses(
 
     if GRADIENT:
         size = tl.where(valid, tl.load(scale + k), 0.0)
-        plain, highest = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        by_q, by_p, shift = size * (straight + w_ce), size * straight, lse * LOG2E
+        plain, largest = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
         tl.debug_barrier()
         for first in range(0, width, BLOCK):
-            column = first + lane
+            column = first + offset
             seen = column < width
-            log_q = tl.load(own + column, mask=seen, other=_LOW).to(tl.float32) - lse
-            log_p = tl.load(other + column, mask=seen, other=_LOW).to(tl.float32) - p_total
-            q, p = tl.exp(log_q), tl.exp(log_p)
-            d = straight * (q - p)
+            value = tl.load(own + column, mask=seen, other=_LOW).to(tl.float32)
+            p = tl.load(other + column, mask=seen, other=0.0).to(tl.float32)
+            q = tl.exp2(value * LOG2E - shift)
+            d = by_q * q - by_p * p
             if CROSS:
-                d += w_ce * (q - tl.where(column == answer, 1.0, 0.0))
-            if ACCEPT:
-                d += q * factor * (below - tl.where(q < p * m, 1.0, 0.0))
-            if REVERSE or JSD:
-                log_q, log_p = tl.maximum(log_q, _LOG_TINY), tl.maximum(log_p, _LOG_TINY)
-            if REVERSE:
-                d += w_rkl * q * (log_q - log_p - ratio_mean)
-            if JSD:
-                d += 0.5 * w_jsd * q * (log_q - tl.log(tl.maximum((p + q) * 0.5, _TINY)) - jsd_mean)
-            result = (d * size).to(z.dtype.element_ty)
+                d -= tl.where(column == answer, w_ce * size, 0.0)
+            if ACCEPT or REVERSE or JSD:
+                more = tl.zeros_like(q)
+                if ACCEPT:
+                    more += factor * (below - tl.where(q < p * m, 1.0, 0.0))
+                if REVERSE or JSD:
+                    log_q = tl.maximum(value - lse, _LOG_TINY)
+                if REVERSE:
+                    more += w_rkl * (log_q - tl.log(tl.maximum(p, _TINY)) - ratio_mean)
+                if JSD:
+                    more += 0.5 * w_jsd * (log_q - tl.log(tl.maximum((p + q) * 0.5, _TINY)) - jsd_mean)
+                d += size * q * more
+            result = d.to(z.dtype.element_ty)
             tl.store(own + column, result, mask=seen)
             if NARROW:
                 magnitude = tl.abs(result.to(tl.float32))
-                plain = tl.maximum(plain, tl.where(seen, magnitude, 0.0))
-                highest = tl.maximum(highest, magnitude * tl.load(factor8 + column, mask=seen, other=0.0))
+                plain = tl.maximum(plain, tl.max(magnitude, axis=1))
+                largest = tl.maximum(largest, tl.max(magnitude * tl.load(factor8 + column, mask=seen, other=0.0), axis=1))
         if NARROW:
-            largest = tl.max(highest, axis=0)
-            tl.store(scale8 + row, scale_of(largest))
+            tl.store(scale8 + row, scale_of(tl.max(largest, axis=0)))
             tl.store(top8 + row, tl.max(plain, axis=0))
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The target at the rows of a chunk, as ``kernels.target.ask`` returns it."""
+    """The target at the rows of a chunk, as ``kernels.target.ask`` leaves and returns it."""
 
-    kept: Tensor
+    p: Tensor
     best: Tensor
     inside: Tensor
-    total: Tensor
+    whole: Tensor
     mass: Tensor
     low: int
     """Step-0 row of the first."""
@@ -194,12 +199,12 @@ def losses(
     scale8, top8 = (None, None) if sizes is None else (sizes[0, :, None], sizes[1])
     if not number:
         return None if scale8 is None or top8 is None else (scale8, top8)
-    block = min(BLOCK, triton.next_power_of_2(width))
+    block = min(BLOCK, triton.next_power_of_2(max(width, VECTOR)))
     _losses[(number,)](
-        z, asked.kept, asked.best, asked.inside, asked.total, asked.mass, place, rows.source, rows.step, rows.scale, rows.mixing, rows.loss, rows.hit,
-        rows.alpha, factor, scale8, top8, asked.low, width,
+        z, asked.p, asked.best, asked.inside, asked.whole, asked.mass, place, rows.source, rows.step, rows.scale, rows.mixing, rows.loss, rows.hit,
+        rows.alpha, factor, scale8, top8, asked.low, width, asked.p.stride(0),
         weights["forward_kl"], weights["cross_entropy"], weights["reverse_kl"], weights["jsd"], weights["tv"], weights["lk_alpha"], weights["lk_lambda"],
         GRADIENT=gradient, ALPHA=measure or accept, ACCEPT=accept, REVERSE=bool(weights["reverse_kl"]), JSD=bool(weights["jsd"]),
-        CROSS=bool(weights["cross_entropy"]), NARROW=narrow, BLOCK=block, num_warps=WARPS if block >= 1024 else 4,
+        CROSS=bool(weights["cross_entropy"]), NARROW=narrow, BLOCK=block, LANES=block // VECTOR, num_warps=WARPS if block >= 1024 else 4,
     )  # fmt: skip
     return None if scale8 is None or top8 is None else (scale8, top8)

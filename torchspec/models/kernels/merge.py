@@ -14,6 +14,8 @@ a step of row r reads slots 0..count-1 of entry[r].
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -97,6 +99,12 @@ def _backward(
     tl.store(d_query + at, total.to(d_query.dtype.element_ty), mask=seen)
 
 
+def _shape(group: int, count: int, size: int) -> dict[str, int]:
+    """Blocks of a program, and its warps: one for up to 128 numbers of a thread, for sums within a warp need no shared memory."""
+    blocks = {"GROUP": power_of_two(group), "SLOTS": power_of_two(max(count, 1)), "SIZE": power_of_two(size)}
+    return {**blocks, "num_warps": min(8, max(1, math.prod(blocks.values()) // 4096))}
+
+
 def forward(
     causal: Tensor, causal_lse: Tensor, query: Tensor, extra_key: Tensor, extra_value: Tensor, *, rows: Tensor, entries: Tensor, count: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -123,7 +131,7 @@ def forward(
         _forward[(number, groups)](
             causal, causal_lse, query, extra_key, extra_value, rows, entries, out, lse, count, heads // groups, size, heads, slots, scale,
             causal.stride(0), causal.stride(1), causal_lse.stride(0), causal_lse.stride(1),
-            GROUP=power_of_two(heads // groups), SLOTS=power_of_two(max(count, 1)), SIZE=power_of_two(size), num_warps=4,
+            **_shape(heads // groups, count, size),
         )  # fmt: skip
     return out, lse
 
@@ -154,6 +162,6 @@ def backward(
         _backward[(number, groups)](
             grad, query, out, lse, extra_key, extra_value, causal_d_query, rows, entries, before, d_query, d_key, d_value, count, heads // groups, size,
             heads, slots, scale, causal_d_query.stride(0), causal_d_query.stride(1), FRESH=fresh, LOOK=before is not None,
-            GROUP=power_of_two(heads // groups), SLOTS=power_of_two(max(count, 1)), SIZE=power_of_two(size), num_warps=4,
+            **_shape(heads // groups, count, size),
         )  # fmt: skip
     return d_query

@@ -46,7 +46,7 @@ def _forward(
         values = result.to(tl.float32)
         largest = tl.max(tl.abs(values), axis=1)
         by = scale_of(largest)
-        tl.store(y8 + at, (values / by[:, None]).to(y8.dtype.element_ty), mask=seen)
+        tl.store(y8 + at, (values * (1.0 / by)[:, None]).to(y8.dtype.element_ty), mask=seen)
         tl.store(scale8 + row, by, mask=within)
         tl.store(top + row, largest, mask=within)
     tl.store(inverse + row, inv, mask=within)

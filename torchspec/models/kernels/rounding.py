@@ -8,6 +8,8 @@ import triton.language as tl
 from torchspec.models.fp8 import SMALLEST
 
 _SMALLEST = tl.constexpr(SMALLEST)
+LOG2E = tl.constexpr(1.4426950408889634)
+"""exp(x) = exp2(x LOG2E), of which the product joins a sum before it in one instruction."""
 
 
 @triton.jit

@@ -17,10 +17,10 @@ from torchspec.models.fp8 import Rounded
 from torchspec.models.kernels.rounding import factor_of, scale_of
 
 _BLOCK = 1024
-_ROW_BLOCK = 2048
-"""Where a program does a whole row, since its largest number comes first."""
-_TILE = 64
-"""Rows and columns of a program that turns what it writes."""
+_ROW_BLOCK, _GRADIENT_BLOCK = 4096, 2048
+"""Where a program does a whole row, since its largest number comes first: of the activation, of its gradients."""
+_ROWS, _COLUMNS = 128, 32
+"""A tile that is turned: three of them are made at once, and more than 32 numbers of each a thread are too many."""
 
 
 @triton.jit
@@ -70,12 +70,13 @@ def _forward_rounded(gate_up, y, scale, top, width, BLOCK: tl.constexpr):
         highest = tl.maximum(highest, tl.abs(_activation(gate_up, row, column, width, column < width).to(tl.float32)))
     largest = tl.max(highest, axis=0)
     by = scale_of(largest)
+    inverse = 1.0 / by
     tl.store(scale + row, by)
     tl.store(top + row, largest)
     for first in range(0, width, BLOCK):
         column = first + lane
         values = _activation(gate_up, row, column, width, column < width).to(tl.float32)
-        tl.store(y + row * width + column, (values / by).to(y.dtype.element_ty), mask=column < width)
+        tl.store(y + row * width + column, (values * inverse).to(y.dtype.element_ty), mask=column < width)
 
 
 @triton.jit
@@ -98,6 +99,7 @@ def _backward_rounded(gate_up, d_act, act, d_gate_up, factor, y, scale, top, act
         highest = tl.maximum(highest, tl.maximum(left, right))
     largest = tl.max(highest, axis=0)
     by = scale_of(largest)
+    inverse = 1.0 / by
     tl.store(scale + row, by)
     tl.store(top + row, tl.max(plain, axis=0))
     tl.store(act_top + row, tl.max(act_high, axis=0))
@@ -107,8 +109,8 @@ def _backward_rounded(gate_up, d_act, act, d_gate_up, factor, y, scale, top, act
         _, d_gate, d_up = _gradients(gate_up, d_act, row, column, width, seen)
         left = d_gate.to(tl.float32) * tl.load(factor + column, mask=seen, other=0.0)
         right = d_up.to(tl.float32) * tl.load(factor + width + column, mask=seen, other=0.0)
-        tl.store(y + row * 2 * width + column, (left / by).to(y.dtype.element_ty), mask=seen)
-        tl.store(y + row * 2 * width + width + column, (right / by).to(y.dtype.element_ty), mask=seen)
+        tl.store(y + row * 2 * width + column, (left * inverse).to(y.dtype.element_ty), mask=seen)
+        tl.store(y + row * 2 * width + width + column, (right * inverse).to(y.dtype.element_ty), mask=seen)
 
 
 @triton.jit
@@ -122,9 +124,11 @@ def _store_turned(values, top, out, row, column, line, rows, padded, width, stri
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _backward_turned(gate_up, d_act, top, act_top, d_out, act_out, rows, padded, width, d_stride, act_stride, d_most, act_most, TILE: tl.constexpr):
-    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+def _backward_turned(
+    gate_up, d_act, top, act_top, d_out, act_out, rows, padded, width, d_stride, act_stride, d_most, act_most, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     seen = (row < rows)[:, None] & (column < width)[None, :]
     again, d_gate, d_up = _gradients(gate_up, d_act, row.to(tl.int64)[:, None], column[None, :], width, seen)
     _store_turned(again, act_top, act_out, row, column, column, rows, padded, width, act_stride, act_most)
@@ -177,7 +181,7 @@ def backward_rounded(gate_up: Tensor, d_act: Tensor, factor: Tensor, *, plain: b
     act_top = torch.empty(rows, dtype=torch.float32, device=d_act.device)
     y = Rounded.empty(rows, 2 * width, d_act.device)
     if rows:
-        block = min(_ROW_BLOCK, triton.next_power_of_2(width))
+        block = min(_GRADIENT_BLOCK, triton.next_power_of_2(width))
         _backward_rounded[(rows,)](
             gate_up, d_act, act, d_gate_up, factor, y.data, y.scale, y.top, act_top, width, PLAIN=plain, BLOCK=block, num_warps=8 if block >= 2048 else 4
         )
@@ -195,7 +199,7 @@ def backward_turned(gate_up: Tensor, d_act: Tensor, top: Tensor, act_top: Tensor
     rows, width = d_act.shape
     padded = d_out.shape[1]
     if padded:
-        _backward_turned[(triton.cdiv(padded, _TILE), triton.cdiv(width, _TILE))](
+        _backward_turned[(triton.cdiv(padded, _ROWS), triton.cdiv(width, _COLUMNS))](
             gate_up, d_act, top, act_top, d_out, act_out, rows, padded, width, d_out.stride(0), act_out.stride(0),
-            torch.finfo(d_out.dtype).max, torch.finfo(act_out.dtype).max, TILE=_TILE, num_warps=4,
+            torch.finfo(d_out.dtype).max, torch.finfo(act_out.dtype).max, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
         )  # fmt: skip

@@ -1,9 +1,10 @@
-"""What the target says at a row, from its logits over the whole vocabulary; twin: ``models/loss.py:target_distribution``.
+"""What the target says at a row, from its logits over the draft vocabulary and over the rest; twin: ``models/loss.py:target_distribution``.
 
-    kept_w = whole[id_w]        best = argmax kept        inside = (max kept = max whole)
-    total = logsumexp(kept)     mass = exp(total - logsumexp(whole))       p_w = exp(kept_w - total), not stored
+    total = logsumexp(kept)        p_w = exp(kept_w - total), written over kept_w in its type        whole = sum p
+    best = argmax kept             inside = (max kept >= max rest)        mass = exp(total - logsumexp(kept and rest))
 
-One pass over V logits and one over the W kept ones.
+The losses read p up to 2K times. Rounded to bf16 it is as exact as logits rounded to bf16 are, or more so, and its sum is kept for what rounding took from it.
+One pass over the rest and two over what is kept, of which the second finds it in a cache.
 """
 
 from __future__ import annotations
@@ -13,66 +14,92 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchspec.models.kernels.rounding import LOG2E
+
 _LOW = tl.constexpr(-1e30)
-_BLOCK = 2048
+_BLOCK, _WARPS = 8192, 8
+VECTOR = 8
+"""Neighbours that one thread takes together: what is kept of a pass over a row is one number for all of them."""
 
 
 @triton.jit
-def _row(values, column, seen, top, index, weight):
-    """Lane-wise running maximum, its column, and the sum of exponentials below it."""
-    higher = tl.maximum(top, values)
-    index = tl.where(values > top, column, index)
-    weight = weight * tl.exp(top - higher) + tl.where(seen, tl.exp(values - higher), 0.0)
-    return higher, index, weight
+def _pass(logits, width, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """Of a row of logits, by lane: the largest, where the block that has it begins, and the sum of exponentials below the largest."""
+    offset = tl.arange(0, LANES)[:, None] * (BLOCK // LANES) + tl.arange(0, BLOCK // LANES)[None, :]
+    top, start, weight = tl.full([LANES], _LOW, tl.float32), tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.float32)
+    for first in range(0, width, BLOCK):
+        column = first + offset
+        values = tl.load(logits + column, mask=column < width, other=float("-inf")).to(tl.float32)
+        most = tl.max(values, axis=1)
+        higher = tl.maximum(top, most)
+        start = tl.where(most > top, first, start)
+        weight = weight * tl.exp2((top - higher) * LOG2E) + tl.sum(tl.exp2(values * LOG2E - (higher * LOG2E)[:, None]), axis=1)
+        top = higher
+    return top, start, weight
 
 
 @triton.jit
-def _ask(whole, ids, kept, best, inside, total, mass, vocabulary, width, PRUNED: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, BLOCK)
-    top, index, weight = tl.full([BLOCK], _LOW, tl.float32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.float32)
-    for first in range(0, vocabulary, BLOCK):
-        column = first + lane
-        seen = column < vocabulary
-        values = tl.load(whole + row * vocabulary + column, mask=seen, other=_LOW).to(tl.float32)
-        top, index, weight = _row(values, column, seen, top, index, weight)
+def first_of(logits, top, start, width, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """The first column with the largest number of a row, given what :func:`_pass` found of it by lane; and that number."""
     highest = tl.max(top, axis=0)
-    everything = highest + tl.log(tl.sum(weight * tl.exp(top - highest), axis=0))
+    group = start + tl.arange(0, LANES) * (BLOCK // LANES)
+    column = tl.min(tl.where(top == highest, group, 2147483647), axis=0) + tl.arange(0, BLOCK // LANES)
+    values = tl.load(logits + column, mask=column < width, other=float("-inf")).to(tl.float32)
+    return tl.min(tl.where(values == highest, column, 2147483647), axis=0), highest
+
+
+@triton.jit
+def _ask(
+    kept, rest, best, inside, whole, mass, width, others, kept_stride, rest_stride, PRUNED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    own = kept + row * kept_stride
+    top, start, weight = _pass(own, width, BLOCK, LANES)
+    answer, highest = first_of(own, top, start, width, BLOCK, LANES)
+    among = tl.sum(weight * tl.exp2((top - highest) * LOG2E), axis=0)
+    total = highest + tl.log(among)
+    tl.store(best + row, answer)
     if PRUNED:
-        top, index, weight = tl.full([BLOCK], _LOW, tl.float32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.float32)
-        for first in range(0, width, BLOCK):
-            column = first + lane
-            seen = column < width
-            token = tl.load(ids + column, mask=seen, other=0)
-            raw = tl.load(whole + row * vocabulary + token, mask=seen, other=_LOW)
-            tl.store(kept + row * width + column, raw, mask=seen)
-            top, index, weight = _row(raw.to(tl.float32), column, seen, top, index, weight)
-    among = tl.max(top, axis=0)
-    tl.store(best + row, tl.min(tl.where(top == among, index, 2147483647), axis=0))
-    tl.store(inside + row, (among == highest).to(tl.int8))
-    own = among + tl.log(tl.sum(weight * tl.exp(top - among), axis=0))
-    tl.store(total + row, own)
-    tl.store(mass + row, tl.exp(own - everything))
+        other_top, _, other_weight = _pass(rest + row * rest_stride, others, BLOCK, LANES)
+        other = tl.max(other_top, axis=0)
+        outside = tl.sum(other_weight * tl.exp2((other_top - other) * LOG2E), axis=0)
+        tl.store(inside + row, (highest >= other).to(tl.int8))
+        tl.store(mass + row, 1.0 / (1.0 + outside / among * tl.exp(other - highest)))
+    else:
+        tl.store(inside + row, tl.full([], 1, tl.int8))
+        tl.store(mass + row, 1.0)
+    offset = tl.arange(0, LANES)[:, None] * (BLOCK // LANES) + tl.arange(0, BLOCK // LANES)[None, :]
+    added = tl.zeros([LANES], tl.float32)
+    tl.debug_barrier()
+    for first in range(0, width, BLOCK):
+        column = first + offset
+        seen = column < width
+        values = tl.load(own + column, mask=seen, other=float("-inf")).to(tl.float32)
+        p = tl.exp2(values * LOG2E - total * LOG2E).to(kept.dtype.element_ty)
+        tl.store(own + column, p, mask=seen)
+        added += tl.sum(p.to(tl.float32), axis=1)
+    tl.store(whole + row, tl.sum(added, axis=0))
 
 
-def ask(whole: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def ask(kept: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reduce logits.
 
     Args:
-        whole: [R, V] logits, contiguous.
-        ids: [W] target ids of the draft rows; None for all.
+        kept: [R, W] logits of the draft vocabulary, rows contiguous; overwritten by p.
+        rest: [R, V - W] logits of all other tokens, rows contiguous; None where there are none.
 
     Returns:
-        kept [R, W] (``whole`` itself without ids), best [R] int32, inside [R] int8, total [R] fp32, mass [R] fp32.
+        best [R] int32, inside [R] int8, whole [R] fp32 (the sum of p as it is rounded), mass [R] fp32.
     """
-    rows, vocabulary = whole.shape
-    kept = whole if ids is None else whole.new_empty(rows, ids.shape[0])
-    best = torch.empty(rows, dtype=torch.int32, device=whole.device)
-    inside = torch.empty(rows, dtype=torch.int8, device=whole.device)
-    total, mass = (torch.empty(rows, dtype=torch.float32, device=whole.device) for _ in range(2))
+    rows, width = kept.shape
+    best = torch.empty(rows, dtype=torch.int32, device=kept.device)
+    inside = torch.empty(rows, dtype=torch.int8, device=kept.device)
+    whole, mass = (torch.empty(rows, dtype=torch.float32, device=kept.device) for _ in range(2))
     if rows:
+        others, stride = (0, 0) if rest is None else (rest.shape[1], rest.stride(0))
+        block = min(_BLOCK, triton.next_power_of_2(max(width, others, VECTOR)))
         _ask[(rows,)](
-            whole, ids, kept, best, inside, total, mass, vocabulary, kept.shape[1],
-            PRUNED=ids is not None, BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)), num_warps=8,
+            kept, rest, best, inside, whole, mass, width, others, kept.stride(0), stride,
+            PRUNED=rest is not None, BLOCK=block, LANES=block // VECTOR, num_warps=_WARPS if block >= 1024 else 4,
         )  # fmt: skip
-    return kept, best, inside, total, mass
+    return best, inside, whole, mass
