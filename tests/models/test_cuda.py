@@ -103,6 +103,7 @@ def test_fp8_is_near_bf16(level: Fp8) -> None:
     for fp8 in (Fp8.NONE, level):
         made = task(config, draft_ids=list(range(3, 35)), step_weights=[1.0, 0.8, 0.6], dtype=torch.bfloat16)
         made.head.to(torch.bfloat16)
+        made.head.weight[made.head.width :] *= 0.2  # far below the likeliest: on which side of a tie 8 bits fall is not asked here
         made.draft.fp8 = fp8
         made.to("cuda")
         output = made(pack(config, conversations, 3, dtype=torch.bfloat16).to("cuda"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models.packs import draft_config
+from tests.models.packs import draft_config, task
 from torchspec.errors import UserError
 from torchspec.models import fp8
 from torchspec.models.shared import Addend, Residual, SharedRows, Weight, linear
@@ -50,6 +50,22 @@ def test_rows_too_faint_for_a_scale_count_as_zeros(d_y_is_wide: bool) -> None:
         found.append(gradient.collect())
     assert found[0] is not None and found[1] is not None
     assert torch.isfinite(found[0]).all() and torch.equal(found[0], found[1])
+
+
+def test_the_rest_of_the_targets_logits_in_8_bits() -> None:
+    """Near the exact ones, as many as there are, and no other token is the likelier one but where two are nearly equal."""
+    made = task(draft_config(target_hidden_size=64, vocab_size=77).with_draft_vocabulary(32), draft_ids=list(range(3, 35)), step_weights=[1.0])
+    made.head.to(DEVICE, torch.bfloat16)
+    normed = made.head.normed(torch.randn(400, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE))
+    kept, exact = made.head.parts(normed)
+    same, rounded = made.head.parts(normed, rounded=True)
+    assert exact is not None and rounded is not None and exact.shape == rounded.shape == (400, 45)
+    torch.testing.assert_close(same, kept)
+    error = float((rounded - exact).float().norm() / exact.float().norm())
+    assert 0.001 < error < 0.05
+    margin, other = ((kept.amax(-1) - rest.amax(-1)).float() for rest in (exact, rounded))
+    near = margin.abs() < 0.1 * exact.float().abs().amax()
+    assert torch.equal((margin >= 0)[~near], (other >= 0)[~near]) and 0 < int(near.sum()) < 200
 
 
 @pytest.mark.parametrize(("out", "into"), [(48, 16), (16, 48)], ids=["d_y wider", "x wider"])
