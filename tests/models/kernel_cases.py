@@ -359,6 +359,11 @@ def target(number: int, vocabulary: int, width: int, dtype: torch.dtype) -> None
     assert torch.equal(inside.bool(), kept.amax(-1) == logits.amax(-1))
     close("p", p, kept.double().softmax(-1), dtype)
     close("whole", whole, p.double().sum(-1), torch.float32)
+    if number:
+        bad = logits.clone()
+        bad[0] = torch.nan
+        answer = kernel.ask(bad[:, :width], None if rest is None else bad[:, width:])[0]
+        assert 0 <= int(answer[0]) < width and torch.equal(answer[1:], best[1:])
     close("mass", mass, (kept.double().logsumexp(-1) - logits.double().logsumexp(-1)).exp(), torch.float32, 5.0)
 
 

@@ -40,12 +40,12 @@ def _pass(logits, width, BLOCK: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def first_of(logits, top, start, width, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """The first column with the largest number of a row, given what :func:`_pass` found of it by lane; and that number."""
+    """The first column with the largest number of a row, given what :func:`_pass` found of it by lane; and that number. Of NaN alone too it is a column."""
     highest = tl.max(top, axis=0)
     group = start + tl.arange(0, LANES) * (BLOCK // LANES)
-    column = tl.min(tl.where(top == highest, group, 2147483647), axis=0) + tl.arange(0, BLOCK // LANES)
+    column = tl.minimum(tl.min(tl.where(top == highest, group, width), axis=0), width) + tl.arange(0, BLOCK // LANES)
     values = tl.load(logits + column, mask=column < width, other=float("-inf")).to(tl.float32)
-    return tl.min(tl.where(values == highest, column, 2147483647), axis=0), highest
+    return tl.min(tl.where(values == highest, column, width - 1), axis=0), highest
 
 
 @triton.jit
