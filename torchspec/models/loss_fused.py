@@ -22,7 +22,7 @@ from torchspec.models.shared import Weight
 from torchspec.models.target_weights import TargetHead
 
 _TILE = 128
-"""Rows of a tile of the products: chunks are equal to within one, for a short last one would read both heads for little, and of whole tiles."""
+"""Rows of a tile of the products. Chunks are whole tiles, and of one size as nearly as that goes: a short last one would read both heads for little."""
 _CHUNK_ELEMENTS = 600 * 2**20
 """Draft logits of a chunk, at most: 1.2 GiB in bf16."""
 _CHUNK_ROWS = 4096
