@@ -1,5 +1,5 @@
-"""In the 8-bit modes the target's logits of tokens outside the draft vocabulary come from an 8-bit product, and are only asked whether one of them is likelier
-than every draft token (such positions teach nothing). How often does that come out otherwise than in bf16, on real states?
+"""In the 8-bit modes the target's logits of tokens outside the draft vocabulary come from an 8-bit product. It says whether one of them is likelier
+than every draft token (such positions teach nothing) and how much mass they have. How often does the first come out otherwise than in bf16, on real states?
 
     python benchmarks/rest_in_8_bits.py --target outputs/quickstart/target --data examples/hf-quickstart/data/validate.jsonl
 

@@ -38,7 +38,7 @@ class TargetDistribution:
     """What the target says at the step-0 rows, R of them."""
 
     p: Tensor
-    """[R, W] over the draft rows, summing to 1, in the compute type."""
+    """[R, W] over the draft rows, in the compute type; sums to 1 but for its rounding."""
     best: Tensor
     """[R] int64 most likely draft row."""
     inside: Tensor

@@ -48,7 +48,7 @@ class FusedPlan:
     train: bool
     """Gradients are wanted."""
     fp8: Fp8 = Fp8.NONE
-    """8-bit products with the draft's head, and with the target's where it is only asked whether a token outside the draft vocabulary is likelier."""
+    """8-bit products with the draft's head, and with the target's rows of all other tokens: is one of them likelier, and how much mass is theirs."""
 
 
 def chunks(rows: UnrollRows, width: int) -> list[tuple[int, int, int, int]]:

@@ -4,7 +4,7 @@ q = softmax(z) is the draft's distribution over the W draft rows, p the target's
 of them (mass = 1 for a whole vocabulary), best the target's most likely row, and alpha = sum_v min(t, q) the probability that sampling accepts.
 
     name            value                                        gradient by z_v
-    forward_kl      logsumexp(z) - sum p z  (KL + entropy of p)  q - p
+    forward_kl      - sum p log q  (KL + entropy of p)           q - p  (p sums to 1 but for rounding)
     cross_entropy   -log q(best)                                 q - [v = best]
     reverse_kl      R = sum q log(q / p)                         q (log(q / p) - R)
     jsd             (KL(p, m) + KL(q, m)) / 2, m = (p + q) / 2   q (log(q / m) - sum q log(q / m)) / 2
@@ -81,7 +81,7 @@ class RowTargets:
     """The target at r rows."""
 
     p: Tensor
-    """[r, W], summing to 1."""
+    """[r, W], summing to 1 but for the rounding of its type."""
     best: Tensor
     """[r] int64 most likely draft row."""
     inside: Tensor

@@ -64,8 +64,8 @@ class DraftModule(pl.LightningModule):
             plain torch path that waits for the device at each call.
         recompute: make the MLP's inner activations again in the backward instead of keeping them; for very long sequences.
         matmul: ``fp8`` makes the forward products of MLP, head and ordinary attention and their input gradients 8-bit ones on a Hopper or later GPU; weight
-            gradients, fc, the embedding's part and the target stay as compute_dtype has them. ``fp8_all`` makes their weight gradients 8-bit products
-            too. Both want hidden, intermediate and draft vocabulary size to be multiples of 16.
+            gradients, fc and the embedding's part stay as compute_dtype has them, and of the target's logits those of the draft vocabulary. ``fp8_all`` makes
+            their weight gradients 8-bit products too. Both want hidden, intermediate and draft vocabulary size to be multiples of 16.
         optimizer: made from the trainable parameters.
         lr_scheduler: made from the optimizer, stepped every optimizer step.
     """

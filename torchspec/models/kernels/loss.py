@@ -4,9 +4,9 @@
     pass 2   (only where a loss or metric asks) alpha = sum min(t, q), B = sum of q where q < t, R = sum q log(q/p), the two halves of JSD
     pass 3   d_z = scale [ a (q - p) + b (q - [v = best]) + q ( c (B - [q < t]) + d (log(q/p) - R) + e (log(q/m) - sum q log(q/m)) / 2 ) ]
 
-with q = exp(z - lse), t = p mass, m = (p + q) / 2; a = forward_kl + lambda lk_lambda, b = cross_entropy,
-c = tv + (1 - lambda) lk_lambda + lk_alpha / alpha, d = reverse_kl, e = jsd. A program does one row; passes after the first find it in the L2 cache for
-W up to about 60,000, since few programs run at a time.
+with p and its sum over the row from ``target.py`` (the sum times lse, less sum p z, is forward_kl), q = exp(z - lse), t = p mass, m = (p + q) / 2;
+a = forward_kl + lambda lk_lambda, b = cross_entropy, c = tv + (1 - lambda) lk_lambda + lk_alpha / alpha, d = reverse_kl, e = jsd. A program does one row;
+passes after the first find it in the L2 cache for W up to about 60,000, since few programs run at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchspec.models.kernels.rounding import LOG2E, scale_of
-from torchspec.models.kernels.target import VECTOR, first_of
+from torchspec.models.kernels.target import VECTOR, first_of, tile
 
 _LOW = tl.constexpr(-1e30)
 _TINY = tl.constexpr(1e-30)
@@ -39,7 +39,7 @@ def _losses(
     where = tl.load(place + row)
     t = (tl.load(source + where) - low).to(tl.int64)
     k = tl.load(step + where)
-    offset = tl.arange(0, LANES)[:, None] * (BLOCK // LANES) + tl.arange(0, BLOCK // LANES)[None, :]
+    offset = tile(BLOCK, LANES)
     own, other = z + row * width, target + t * stride
     p_sum = tl.load(whole + t)
     answer = tl.load(best + t)

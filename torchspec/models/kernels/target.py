@@ -3,8 +3,8 @@
     total = logsumexp(kept)        p_w = exp(kept_w - total), written over kept_w in its type        whole = sum p
     best = argmax kept             inside = (max kept >= max rest)        mass = exp(total - logsumexp(kept and rest))
 
-The losses read p up to 2K times. Rounded to bf16 it is as exact as logits rounded to bf16 are, or more so, and its sum is kept for what rounding took from it.
-One pass over the rest and two over what is kept, of which the second finds it in a cache.
+The losses read p up to 2K times. Rounded to bf16 it is as exact as logits rounded to bf16 are, but for the largest of a confident target (an error of up to
+2^-9, see docs/handover.md); its sum is kept. One pass over the rest and two over what is kept, of which the second finds it in a cache.
 """
 
 from __future__ import annotations
@@ -23,9 +23,15 @@ VECTOR = 8
 
 
 @triton.jit
+def tile(BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """Columns of a block, [LANES, VECTOR]: those of a lane are neighbours."""
+    return tl.arange(0, LANES)[:, None] * (BLOCK // LANES) + tl.arange(0, BLOCK // LANES)[None, :]
+
+
+@triton.jit
 def _pass(logits, width, BLOCK: tl.constexpr, LANES: tl.constexpr):
     """Of a row of logits, by lane: the largest, where the block that has it begins, and the sum of exponentials below the largest."""
-    offset = tl.arange(0, LANES)[:, None] * (BLOCK // LANES) + tl.arange(0, BLOCK // LANES)[None, :]
+    offset = tile(BLOCK, LANES)
     top, start, weight = tl.full([LANES], _LOW, tl.float32), tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.float32)
     for first in range(0, width, BLOCK):
         column = first + offset
@@ -68,7 +74,7 @@ def _ask(
     else:
         tl.store(inside + row, tl.full([], 1, tl.int8))
         tl.store(mass + row, 1.0)
-    offset = tl.arange(0, LANES)[:, None] * (BLOCK // LANES) + tl.arange(0, BLOCK // LANES)[None, :]
+    offset = tile(BLOCK, LANES)
     added = tl.zeros([LANES], tl.float32)
     tl.debug_barrier()
     for first in range(0, width, BLOCK):
