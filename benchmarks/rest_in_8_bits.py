@@ -1,10 +1,12 @@
 """In the 8-bit modes the target's logits of tokens outside the draft vocabulary come from an 8-bit product. It says whether one of them is likelier
-than every draft token (such positions teach nothing) and how much mass they have. How often does the first come out otherwise than in bf16, on real states?
+than every draft token (such positions teach nothing) and how much mass they have. How often does the first come out otherwise than in bf16, and how far is the
+second off, on real states?
 
     python benchmarks/rest_in_8_bits.py --target outputs/quickstart/target --data examples/hf-quickstart/data/validate.jsonl
 
 The draft vocabulary is the ``--draft_vocab`` most frequent tokens of the data, filled up by id. Prints one JSON line: positions, the share whose likeliest
-token is in the draft vocabulary, the share that 8 bits judge otherwise, and how far apart the two likeliest tokens of such a position were at most (nats).
+token is in the draft vocabulary, the share that 8 bits judge otherwise, how far apart the two likeliest tokens of such a position were at most (nats), and
+the difference of the draft vocabulary's mass, in the mean and at most.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def main() -> None:
     model = target.auto_class().from_pretrained(args.target, dtype=torch.float32).eval()
     layer = target.num_layers
     states = HiddenStates(model, (layer,), num_layers=layer)
-    margins = []
+    margins, masses = [], []
     with torch.no_grad():
         for one in ids:
             normed = head.normed(states.run(one[None])[layer][0])
@@ -52,11 +54,14 @@ def main() -> None:
             _, rounded = head.parts(normed, rounded=True)
             assert exact is not None and rounded is not None
             margins.append(torch.stack([kept.amax(-1).float() - rest.amax(-1).float() for rest in (exact, rounded)]))
+            masses.append(torch.stack([torch.sigmoid(kept.float().logsumexp(-1) - rest.float().logsumexp(-1)) for rest in (exact, rounded)]))
     margin, other = torch.cat(margins, dim=1)
+    off = torch.cat(masses, dim=1).diff(dim=0).abs()
     otherwise = (margin >= 0) != (other >= 0)
     found = {
         "positions": margin.numel(), "inside": round(float((margin >= 0).float().mean()), 4), "judged_otherwise": round(float(otherwise.float().mean()), 5),
         "largest_gap": round(float(margin[otherwise].abs().max()), 3) if otherwise.any() else 0.0,
+        "mass_off": round(float(off.mean()), 5), "mass_off_at_most": round(float(off.max()), 4),
     }  # fmt: skip
     print(json.dumps(found))
 

@@ -364,7 +364,7 @@ def target(number: int, vocabulary: int, width: int, dtype: torch.dtype) -> None
         bad[0] = torch.nan
         answer = kernel.ask(bad[:, :width], None if rest is None else bad[:, width:])[0]
         assert 0 <= int(answer[0]) < width and torch.equal(answer[1:], best[1:])
-    close("mass", mass, (kept.double().logsumexp(-1) - logits.double().logsumexp(-1)).exp(), torch.float32, 5.0)
+    close("mass", mass * whole, (kept.double().logsumexp(-1) - logits.double().logsumexp(-1)).exp(), torch.float32, 5.0)
 
 
 def losses(number: int, width: int, weights: dict[str, float], dtype: torch.dtype, *, pruned: bool, measure: bool) -> None:
@@ -374,7 +374,7 @@ def losses(number: int, width: int, weights: dict[str, float], dtype: torch.dtyp
 
     chosen, low, steps, states = LossWeights.of(weights), 2, 3, 2 * number
     vocabulary = 2 * width if pruned else width
-    logits = make(number, vocabulary, dtype=dtype, seed=1, scale=2.0)
+    logits = make(number, vocabulary, dtype=torch.float32 if dtype == torch.float16 else dtype, seed=1, scale=2.0)
     p = logits[:, :width].clone(memory_format=torch.contiguous_format)
     asked = kernel.Asked(p, *target_kernel.ask(p, logits[:, width:] if pruned else None), low)
     place = torch.randperm(states + 1, generator=torch.Generator().manual_seed(2))[:states].to(DEVICE)
@@ -387,7 +387,7 @@ def losses(number: int, width: int, weights: dict[str, float], dtype: torch.dtyp
     z = make(states, width, dtype=dtype, seed=9, scale=2.0)
     t, k = lists.source[place] - low, lists.step[place]
     exact = RowTargets(
-        p=p.double()[t], best=asked.best.long()[t], inside=asked.inside.bool()[t], mass=asked.mass.double()[t] if pruned else None,
+        p=p.double()[t], whole=asked.whole.double()[t], best=asked.best.long()[t], inside=asked.inside.bool()[t], mass=asked.mass.double()[t],
         scale=lists.scale.double()[k], mixing=lists.mixing.double()[k],
     )  # fmt: skip
     expected = row_losses(z.double().clone(), exact, chosen, gradient=True, measure=measure)

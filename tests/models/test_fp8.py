@@ -52,10 +52,11 @@ def test_rows_too_faint_for_a_scale_count_as_zeros(d_y_is_wide: bool) -> None:
     assert torch.isfinite(found[0]).all() and torch.equal(found[0], found[1])
 
 
-def test_the_rest_of_the_targets_logits_in_8_bits() -> None:
-    """Near the exact ones, as many as there are, and no other token is the likelier one but where two are nearly equal."""
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32, torch.float16])
+def test_the_rest_of_the_targets_logits_in_8_bits(kind: torch.dtype) -> None:
+    """Near the exact ones, as many as there are, and no other token is the likelier one but where two are nearly equal; their mass is about right."""
     made = task(draft_config(target_hidden_size=64, vocab_size=77).with_draft_vocabulary(32), draft_ids=list(range(3, 35)), step_weights=[1.0])
-    made.head.to(DEVICE, torch.bfloat16)
+    made.head.to(DEVICE, kind)
     normed = made.head.normed(torch.randn(400, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE))
     kept, exact = made.head.parts(normed)
     same, rounded = made.head.parts(normed, rounded=True)
@@ -64,8 +65,14 @@ def test_the_rest_of_the_targets_logits_in_8_bits() -> None:
     error = float((rounded - exact).float().norm() / exact.float().norm())
     assert 0.001 < error < 0.05
     margin, other = ((kept.amax(-1) - rest.amax(-1)).float() for rest in (exact, rounded))
+    masses = [torch.sigmoid(kept.float().logsumexp(-1) - rest.float().logsumexp(-1)) for rest in (exact, rounded)]
+    assert float((masses[0] - masses[1]).abs().max()) < 0.2 and float((masses[0] - masses[1]).abs().mean()) < 0.02
     near = margin.abs() < 0.1 * exact.float().abs().amax()
     assert torch.equal((margin >= 0)[~near], (other >= 0)[~near]) and 0 < int(near.sum()) < 200
+    with torch.no_grad():
+        made.head.weight.neg_()
+    moved = made.head.to(torch.float64).to(kind).parts(normed, rounded=True)[1]
+    torch.testing.assert_close(moved, -rounded, rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize(("out", "into"), [(48, 16), (16, 48)], ids=["d_y wider", "x wider"])

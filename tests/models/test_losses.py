@@ -8,7 +8,8 @@ import torch
 import torchspec.models.loss as loss_module
 from tests.models.textbook import NAMES, PRUNED, Setting
 from torchspec.errors import UserError
-from torchspec.models.losses import LossWeights
+from torchspec.models.loss import target_distribution
+from torchspec.models.losses import LossWeights, RowTargets, row_losses
 
 
 @pytest.mark.parametrize("ids", [None, PRUNED], ids=["full", "pruned"])
@@ -28,6 +29,43 @@ def test_equals_the_textbook(ids: list[int] | None, weights: dict[str, float], r
         assert fast_sums == pytest.approx(sums, rel=1e-10)
         for slow, got in zip(gradients, fast, strict=True):
             torch.testing.assert_close(got, 3.0 * slow, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_those_of_the_values_where_p_is_rounded(name: str) -> None:
+    """In bf16 the likeliest token of a sure target is rounded so far that p does not add up to 1: the gradient has to be that of the value all the same."""
+    generator = torch.Generator().manual_seed(0)
+    sure = 4.0 * torch.randn(6, 11, generator=generator, dtype=torch.float64)
+    sure[:, 3] += 12.0
+    p = sure.softmax(-1).bfloat16().double()
+    whole, best = p.sum(-1), p.argmax(-1)
+    assert float((whole - 1).abs().max()) > 1e-3
+    mass, lam, one = 0.8 / whole, torch.full((6,), 0.3, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
+    target = RowTargets(p, whole, best, one.bool(), mass, one, lam)
+    z = (sure + torch.randn(6, 11, generator=generator, dtype=torch.float64)).requires_grad_()
+    q = z.softmax(-1)
+    alpha, m = torch.minimum(p * mass[:, None], q).sum(-1), (p + q) / 2
+    soft = -(p * q.log()).sum(-1)
+    by_definition = {
+        "forward_kl": soft, "cross_entropy": -q[torch.arange(6), best].log(), "reverse_kl": (q * (q / p).log()).sum(-1),
+        "tv": 1 - alpha, "lk_alpha": -alpha.log(), "jsd": ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2,
+        "lk_lambda": lam * soft + (1 - lam) * (1 - alpha),
+    }[name]  # fmt: skip
+    for weights in ({name: 1.0}, {"cross_entropy": 1e-300, name: 1.0}):  # alone, and by the way that serves sums of losses
+        found = row_losses(z.detach().clone(), target, LossWeights.of(weights), gradient=True, measure=False)
+        assert found.gradient is not None
+        torch.testing.assert_close(found.loss, by_definition.detach(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found.gradient, torch.autograd.grad(by_definition.sum(), z, retain_graph=True)[0], rtol=1e-7, atol=1e-10)
+
+
+def test_probabilities_are_never_kept_in_fp16() -> None:
+    """Those below 6e-8 would be 0 there, and their logarithm anything."""
+    setting = Setting(PRUNED)
+    setting.head.float().weight.mul_(4.0)
+    found = target_distribution(setting.head, setting.last.float(), dtype=torch.float16, mass=True)
+    assert found.p.dtype == torch.float32 and 0 < float(found.p.min()) < 1e-8 and found.mass is not None
+    full = setting.head.logits(setting.last.float()).double().softmax(-1)[:, PRUNED]
+    torch.testing.assert_close(found.p.double() * found.mass.double()[:, None], full, rtol=1e-4, atol=0.0)
 
 
 def test_pruning_leaves_rows_out() -> None:

@@ -58,6 +58,8 @@ def test_logits_equal_the_models_own(family: str, tmp_path: Path) -> None:
     ids = torch.tensor([50, 3, 7])
     others = [i for i in range(logits.shape[1]) if i not in ids.tolist()]
     head.put_first(ids)
+    with pytest.raises(RuntimeError, match="sorted already, 3 of them first"):
+        head.put_first(ids)
     normed = head.normed(seen["last"][0])
     kept, rest = head.parts(normed)
     assert rest is not None

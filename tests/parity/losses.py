@@ -50,11 +50,12 @@ def against_eager(name: str, *, pruned: bool) -> dict[str, float]:
     ids = torch.randperm(V, generator=generator)[:W].sort().values if pruned else torch.arange(V)
     whole = whole[torch.isin(whole.argmax(-1), ids)]
     full, kept = torch.softmax(whole, -1), whole[:, ids]
-    mass = full[:, ids].sum(-1) if pruned else None
+    mass = full[:, ids].sum(-1)
     z = 2 * torch.randn(len(whole), len(ids), generator=generator)
     p = torch.softmax(kept, -1)
     alpha = torch.minimum(p, torch.softmax(z, -1)).sum(-1)
-    target = RowTargets(p, p.argmax(-1), torch.ones(len(p), dtype=torch.bool), mass, torch.ones(len(p)), torch.exp(-3.0 * alpha))
+    one = torch.ones(len(p))
+    target = RowTargets(p, one, p.argmax(-1), one.bool(), mass, one, torch.exp(-3.0 * alpha))
     ours = row_losses(z.clone(), target, LossWeights.of({name: 1.0}), gradient=True, measure=False)
 
     variable = z[None].clone().requires_grad_()

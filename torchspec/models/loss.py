@@ -38,30 +38,33 @@ class TargetDistribution:
     """What the target says at the step-0 rows, R of them."""
 
     p: Tensor
-    """[R, W] over the draft rows, in the compute type; sums to 1 but for its rounding."""
+    """[R, W] over the draft rows, rounded to the compute type; to fp32 where that is fp16, in which an improbable token's would be 0."""
+    whole: Tensor
+    """[R] its sum."""
     best: Tensor
     """[R] int64 most likely draft row."""
     inside: Tensor
     """[R] bool: the most likely token of the whole vocabulary is in the draft vocabulary."""
     mass: Tensor | None
-    """[R] probability of the draft vocabulary, where asked for; None where it is everything or not asked for."""
+    """[R] probability of the draft vocabulary over ``whole``, where asked for."""
 
 
 @torch.no_grad()
 def target_distribution(head: TargetHead, last: Tensor, *, dtype: torch.dtype, mass: bool) -> TargetDistribution:
-    """Ask the target's head.
+    """What the target's head says of states.
 
     Args:
         head: the frozen head, rows of the draft vocabulary first.
         last: [R, D] states before the final norm, those that predict what step 0 predicts.
-        dtype: type to keep p in.
+        dtype: the compute type.
         mass: also the mass of the draft vocabulary (needs the sum over the whole one).
     """
-    rows, pruned = last.shape[0], head.width < head.weight.shape[0]
-    p = torch.empty(rows, head.width, dtype=dtype, device=last.device)
+    rows, exact = last.shape[0], wide(dtype)
+    p = torch.empty(rows, head.width, dtype=exact if dtype == torch.float16 else dtype, device=last.device)
+    whole = torch.empty(rows, dtype=exact, device=last.device)
     best = torch.empty(rows, dtype=torch.int64, device=last.device)
     inside = torch.ones(rows, dtype=torch.bool, device=last.device)
-    masses = torch.empty(rows, dtype=wide(dtype), device=last.device) if mass and pruned else None
+    masses = torch.ones(rows, dtype=exact, device=last.device) if mass else None
     normed = head.normed(last)
     for low, high in _chunks(rows, head.weight.shape[0], last.device):
         kept, rest = head.parts(normed[low:high])
@@ -73,7 +76,8 @@ def target_distribution(head: TargetHead, last: Tensor, *, dtype: torch.dtype, m
             if masses is not None:
                 masses[low:high] = torch.sigmoid(total - torch.logsumexp(rest.to(wide(rest.dtype)), dim=-1))
         p[low:high] = (logits - total[:, None]).exp_()
-    return TargetDistribution(p, best, inside, masses)
+        torch.sum(p[low:high], dim=-1, dtype=exact, out=whole[low:high])
+    return TargetDistribution(p, whole, best, inside, None if masses is None else masses.div_(whole))
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,7 @@ class _HeadLoss(torch.autograd.Function):
             at = plan.rows[low:high]
             rows = RowTargets(
                 target.p[at],
+                target.whole[at],
                 target.best[at],
                 target.inside[at],
                 None if target.mass is None else target.mass[at],

@@ -59,10 +59,12 @@ def chunks(rows: UnrollRows, width: int) -> list[tuple[int, int, int, int]]:
     change[:total] += 1
     change.index_add_(0, torch.arange(total) + rows.depth, torch.full_like(rows.depth, -1))
     before = torch.cat([torch.zeros(1, dtype=torch.int64), change[:total].cumsum(0).cumsum(0)]).tolist()
-    high = max(rows.steps, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // width)) // rows.steps
-    number = -(-total // (high // _TILE * _TILE or high))
-    step = min(high, -(-total // number // _TILE) * _TILE)
-    return [(low, min(low + step, total), before[low], before[min(low + step, total)]) for low in range(0, total, step)]
+    most = max(rows.steps, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // width)) // rows.steps
+    tiles = most // _TILE * _TILE or most
+    number = max(1, -(-total // tiles))
+    step = min(tiles, -(-max(total, 1) // number // _TILE) * _TILE)
+    ends = [end for end in range(step, total, step) if total - (end - step) > most]  # what is left joins the last one where it has room
+    return [(low, high, before[low], before[high]) for low, high in zip([0, *ends], [*ends, total], strict=True)]
 
 
 def fused_head_loss(plan: FusedPlan, states: list[Tensor], norm: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -114,6 +116,7 @@ class _FusedLoss(torch.autograd.Function):
                 store.gradient.expect(end - first)
         for low, high, first, end in cut:
             p, rest = plan.head.parts(normed[low:high], rounded=bool(plan.fp8))
+            p = p if p.dtype == dtype == torch.bfloat16 else p.float()  # other types would lose small ones, or what the draft's logits still show
             asked = kernel.Asked(p, *target_kernel.ask(p, rest), low)
             place = order[first:end]
             x: Tensor | None

@@ -1,10 +1,11 @@
 """Losses of a draft against the target at one position, by name, and their gradients with respect to the draft's logits.
 
-q = softmax(z) is the draft's distribution over the W draft rows, p the target's renormalised over the same rows, t = p * mass the target's own probabilities
-of them (mass = 1 for a whole vocabulary), best the target's most likely row, and alpha = sum_v min(t, q) the probability that sampling accepts.
+q = softmax(z) is the draft's distribution over the W draft rows, p the target's renormalised over the same rows and rounded to the type it is kept in, s its
+sum (1 but for that rounding), t = p * mass / s the target's own probabilities of them (mass = 1 for a whole vocabulary), best the target's most likely row,
+and alpha = sum_v min(t, q) the probability that sampling accepts. Each gradient is that of the value for the very p that is kept.
 
     name            value                                        gradient by z_v
-    forward_kl      - sum p log q  (KL + entropy of p)           q - p  (p sums to 1 but for rounding)
+    forward_kl      - sum p log q  (KL + entropy of p)           s q - p
     cross_entropy   -log q(best)                                 q - [v = best]
     reverse_kl      R = sum q log(q / p)                         q (log(q / p) - R)
     jsd             (KL(p, m) + KL(q, m)) / 2, m = (p + q) / 2   q (log(q / m) - sum q log(q / m)) / 2
@@ -81,13 +82,15 @@ class RowTargets:
     """The target at r rows."""
 
     p: Tensor
-    """[r, W], summing to 1 but for the rounding of its type."""
+    """[r, W]."""
+    whole: Tensor
+    """[r] its sum, 1 but for the rounding of its type."""
     best: Tensor
     """[r] int64 most likely draft row."""
     inside: Tensor
     """[r] bool: the most likely token of the whole vocabulary is a draft row; the others add nothing."""
     mass: Tensor | None
-    """[r] probability of the draft rows; None for 1."""
+    """[r] what p is multiplied by to be the target's own probabilities: that of all draft rows, over ``whole``. Alpha and what needs it read it."""
     scale: Tensor
     """[r] factor on loss and gradient."""
     mixing: Tensor
@@ -124,7 +127,7 @@ def row_losses(z: Tensor, target: RowTargets, weights: LossWeights, *, gradient:
     hit = (z.argmax(dim=-1) == target.best) & inside
     loss = torch.zeros_like(lse)
     z.sub_(lse[:, None])  # log q
-    soft = -torch.linalg.vecdot(p.to(wide), z)  # rather than lse - p.z, which a p that is rounded, and so does not sum to 1, would shift
+    soft = -torch.linalg.vecdot(p.to(wide), z)
     straight = weights.forward_kl + weights.lk_lambda * target.mixing
     loss += straight * soft
     if weights.cross_entropy:
@@ -136,7 +139,8 @@ def row_losses(z: Tensor, target: RowTargets, weights: LossWeights, *, gradient:
     alpha = None
     curved: Tensor | None = None  # sum of w (g_v - sum q g): what q multiplies in the gradient
     if measure or weights.needs_alpha:
-        true = p.to(wide) if target.mass is None else p.to(wide) * target.mass[:, None]
+        assert target.mass is not None
+        true = p.to(wide) * target.mass[:, None]
         alpha = torch.minimum(true, q).sum(dim=-1)
     if alpha is not None and weights.needs_alpha:
         safe = alpha.clamp(min=_TINY)
@@ -157,16 +161,17 @@ def row_losses(z: Tensor, target: RowTargets, weights: LossWeights, *, gradient:
     loss = torch.where(inside, loss, 0.0)
     if not gradient:
         return RowLosses(loss, hit, alpha, None)
-    straight_row = torch.where(inside, target.scale, 0.0)
+    scale = torch.where(inside, target.scale, 0.0)
     if only_soft and not weights.cross_entropy:
-        return RowLosses(loss, hit, alpha, q.sub_(p).mul_((straight_row * straight)[:, None]))
-    d_z = (q - p) * straight[:, None]
+        by = scale * straight
+        return RowLosses(loss, hit, alpha, q.mul_((by * target.whole)[:, None]).addcmul_(p, -by[:, None]))
+    d_z = (q * target.whole[:, None] - p) * straight[:, None]
     if weights.cross_entropy:
         d_z += weights.cross_entropy * q
         d_z.scatter_add_(1, target.best[:, None], torch.full_like(lse, -weights.cross_entropy)[:, None])
     if curved is not None:
         d_z += curved.mul_(q)
-    return RowLosses(loss, hit, alpha, d_z.mul_(straight_row[:, None]))
+    return RowLosses(loss, hit, alpha, d_z.mul_(scale[:, None]))
 
 
 def _curve(so_far: Tensor | None, g: Tensor, q: Tensor, weight: float) -> tuple[Tensor, Tensor]:

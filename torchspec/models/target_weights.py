@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchspec.errors import UserError
-from torchspec.models.fp8 import MULTIPLE, Fp8Weight, quantise
+from torchspec.models.fp8 import MULTIPLE, Fp8Weight, quantise, quantise_stacked
 from torchspec.target import Target
 
 
@@ -71,12 +71,18 @@ class TargetHead(nn.Module):
     """W: how many rows come first, see :meth:`put_first`; all of them before it."""
 
     def put_first(self, draft_ids: Tensor) -> None:
-        """Sort the rows, those of the draft vocabulary first, so that its logits and the others are products of their own.
+        """Sort the rows of this very head, those of the draft vocabulary first, so that its logits and the others are products of their own.
+
+        The rows are copied: a table shared with the target's embedding is held twice from then on.
 
         Args:
             draft_ids: [W] distinct target ids, in the order of the draft's rows.
+
+        Raises:
+            RuntimeError: they are sorted already.
         """
-        assert self.order is None
+        if self.order is not None:
+            raise RuntimeError(f"the rows of this target head are sorted already, {self.width} of them first: read the head again for another vocabulary")
         others = torch.ones(self.weight.shape[0], dtype=torch.bool, device=draft_ids.device)
         others[draft_ids] = False
         self.order = torch.cat([draft_ids, others.nonzero()[:, 0]]).to(self.weight.device)
@@ -96,16 +102,22 @@ class TargetHead(nn.Module):
 
         Args:
             normed: [R, D], from :meth:`normed`.
-            rounded: the second by an 8-bit product, where D allows it. Which of two nearly equal tokens is likelier may come out the other way round.
+            rounded: the second by an 8-bit product, in bf16, where D allows it. Which of two nearly equal tokens is likelier may come out the other way
+                round. The rows in 8 bits are made at the first call and stay beside the others, at half the size of bf16 ones.
         """
         number = self.weight.shape[0] - self.width
         if not number or not rounded or self.weight.shape[1] % MULTIPLE:
             whole = self._project(normed, slice(None))
             return whole[:, : self.width], whole[:, self.width :] if number else None
         if self._narrow is None:
-            self._narrow = Fp8Weight(quantise(F.pad(self.weight[self.width :], (0, 0, 0, -number % MULTIPLE))))
-        rest = self._narrow.forward(quantise(normed), normed.dtype)[:, :number]
+            self._narrow = Fp8Weight(quantise_stacked([self.weight[self.width :], self.weight.new_zeros(-number % MULTIPLE, self.weight.shape[1])]))
+        rest = self._narrow.forward(quantise(normed), torch.bfloat16)[:, :number]
         return self._project(normed, slice(0, self.width)), self._finish(rest if self.bias is None else rest + self.bias[self.width :])
+
+    def _apply(self, *args: Any, **kwargs: Any) -> TargetHead:
+        """Any move or cast: rows in 8 bits are made anew."""
+        self._narrow = None
+        return super()._apply(*args, **kwargs)
 
     def _project(self, normed: Tensor, rows: slice) -> Tensor:
         return self._finish(F.linear(normed, self.weight[rows], None if self.bias is None else self.bias[rows]))

@@ -181,6 +181,7 @@ def start_from_target(draft: Eagle3Draft, head: TargetHead, draft_ids: Tensor | 
         head: of the target.
         draft_ids: [W] rows to take from the head; None for all.
     """
+    assert head.order is None, "ids are rows of a head in the target's order"
     draft.lm_head.weight.copy_(head.weight if draft_ids is None else head.weight[draft_ids])
     norm = head.rms_weight()
     if norm is not None:

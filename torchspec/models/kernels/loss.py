@@ -2,9 +2,9 @@
 
     pass 1   lse(z), argmax z, sum p z
     pass 2   (only where a loss or metric asks) alpha = sum min(t, q), B = sum of q where q < t, R = sum q log(q/p), the two halves of JSD
-    pass 3   d_z = scale [ a (q - p) + b (q - [v = best]) + q ( c (B - [q < t]) + d (log(q/p) - R) + e (log(q/m) - sum q log(q/m)) / 2 ) ]
+    pass 3   d_z = scale [ a (s q - p) + b (q - [v = best]) + q ( c (B - [q < t]) + d (log(q/p) - R) + e (log(q/m) - sum q log(q/m)) / 2 ) ]
 
-with p and its sum over the row from ``target.py`` (the sum times lse, less sum p z, is forward_kl), q = exp(z - lse), t = p mass, m = (p + q) / 2;
+with p, its sum s over the row and mass from ``target.py`` (s lse - sum p z is forward_kl), q = exp(z - lse), t = p mass, m = (p + q) / 2;
 a = forward_kl + lambda lk_lambda, b = cross_entropy, c = tv + (1 - lambda) lk_lambda + lk_alpha / alpha, d = reverse_kl, e = jsd. A program does one row;
 passes after the first find it in the L2 cache for W up to about 60,000, since few programs run at a time.
 """
@@ -40,6 +40,7 @@ def _losses(
     t = (tl.load(source + where) - low).to(tl.int64)
     k = tl.load(step + where)
     offset = tile(BLOCK, LANES)
+    LOWEST: tl.constexpr = -6e4 if z.dtype.element_ty == tl.float16 else _LOW  # finite: it meets factors of 0
     own, other = z + row * width, target + t * stride
     p_sum = tl.load(whole + t)
     answer = tl.load(best + t)
@@ -50,7 +51,7 @@ def _losses(
     for first in range(0, width, BLOCK):
         column = first + offset
         seen = column < width
-        value = tl.load(own + column, mask=seen, other=_LOW).to(tl.float32)
+        value = tl.load(own + column, mask=seen, other=LOWEST).to(tl.float32)
         p = tl.load(other + column, mask=seen, other=0.0).to(tl.float32)
         most = tl.max(value, axis=1)
         higher = tl.maximum(top, most)
@@ -74,7 +75,7 @@ def _losses(
         for first in range(0, width, BLOCK):
             column = first + offset
             seen = column < width
-            log_q = tl.load(own + column, mask=seen, other=_LOW).to(tl.float32) - lse
+            log_q = tl.load(own + column, mask=seen, other=LOWEST).to(tl.float32) - lse
             p = tl.load(other + column, mask=seen, other=0.0).to(tl.float32)
             q = tl.exp2(log_q * LOG2E)
             if ALPHA:
@@ -107,13 +108,13 @@ def _losses(
 
     if GRADIENT:
         size = tl.where(valid, tl.load(scale + k), 0.0)
-        by_q, by_p, shift = size * (straight + w_ce), size * straight, lse * LOG2E
+        by_q, by_p, shift = size * (straight * p_sum + w_ce), size * straight, lse * LOG2E
         plain, largest = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
         tl.debug_barrier()
         for first in range(0, width, BLOCK):
             column = first + offset
             seen = column < width
-            value = tl.load(own + column, mask=seen, other=_LOW).to(tl.float32)
+            value = tl.load(own + column, mask=seen, other=LOWEST).to(tl.float32)
             p = tl.load(other + column, mask=seen, other=0.0).to(tl.float32)
             q = tl.exp2(value * LOG2E - shift)
             d = by_q * q - by_p * p

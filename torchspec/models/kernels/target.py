@@ -1,10 +1,11 @@
 """What the target says at a row, from its logits over the draft vocabulary and over the rest; twin: ``models/loss.py:target_distribution``.
 
     total = logsumexp(kept)        p_w = exp(kept_w - total), written over kept_w in its type        whole = sum p
-    best = argmax kept             inside = (max kept >= max rest)        mass = exp(total - logsumexp(kept and rest))
+    best = argmax kept             inside = (max kept >= max rest)        mass = exp(total - logsumexp(kept and rest)) / whole
 
-The losses read p up to 2K times. Rounded to bf16 it is as exact as logits rounded to bf16 are, but for the largest of a confident target (an error of up to
-2^-9, see docs/handover.md); its sum is kept. One pass over the rest and two over what is kept, of which the second finds it in a cache.
+The losses read p up to 2K times. In bf16 each is off by up to 2^-9 of itself, by what rounding its logit to bf16 does where that is above 1; of a target that
+is sure, the error is the largest p's alone, and the sum is as far from 1. So the sum is kept: losses count with it, and t = p mass adds up rightly.
+One pass over the rest and two over what is kept, of which the second finds it in a cache.
 """
 
 from __future__ import annotations
@@ -65,15 +66,15 @@ def _ask(
     among = tl.sum(weight * tl.exp2((top - highest) * LOG2E), axis=0)
     total = highest + tl.log(among)
     tl.store(best + row, answer)
+    inner = 1.0
     if PRUNED:
         other_top, _, other_weight = _pass(rest + row * rest_stride, others, BLOCK, LANES)
         other = tl.max(other_top, axis=0)
         outside = tl.sum(other_weight * tl.exp2((other_top - other) * LOG2E), axis=0)
         tl.store(inside + row, (highest >= other).to(tl.int8))
-        tl.store(mass + row, 1.0 / (1.0 + outside / among * tl.exp(other - highest)))
+        inner = 1.0 / (1.0 + outside / among * tl.exp(other - highest))
     else:
         tl.store(inside + row, tl.full([], 1, tl.int8))
-        tl.store(mass + row, 1.0)
     offset = tile(BLOCK, LANES)
     added = tl.zeros([LANES], tl.float32)
     tl.debug_barrier()
@@ -84,19 +85,22 @@ def _ask(
         p = tl.exp2(values * LOG2E - total * LOG2E).to(kept.dtype.element_ty)
         tl.store(own + column, p, mask=seen)
         added += tl.sum(p.to(tl.float32), axis=1)
-    tl.store(whole + row, tl.sum(added, axis=0))
+    every = tl.sum(added, axis=0)
+    tl.store(whole + row, every)
+    tl.store(mass + row, inner / every)
 
 
 def ask(kept: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reduce logits.
 
     Args:
-        kept: [R, W] logits of the draft vocabulary, rows contiguous; overwritten by p.
+        kept: [R, W] logits of the draft vocabulary, rows contiguous; overwritten by p. Not in fp16, in which an improbable token's would be 0.
         rest: [R, V - W] logits of all other tokens, rows contiguous; None where there are none.
 
     Returns:
-        best [R] int32, inside [R] int8, whole [R] fp32 (the sum of p as it is rounded), mass [R] fp32.
+        best [R] int32, inside [R] int8, whole [R] fp32 (the sum of p as it is rounded), mass [R] fp32 (by which p is multiplied to be the target's own).
     """
+    assert kept.dtype != torch.float16
     rows, width = kept.shape
     best = torch.empty(rows, dtype=torch.int32, device=kept.device)
     inside = torch.empty(rows, dtype=torch.int8, device=kept.device)
