@@ -13,6 +13,7 @@ import threading
 import time
 from typing import Any
 
+from torchspec.imports import heavy_imports
 from torchspec.processes import kill_but_trackers
 
 COUNTERS = {
@@ -30,9 +31,10 @@ def main() -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process: one process to end, nothing to serialise
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-    import vllm
-    from tqdm import tqdm
-    from vllm.platforms import current_platform
+    with heavy_imports():
+        import vllm
+        from tqdm import tqdm
+        from vllm.platforms import current_platform
 
     arguments = dict(job["engine_args"])
     on_cpu = current_platform.is_cpu()

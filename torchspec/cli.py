@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torchspec.errors import GroupStopped, UserError
+from torchspec.imports import heavy_imports
 
 COMMANDS: dict[str, str] = {
     "export": "turn a training checkpoint into a draft directory for vLLM, speculators or SGLang",
@@ -111,14 +112,15 @@ def _command(name: str, words: list[str]) -> None:
 
 def _train(words: list[str]) -> None:
     _quiet()
-    import lightning.pytorch as pl
-    from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+    with heavy_imports():
+        import lightning.pytorch as pl
+        from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-    from torchspec import ranks
-    from torchspec.data.datamodule import DraftDataModule
-    from torchspec.models.module import DraftModule
-    from torchspec.models.parallelize import refuse_fsdp1, register_strategies
-    from torchspec.trainer import Trainer
+        from torchspec import ranks
+        from torchspec.data.datamodule import DraftDataModule
+        from torchspec.models.module import DraftModule
+        from torchspec.models.parallelize import refuse_fsdp1, register_strategies
+        from torchspec.trainer import Trainer
 
     class SaveConfig(SaveConfigCallback):
         """Writes the whole configuration into the folder of a run, whatever the logger, once it trains: a run that was refused leaves what is there."""

@@ -24,6 +24,7 @@ from torchspec.engines.greeting import WORD_VARIABLE, Refused, greet
 from torchspec.engines.messages import ANSWERER, Answered, Beat, Cancel, Failed, Finished, NewDraft, Pull, Ready, Report, Stop, ToWorker, Work
 from torchspec.engines.parent import die_with
 from torchspec.errors import UserError
+from torchspec.imports import heavy_imports
 from torchspec.target import TargetConfig
 from torchspec.transfer.spec import RecordSpec
 
@@ -84,7 +85,8 @@ def work(host: str, port: int, *, token: str, name: str, device: str, word: str 
         images=plain["images"],
     )
     faulthandler.enable()  # what crashes below Python leaves the threads' stacks in the worker's log
-    engine = build(plain["engine"], job)
+    with heavy_imports():
+        engine = build(plain["engine"], job)
     stopped = threading.Event()
     try:
         started = time.monotonic()

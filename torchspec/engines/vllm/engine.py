@@ -23,6 +23,7 @@ from torchspec.engines.vllm.options import (
 )
 from torchspec.engines.vllm.orders import TOKEN_VARIABLE
 from torchspec.errors import UserError
+from torchspec.imports import heavy_imports
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -40,10 +41,11 @@ class VLLMEngine(CapturingEngine):
         if self.job.on_policy is not None and not self.job.on_policy.answer_workers:
             refuse_random_on_cpu(self.job.on_policy.temperature, device=device, field="data.on_policy.temperature")
         set_environment(config, device=device)
-        import vllm
-        from vllm.v1.engine.async_llm import AsyncLLM
+        with heavy_imports():
+            import vllm
+            from vllm.v1.engine.async_llm import AsyncLLM
 
-        from torchspec.engines.vllm.conditions import check
+            from torchspec.engines.vllm.conditions import check
 
         check_version(vllm.__version__, allow_unknown=config.allow_unknown_version)
         self.token = os.environ.setdefault(TOKEN_VARIABLE, os.urandom(16).hex())
