@@ -7,6 +7,12 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
+# Processes that run test files side by side; 0, one file after the other, where they would share a GPU's memory.
+PROCESSES ?= $(if $(wildcard /dev/nvidia0),0,2)
+# Neither asks a hub. Side by side a process has one thread: two that share cores wait for each other most of the time.
+PYTEST := WANDB_MODE=offline HF_HUB_OFFLINE=1 $(PYTHON_BIN) -m pytest
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(PYTEST) -n $(PROCESSES) --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help setup lint format types fast test quickstart doctor build clean
 
@@ -29,10 +35,12 @@ types: setup
 	$(PYTHON_BIN) -m mypy
 
 fast: setup
-	WANDB_MODE=offline HF_HUB_OFFLINE=1 $(PYTHON_BIN) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow and alone"
+	$(SIDE_BY_SIDE) -m "not slow and not alone"
 
 test: lint types
-	WANDB_MODE=offline HF_HUB_OFFLINE=1 $(PYTHON_BIN) -m pytest
+	$(PYTEST) -m alone
+	$(SIDE_BY_SIDE) -m "not alone"
 
 quickstart: setup
 	$(PYTHON_BIN) examples/hf-quickstart/quickstart.py $(ARGS)

@@ -13,7 +13,7 @@ import yaml
 from tests.e2e.runs import config, metrics, run, save_world, store_files
 
 pytest.importorskip("vllm")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900)]
 SERVE = {"class_path": "torchspec.callbacks.on_policy.ServeDraft", "init_args": {"every_n_steps": 3}}
 
 

@@ -12,7 +12,7 @@ from tests.e2e.runs import run
 from tests.tiny import save_conversations, save_target
 
 pytest.importorskip("vllm")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(300)]
 
 
 def answers(file: Path) -> dict[str, Any]:

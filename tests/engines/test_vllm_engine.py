@@ -23,7 +23,7 @@ from torchspec.transfer import StoreServer, open_store
 from torchspec.transfer.record import Record
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 MAX_LENGTH = 64
 
 

@@ -90,6 +90,7 @@ def engine_for(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_server_of_somebody_else(served: Served, server: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records equal Transformers' states; strangers, other states and a lost server are told apart."""
     from transformers import AutoModelForCausalLM

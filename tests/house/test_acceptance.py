@@ -52,6 +52,7 @@ def rewrite(folder: Path, change: object) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("first_target_id", "length"), [(0, 1 + K), (1, 1)], ids=["always right", "always wrong"])
 def test_known_acceptance(
@@ -81,6 +82,7 @@ def test_known_acceptance(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(300)
 def test_vllms_own_failure_is_one_line_with_its_log(target: Path, draft: Path, prompts: Path, tmp_path: Path) -> None:
     rewrite(draft, lambda tensors: tensors.update({"layers.0.surprise.weight": torch.ones(2)}))
@@ -89,6 +91,7 @@ def test_vllms_own_failure_is_one_line_with_its_log(target: Path, draft: Path, p
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_vllm_dies_with_the_command(target: Path, draft: Path, prompts: Path, tmp_path: Path, number: int) -> None:

@@ -17,6 +17,7 @@ TINY = (
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_it_paces_the_source_and_counts_the_wait(tmp_path: Path) -> None:
     command = [
         sys.executable,

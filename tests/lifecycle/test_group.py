@@ -70,6 +70,7 @@ def bytes_of_records(store: Path) -> int:
     return total
 
 
+@pytest.mark.alone
 def test_everything_arrives_once_inside_the_budget_and_nothing_stays(make: Callable[..., EngineGroup], tmp_path: Path) -> None:
     group = make(budget=SMALL, engines={"workers": 2})
     endpoint = group.start()
@@ -254,6 +255,7 @@ def _words(process: psutil.Process) -> list[str]:
         return []
 
 
+@pytest.mark.alone
 def test_close_while_the_engines_load_is_quick(make: Callable[..., EngineGroup]) -> None:
     group = make()
     group.start()
@@ -263,6 +265,7 @@ def test_close_while_the_engines_load_is_quick(make: Callable[..., EngineGroup])
     assert time.monotonic() - started < 5.0
 
 
+@pytest.mark.alone
 def test_close_is_quick_while_a_child_of_the_owner_holds_the_pipe(make: Callable[..., EngineGroup]) -> None:
     group = make()
     group.start()
@@ -361,6 +364,7 @@ def test_a_rank_that_vanishes_gives_its_bytes_back(make: Callable[..., EngineGro
     observer.close()
 
 
+@pytest.mark.alone
 def test_a_lost_store_stops_the_run_within_seconds(make: Callable[..., EngineGroup], tmp_path: Path) -> None:
     group = make(budget=SMALL)
     rank = Rank(group.start(), group.config.spec, random_packs(4))
@@ -374,6 +378,7 @@ def test_a_lost_store_stops_the_run_within_seconds(make: Callable[..., EngineGro
     assert time.monotonic() - started < 10.0
 
 
+@pytest.mark.alone
 def test_a_killed_mooncake_stops_the_run_within_seconds(make: Callable[..., EngineGroup]) -> None:
     pytest.importorskip("mooncake.store")
     group = make()

@@ -15,6 +15,8 @@ from torchspec.engines import client
 from torchspec.engines.group import EngineGroup
 from torchspec.errors import GroupStopped
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[EngineGroup]:

@@ -11,7 +11,7 @@ from tests.engines.parts import Rank, group_config, of_run, random_packs, save_t
 from torchspec.engines.group import EngineGroup
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 BUDGET = 1 << 20
 """Bytes of a few packs: there is always work that waits."""
 

@@ -11,7 +11,7 @@ from tests.parity.served import CASES, PROMPTS, TOKENS, run
 from tests.parity.vllm import Agreement, K
 
 pytest.importorskip("vllm")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
