@@ -24,7 +24,7 @@ from typing import Any
 
 from torchspec.errors import UserError
 from torchspec.processes import kill_group
-from torchspec.target import Target, TargetConfig
+from torchspec.target import Dtype, Target, TargetConfig
 
 OWNED = ("model", "revision", "trust_remote_code", "tokenizer", "speculative_config", "disable_log_stats", "dtype", "seed")
 """Engine options that the measurement sets itself."""
@@ -45,7 +45,7 @@ def measure(
     engine_args: dict[str, Any] | None = None,
     compare: bool = True,
     revision: str | None = None,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: bool = False,
     messages_key: str | None = None,
     template_args: Mapping[str, Any] | None = None,

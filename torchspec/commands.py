@@ -111,7 +111,7 @@ def acceptance(
     engine_args: dict[str, Any] | None = None,
     compare: bool = True,
     revision: str | None = None,
-    dtype: str = "auto",
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     trust_remote_code: bool = False,
     messages_key: str | None = None,
     template_args: dict[str, Any] | None = None,

@@ -127,7 +127,7 @@ def regenerate(
     limit: int | None = None,
     messages_key: str | None = None,
     revision: str | None = None,
-    dtype: str = "auto",
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
     engine: Literal["transformers", "vllm", "server"] = "transformers",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torchspec.errors import UserError
 from torchspec.fingerprint import of_directory, of_hub_cache
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
 @dataclass(frozen=True)
 class TargetConfig:
     """Which model is the target."""
@@ -29,7 +32,7 @@ class TargetConfig:
     """Hub id (``org/name``) or local directory of the target, in Transformers' format."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; ignored for a local directory."""
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     """Type the engine runs the target in and stores its states as: auto (the checkpoint's own), bfloat16, float16 or float32."""
     trust_remote_code: bool = False
     """Run modelling code that ships with the checkpoint."""
@@ -102,16 +105,20 @@ class Target:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the running target and of the stored states."""
+        """Type of the running target and of the stored states.
+
+        Raises:
+            UserError: the checkpoint's own is none that states are stored in.
+        """
         import torch
 
-        name = self.config.dtype
+        name: str = self.config.dtype
         if name == "auto":
             stored = getattr(self.hf_config, "dtype", None) or getattr(self.full_hf_config, "dtype", None)
             name = str(stored).removeprefix("torch.") if stored is not None else "bfloat16"
         allowed = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
         if name not in allowed:
-            raise UserError("data.target.dtype", self.config.dtype, f"is not one of auto, {', '.join(allowed)}", "choose one of these")
+            raise UserError("data.target.dtype", self.config.dtype, f"is {name} here, which states are not stored in", f"set {', '.join(allowed)}")
         return allowed[name]
 
     @cached_property

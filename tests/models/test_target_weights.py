@@ -112,6 +112,15 @@ def test_missing_weights_name_the_fix(tmp_path: Path) -> None:
         TargetHead.of(target)
 
 
+def test_a_checkpoint_in_a_type_that_states_are_not_stored_in_is_refused(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(**SMALL, dtype="float64").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="data.target.dtype='auto' is float64 here.*set bfloat16"):
+        Target(TargetConfig(str(tmp_path))).dtype  # noqa: B018 - read for its error
+    assert Target(TargetConfig(str(tmp_path), dtype="bfloat16")).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("base", [5e5, 1e6])
 def test_rope_base_is_the_targets_never_a_default(base: float, tmp_path: Path) -> None:
     """A base read with a default trains every draft at 10000."""

@@ -25,7 +25,7 @@ from torchspec.data.render import Renderer
 from torchspec.data.sources import find_sources, read_rows
 from torchspec.engines.engine import Generator, Sampling
 from torchspec.errors import UserError
-from torchspec.target import Target, TargetConfig
+from torchspec.target import Dtype, Target, TargetConfig
 
 _REPLACED = ("conversations", "messages", "prompt", "text", "finish", "sampling", "input_ids", "loss_mask", "tokenizer")
 """Fields of a row that are written anew, or left out."""
@@ -108,7 +108,7 @@ def regenerate(
     limit: int | None = None,
     messages_key: str | None = None,
     revision: str | None = None,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
     engine: str = "transformers",
@@ -327,7 +327,7 @@ def made_with(
     *,
     engine: str = "transformers",
     revision: str | None = None,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     engine_args: dict[str, Any] | None = None,
     template_args: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
