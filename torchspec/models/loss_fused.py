@@ -48,7 +48,7 @@ class FusedPlan:
     train: bool
     """Gradients are wanted."""
     fp8: Fp8 = Fp8.NONE
-    """8-bit products with the draft's head, and with the target's rows of all other tokens: is one of them likelier, and how much mass is theirs."""
+    """8-bit products with the draft's head, and in training with the target's rows of all other tokens: is one likelier, and how much mass is theirs."""
 
 
 def chunks(rows: UnrollRows, width: int) -> list[tuple[int, int, int, int]]:
@@ -115,7 +115,7 @@ class _FusedLoss(torch.autograd.Function):
             for _, _, first, end in cut:
                 store.gradient.expect(end - first)
         for low, high, first, end in cut:
-            p, rest = plan.head.parts(normed[low:high], rounded=bool(plan.fp8))
+            p, rest = plan.head.parts(normed[low:high], rounded=bool(plan.fp8) and plan.train)
             p = p if p.dtype == dtype == torch.bfloat16 else p.float()  # other types would lose small ones, or what the draft's logits still show
             asked = kernel.Asked(p, *target_kernel.ask(p, rest), low)
             place = order[first:end]
