@@ -15,6 +15,7 @@ from tests.models.packs import conversation, draft_config, pack, task
 from tests.models.variants import VARIANTS
 from torchspec.models import kernels, mlp
 from torchspec.models.fp8 import Fp8
+from torchspec.models.target_weights import TargetHead
 
 pytest.importorskip("triton")
 REAL = cases.DEVICE.type == "cuda"
@@ -216,7 +217,8 @@ def test_whole_step(variant: str, draft_ids: list[int] | None, recompute: bool, 
     ("level", "layers", "recompute", "pruned"), [(Fp8.ROWS, 1, False, False), (Fp8.ROWS, 1, False, True), (Fp8.ALL, 1, True, False), (Fp8.ALL, 2, False, True)]
 )
 def test_whole_step_in_8_bits(level: Fp8, layers: int, recompute: bool, pruned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss within 2 % and gradients in the direction of the exact step's. On a GPU without 8-bit products scaled by row there is none."""
+    """Loss within 2 % and gradients in the direction of the exact step's; validation asks the target exactly. On a GPU without 8-bit products scaled by row
+    there is none."""
     if REAL and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no 8-bit products scaled by row")
     ids = list(range(1, 65, 2)) if pruned else None
@@ -231,9 +233,16 @@ def test_whole_step_in_8_bits(level: Fp8, layers: int, recompute: bool, pruned: 
     fast.float().to(cases.DEVICE)
     monkeypatch.setattr(kernels, "usable", lambda t: t.dtype != torch.float64)
     monkeypatch.setattr(mlp, "_SLICE", 3)
-    found = fast(pack(config, conversations, STEPS, dtype=torch.float32).to(cases.DEVICE))
+    asked: list[bool] = []
+    own = TargetHead.parts
+    monkeypatch.setattr(TargetHead, "parts", lambda self, normed, *, rounded: asked.append(rounded) or own(self, normed, rounded=rounded))
+    batch = pack(config, conversations, STEPS, dtype=torch.float32).to(cases.DEVICE)
+    found = fast(batch)
     found.loss.backward()
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=0.02)
+    with torch.no_grad():
+        assert fast(batch, measure=True).loss.item() == pytest.approx(expected.loss.item(), rel=0.02)
+    assert asked == [True, False]
     for (name, p), q in zip(slow.draft.named_parameters(), fast.draft.parameters(), strict=True):
         assert p.grad is not None and q.grad is not None
         assert torch.nn.functional.cosine_similarity(p.grad.flatten(), q.grad.double().cpu().flatten(), dim=0) > 0.98, name
