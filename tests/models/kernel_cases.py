@@ -367,16 +367,21 @@ def target(number: int, vocabulary: int, width: int, dtype: torch.dtype) -> None
     close("mass", mass * whole, (kept.double().logsumexp(-1) - logits.double().logsumexp(-1)).exp(), torch.float32, 5.0)
 
 
-def losses(number: int, width: int, weights: dict[str, float], dtype: torch.dtype, *, pruned: bool, measure: bool) -> None:
+def losses(
+    number: int, width: int, weights: dict[str, float], dtype: torch.dtype, *, pruned: bool, measure: bool, kind: torch.dtype | None = None, sure: float = 0.0
+) -> None:
+    """``kind``: of p, where it is not that of the draft's logits. ``sure``: how far ahead of others the target's token 3 is, and a third of it the draft's."""
     from torchspec.models.kernels import loss as kernel
     from torchspec.models.kernels import target as target_kernel
     from torchspec.models.losses import LossWeights, RowTargets, row_losses
 
     chosen, low, steps, states = LossWeights.of(weights), 2, 3, 2 * number
     vocabulary = 2 * width if pruned else width
-    logits = make(number, vocabulary, dtype=torch.float32 if dtype == torch.float16 else dtype, seed=1, scale=2.0)
+    logits = make(number, vocabulary, dtype=kind or dtype, seed=1, scale=2.0)
+    logits[:, 3] += sure
     p = logits[:, :width].clone(memory_format=torch.contiguous_format)
     asked = kernel.Asked(p, *target_kernel.ask(p, logits[:, width:] if pruned else None), low)
+    assert sure == 0.0 or float((asked.whole - 1).abs().max()) > 1e-3
     place = torch.randperm(states + 1, generator=torch.Generator().manual_seed(2))[:states].to(DEVICE)
     flat = lambda high, seed: torch.randint(0, high, (states + 1,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)  # noqa: E731
     lists = kernel.Rows(
@@ -385,6 +390,7 @@ def losses(number: int, width: int, weights: dict[str, float], dtype: torch.dtyp
         hit=torch.full((states + 1,), 9, dtype=torch.int8, device=DEVICE), alpha=make(states + 1, dtype=torch.float32, seed=8),
     )  # fmt: skip
     z = make(states, width, dtype=dtype, seed=9, scale=2.0)
+    z[:, 3] += sure / 3
     t, k = lists.source[place] - low, lists.step[place]
     exact = RowTargets(
         p=p.double()[t], whole=asked.whole.double()[t], best=asked.best.long()[t], inside=asked.inside.bool()[t], mass=asked.mass.double()[t],

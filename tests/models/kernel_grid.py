@@ -15,6 +15,7 @@ from tests.models.packs import conversation, draft_config, pack, task
 from tests.models.variants import VARIANTS
 from torchspec.models import kernels, mlp
 from torchspec.models.fp8 import Fp8
+from torchspec.models.losses import LossWeights
 from torchspec.models.target_weights import TargetHead
 
 pytest.importorskip("triton")
@@ -143,6 +144,10 @@ def test_target(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     cases.target(*shape, dtype)
 
 
+def test_target_in_bf16() -> None:
+    cases.target(4, 40, 11, torch.bfloat16)
+
+
 EVERY_LOSS = {name: 0.3 + 0.1 * i for i, name in enumerate(LOSSES)}
 
 
@@ -158,7 +163,14 @@ def test_losses(weights: dict[str, float], pruned: bool, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("weights", [{"forward_kl": 1.0}, EVERY_LOSS], ids=lambda w: "+".join(w))
 def test_losses_of_logits_in_fp16(weights: dict[str, float]) -> None:
     """What stands past the end of a row is no infinity there, which a probability of 0 would make no number of."""
-    cases.losses(4, 29, weights, torch.float16, pruned=True, measure=False)
+    cases.losses(4, 29, weights, torch.float16, kind=torch.float32, pruned=True, measure=False)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("weights", [{"forward_kl": 1.0}, {"tv": 1.0}, EVERY_LOSS], ids=lambda w: "+".join(w))
+def test_losses_of_a_sure_target_rounded_to_bf16(weights: dict[str, float], pruned: bool) -> None:
+    """Its largest p is so far off that p does not add up to 1; what is made of it is exact for the very p."""
+    cases.losses(6, 29, weights, torch.float32, kind=torch.bfloat16, sure=12.0, pruned=pruned, measure=True)
 
 
 STEPS_SEEN = [("plain", PRUNED, False), ("plain", None, True), ("Qwen3, norm_before_residual", None, False)]
@@ -185,6 +197,24 @@ def test_whole_step_around_a_flash_kernel(variant: str, whole: bool, monkeypatch
     monkeypatch.setattr(attention_flash, "serves", lambda query: query.dtype != torch.float64)
     monkeypatch.setattr(attention_flash, "Causal", cases.CausalInTorch)
     test_whole_step(variant, PRUNED, False, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_whole_step_with_a_head_of_another_type(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The draft in fp32: p is as fine as its logits, whatever the target's type; by kernels as in torch."""
+    found = []
+    for usable in (False, True):
+        made, conversations = made_for("plain", PRUNED)
+        made.draft.compute_dtype = torch.float32
+        made.float().to(cases.DEVICE)
+        made.head.to(kind)
+        made.loss = LossWeights(forward_kl=1.0, reverse_kl=0.5, tv=0.5)
+        monkeypatch.setattr(kernels, "usable", lambda t, answer=usable: answer)
+        step = made(pack(made.draft.config, conversations, STEPS, dtype=torch.float32).to(cases.DEVICE), measure=True)
+        step.loss.backward()
+        found.append((step.loss.detach(), step.sums["alpha"], *[p.grad for p in made.draft.parameters()]))
+    for slow, fast in zip(*found, strict=True):
+        assert float((slow - fast).norm() / slow.norm()) < 1e-4
 
 
 @pytest.mark.parametrize(("variant", "draft_ids", "recompute"), STEPS_SEEN)

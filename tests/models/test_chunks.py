@@ -31,9 +31,15 @@ def test_cut(answers: list[int], width: int, steps: int) -> None:
         assert total - lows[-2] > most  # the last two would not go together
 
 
-@pytest.mark.parametrize(("total", "width", "sizes"), [(4097, 151936, [512] * 7 + [513]), (560, 151936, [560]), (4096, 32000, [512] * 8)])
-def test_the_last_chunk_is_no_single_row(total: int, width: int, sizes: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("steps", "total", "width", "sizes"),
+    [
+        (7, 4097, 151936, [512] * 7 + [513]), (7, 560, 151936, [560]), (7, 4096, 32000, [512] * 8), (7, 4170, 32000, [384, 512, 512] * 2 + [384, 512, 458]),
+        (8, 4097, 32000, [384, 512, 512] * 2 + [384, 512, 385]), (4, 8193, 32000, [896] * 4 + [1024] + [896] * 3 + [897]),
+    ],
+)  # fmt: skip
+def test_the_last_chunk_is_no_single_row(steps: int, total: int, width: int, sizes: list[int]) -> None:
     mask = np.array([0] + [1] * (total + 1), dtype=np.uint8)
     cu = np.array([0, len(mask)])
-    cut = chunks(unroll_rows(turns(mask, cu), cu, 7), width)
+    cut = chunks(unroll_rows(turns(mask, cu), cu, steps), width)
     assert [high - low for low, high, *_ in cut] == sizes

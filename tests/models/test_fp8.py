@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models.packs import draft_config, task
+from tests.models.packs import PlainNorm, draft_config, task
 from torchspec.errors import UserError
 from torchspec.models import fp8
 from torchspec.models.shared import Addend, Residual, SharedRows, Weight, linear
+from torchspec.models.target_weights import TargetHead
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 DEVICE = torch.device("cuda" if HOPPER else "cpu")
@@ -73,6 +74,18 @@ def test_the_rest_of_the_targets_logits_in_8_bits(kind: torch.dtype) -> None:
         made.head.weight.neg_()
     moved = made.head.to(torch.float64).to(kind).parts(normed, rounded=True)[1]
     torch.testing.assert_close(moved, -rounded, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("more", [{"scale": 0.25}, {"soft_cap": 5.0}, {"scale": 3.0, "soft_cap": 5.0}], ids=str)
+def test_logits_in_8_bits_are_biased_scaled_and_capped(more: dict[str, float]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(77, 64, generator=generator) / 4, 3.0 * torch.randn(77, generator=generator)
+    head = TargetHead(weight, bias, norm_module=PlainNorm(64), norm_tensors={"weight": torch.ones(64)}, **more).to(DEVICE, torch.bfloat16)
+    head.put_first(torch.arange(3, 35, device=DEVICE))
+    normed = head.normed(torch.randn(50, 64, generator=generator).to(DEVICE))
+    exact, rounded = head.parts(normed)[1], head.parts(normed, rounded=True)[1]
+    assert exact is not None and rounded is not None and rounded.dtype == torch.float32
+    assert 1e-4 < float((rounded - exact).norm() / exact.norm()) < 0.03
 
 
 @pytest.mark.parametrize(("out", "into"), [(48, 16), (16, 48)], ids=["d_y wider", "x wider"])

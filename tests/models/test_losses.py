@@ -58,6 +58,18 @@ def test_gradients_are_those_of_the_values_where_p_is_rounded(name: str) -> None
         torch.testing.assert_close(found.gradient, torch.autograd.grad(by_definition.sum(), z, retain_graph=True)[0], rtol=1e-7, atol=1e-10)
 
 
+def test_a_rounded_distribution_is_kept_with_its_sum() -> None:
+    setting = Setting(PRUNED)
+    setting.head.float().weight.mul_(2.0)
+    setting.head.bfloat16()
+    last = setting.last.bfloat16()
+    found = target_distribution(setting.head, last, dtype=torch.bfloat16, mass=True)
+    assert found.p.dtype == torch.bfloat16 and torch.equal(found.whole, found.p.float().sum(-1)) and found.mass is not None
+    assert float((found.whole - 1).abs().max()) > 1e-3
+    inside = setting.head.logits(last).double().softmax(-1)[:, PRUNED].sum(-1)
+    torch.testing.assert_close((found.p.double() * found.mass.double()[:, None]).sum(-1), inside, rtol=1e-6, atol=0.0)
+
+
 def test_probabilities_are_never_kept_in_fp16() -> None:
     """Those below 6e-8 would be 0 there, and their logarithm anything."""
     setting = Setting(PRUNED)

@@ -61,9 +61,9 @@ def chunks(rows: UnrollRows, width: int) -> list[tuple[int, int, int, int]]:
     before = torch.cat([torch.zeros(1, dtype=torch.int64), change[:total].cumsum(0).cumsum(0)]).tolist()
     most = max(rows.steps, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // width)) // rows.steps
     tiles = most // _TILE * _TILE or most
-    number = max(1, -(-total // tiles))
-    step = min(tiles, -(-max(total, 1) // number // _TILE) * _TILE)
-    ends = [end for end in range(step, total, step) if total - (end - step) > most]  # what is left joins the last one where it has room
+    number = 1 + max(0, -(-(total - most) // tiles))  # the last one need be no whole tiles
+    unit = _TILE if most >= _TILE else most
+    ends = [i * -(-total // unit) // number * unit for i in range(1, number)]
     return [(low, high, before[low], before[high]) for low, high in zip([0, *ends], [*ends, total], strict=True)]
 
 

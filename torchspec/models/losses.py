@@ -9,7 +9,7 @@ and alpha = sum_v min(t, q) the probability that sampling accepts. Each gradient
     cross_entropy   -log q(best)                                 q - [v = best]
     reverse_kl      R = sum q log(q / p)                         q (log(q / p) - R)
     jsd             (KL(p, m) + KL(q, m)) / 2, m = (p + q) / 2   q (log(q / m) - sum q log(q / m)) / 2
-    tv              1 - alpha (= sum |p - q| / 2 when unpruned)  q (B - [q < t]), B = sum of q where q < t
+    tv              1 - alpha (= sum |t - q| / 2 when unpruned)  q (B - [q < t]), B = sum of q where q < t
     lk_alpha        -log alpha                                   that of tv, over alpha
     lk_lambda       lambda forward_kl + (1 - lambda) tv          likewise
 

@@ -3,8 +3,8 @@
     total = logsumexp(kept)        p_w = exp(kept_w - total), written over kept_w in its type        whole = sum p
     best = argmax kept             inside = (max kept >= max rest)        mass = exp(total - logsumexp(kept and rest)) / whole
 
-The losses read p up to 2K times. In bf16 each is off by up to 2^-9 of itself, by what rounding its logit to bf16 does where that is above 1; of a target that
-is sure, the error is the largest p's alone, and the sum is as far from 1. So the sum is kept: losses count with it, and t = p mass adds up rightly.
+The losses read p up to 2K times. In bf16 each is off by up to 2^-8 of itself, as by rounding its logit to bf16 where that is above 1; of a target that is sure
+the error is the largest p's alone, up to 2^-9, and the sum is as far from 1. So the sum is kept: losses count with it, and t = p mass adds up rightly.
 One pass over the rest and two over what is kept, of which the second finds it in a cache.
 """
 
