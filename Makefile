@@ -1,6 +1,6 @@
 # make quickstart   train, export, serve and measure a draft on this machine
 # make test         what CI runs: environment, lint, types, every test
-# make fast         the tests that take seconds
+# make fast         the tests that are not marked slow: minutes
 PYTHON_BIN := .venv/bin/python
 # Tests and examples never ask a model hub, and report nothing to anybody.
 export HF_HUB_DISABLE_TELEMETRY := 1

@@ -10,6 +10,7 @@ import torch
 
 from tests.models.exports import random_draft
 from tests.tiny import save_conversations, save_target
+from torchspec.cli import main
 from torchspec.commands import export, import_draft
 from torchspec.errors import UserError
 from torchspec.models.import_draft import import_draft as read
@@ -62,3 +63,20 @@ def test_counts_and_size_go_together(world: tuple[Path, Path, dict[str, torch.Te
     path, checkpoint, _ = world
     with pytest.raises(UserError, match="give both or none"):
         export(str(checkpoint), str(path), str(tmp_path / "draft"), draft_vocab_size=50)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["export", "--checkpoint", "nope.ckpt", "--target", "TARGET", "--output", "out"], "error: checkpoint='nope.ckpt' does not exist"),
+        (["show_data", "--target", "runs/of/nobody", "--input", "rows.jsonl"], "error: target='runs/of/nobody' does not exist, and is no hub id either"),
+        (["show_data", "--target", "no/body", "--input", "rows.jsonl"], "error: target='no/body' cannot be read, as a folder or from the hub"),
+    ],
+)
+def test_errors_name_options_as_they_were_typed(
+    words: list[str], expected: str, world: tuple[Path, Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as stop:
+        main([str(world[0]) if word == "TARGET" else word for word in words])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith(expected)

@@ -12,6 +12,7 @@ import traceback
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,10 @@ def _overview() -> str:
     return f"{head}\n\n{rows}\n\nmain.py COMMAND --help shows the options of a command."
 
 
+_AS_TYPED = {"data.target.path": "target", "data.target.revision": "revision", "data.target.dtype": "dtype", "ckpt_path": "checkpoint"}
+"""Options of ``fit``, by which errors name what they are about, as other commands call them."""
+
+
 def _fail(error: BaseException | str, code: int = 2) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(code) from None
@@ -105,7 +110,11 @@ def _command(name: str, words: list[str]) -> None:
     from torchspec import commands, data_commands
 
     function: Callable[..., Any] = getattr(data_commands if name in DATA_COMMANDS else commands, name)
-    code = auto_cli(function, args=words, as_positional=False, prog=f"main.py {name}", **_STRICT)
+    try:
+        code = auto_cli(function, args=words, as_positional=False, prog=f"main.py {name}", **_STRICT)
+    except UserError as error:
+        typed = _AS_TYPED.get(error.field, error.field)
+        raise UserError(typed if typed in signature(function).parameters else error.field, error.value, error.problem, error.fix) from error
     if isinstance(code, int) and code:
         raise SystemExit(code)
 

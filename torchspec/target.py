@@ -64,12 +64,17 @@ class Target:
         path = Path(self.config.path)
         if path.exists() and not (path / "config.json").is_file():
             raise UserError("data.target.path", self.config.path, "holds no config.json", "give a model directory in Transformers' format or a hub id")
+        if not path.exists() and (path.is_absolute() or self.config.path.startswith(".") or len(path.parts) > 2):
+            raise UserError("data.target.path", self.config.path, "does not exist, and is no hub id either", f"check the path, as seen from {Path.cwd()}")
         try:
             loaded = AutoConfig.from_pretrained(self.config.path, revision=self.config.revision, trust_remote_code=self.config.trust_remote_code)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                "data.target.path", self.config.path, f"cannot be read ({reason})", "check the path or hub id, the network, and trust_remote_code"
+                "data.target.path",
+                self.config.path,
+                f"cannot be read, as a folder or from the hub ({reason})",
+                "check the path or id, the network, and trust_remote_code",
             ) from error
         if getattr(loaded.get_text_config(), "hidden_size", None) is None:
             raise UserError("data.target.path", self.config.path, f"is a {loaded.model_type} without hidden_size", "give a causal language model")
@@ -144,10 +149,11 @@ class Target:
         """The target's tokenizer.
 
         Raises:
-            UserError: when the target ships none that loads.
+            UserError: when the target is none that can be read, or ships none that loads.
         """
         from transformers import AutoTokenizer
 
+        self.full_hf_config  # noqa: B018 - a target that is not there has no tokenizer either, but other words for it
         try:
             return AutoTokenizer.from_pretrained(self.config.path, revision=self.config.revision, trust_remote_code=self.config.trust_remote_code)
         except (OSError, ValueError) as error:

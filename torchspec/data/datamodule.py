@@ -64,7 +64,8 @@ class DraftDataModule(pl.LightningDataModule):
         max_tokens: tokens of a pack (one micro-batch of one rank) at most.
         packs_per_step: packs of an optimizer step over all ranks; accumulation is this divided by the number of ranks.
         seed: of the order of the data.
-        on_policy: the target answers the training prompts anew in the run, instead of the answers in the data (engines vllm and vllm_remote).
+        on_policy: the target answers the training prompts anew in the run, instead of the answers in the data. Engines
+            vllm and vllm_remote, or any but replay where its ``answer_workers`` is at least 1. Its own options: ``--data.on_policy.help``.
         engine: what runs the target: ``transformers``, ``vllm``, ``vllm_remote`` (a vLLM server that somebody else runs), or ``replay``, which runs none
             and trains from records on disk.
         records: folder of records that ``main.py extract`` or ``tee`` wrote, for engine replay.
