@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchspec.errors import UserError
+from torchspec.target import Dtype, Target, TargetConfig
 
 
 def export(
@@ -15,7 +16,7 @@ def export(
     target: str,
     output: str,
     format: Literal["vllm", "speculators", "sglang"] = "vllm",
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+    dtype: Dtype = "auto",
     draft_vocab_size: int | None = None,
     token_counts: str | None = None,
     max_shard_size: str = "5GB",
@@ -42,7 +43,6 @@ def export(
         trust_remote_code: run modelling code that ships with the target.
     """
     from torchspec.models.export import ExportOptions, export_checkpoint
-    from torchspec.target import Target, TargetConfig
 
     if (draft_vocab_size is None) != (token_counts is None):
         raise UserError("draft_vocab_size", draft_vocab_size, f"goes with token_counts={token_counts}", "give both or none")
@@ -65,7 +65,7 @@ def import_draft(
     target: str,
     output: str,
     format: Literal["vllm", "speculators", "sglang"] = "vllm",
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+    dtype: Dtype = "auto",
     max_shard_size: str = "5GB",
     target_name: str | None = None,
     draft_revision: str | None = None,
@@ -89,7 +89,6 @@ def import_draft(
     from torchspec.models.export import ExportOptions, export_draft
     from torchspec.models.import_draft import complete
     from torchspec.models.import_draft import import_draft as read
-    from torchspec.target import Target, TargetConfig
 
     facts = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
     draft = read(source, facts, revision=draft_revision)
@@ -111,7 +110,7 @@ def acceptance(
     engine_args: dict[str, Any] | None = None,
     compare: bool = True,
     revision: str | None = None,
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: bool = False,
     messages_key: str | None = None,
     template_args: dict[str, Any] | None = None,
@@ -169,7 +168,6 @@ def vllm_command(target: str, aux_layers: list[int] | None = None, revision: str
         trust_remote_code: run modelling code that ships with the target.
     """
     from torchspec.engines.vllm.options import serve_command
-    from torchspec.target import Target, TargetConfig
 
     facts = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
     print(serve_command(facts, facts.aux_layers(aux_layers)))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchspec.errors import UserError
+from torchspec.target import Dtype, Target, TargetConfig
 
 
 def show_data(
@@ -44,7 +45,6 @@ def show_data(
     from torchspec.data.outputs import output_file
     from torchspec.data.prepare import DataOptions
     from torchspec.data.show import shown_rows, terminal, write_page
-    from torchspec.target import Target, TargetConfig
 
     if limit < 1 or skip < 0:
         raise UserError("limit" if limit < 1 else "skip", min(limit, skip), "is too small", "show 1 row or more, and skip 0 or more")
@@ -93,7 +93,6 @@ def vocabulary(
     from torchspec.data.vocabulary_report import TokenCounts, table
     from torchspec.data.vocabulary_report import plot as drawn
     from torchspec.models.vocabulary import VocabularyMapping
-    from torchspec.target import Target, TargetConfig
 
     if size is not None and output is None:
         raise UserError("size", size, "chooses a vocabulary that goes nowhere", "give output as well")
@@ -127,7 +126,7 @@ def regenerate(
     limit: int | None = None,
     messages_key: str | None = None,
     revision: str | None = None,
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+    dtype: Dtype = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
     engine: Literal["transformers", "vllm", "server"] = "transformers",

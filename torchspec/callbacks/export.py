@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from torchspec.errors import UserError
 from torchspec.models.export import ExportOptions, export_checkpoint
+from torchspec.target import Dtype
 
 
 class ExportDraft(pl.Callback):
@@ -29,7 +30,7 @@ class ExportDraft(pl.Callback):
         self,
         directory: str | None = None,
         which: Literal["best", "last"] = "last",
-        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+        dtype: Dtype = "auto",
         format: Literal["vllm", "speculators", "sglang"] = "vllm",
         target_name: str | None = None,
         log_artifact: bool = True,

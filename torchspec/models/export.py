@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +32,9 @@ from torchspec.models.model_card import model_card
 from torchspec.models.serving_formats import Format, describe
 from torchspec.models.target_weights import read_embedding
 from torchspec.models.vocabulary import VocabularyMapping
-from torchspec.target import Target
+from torchspec.target import Dtype, Target
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-DType = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class ExportOptions:
 
     form: Format = "vllm"
     """Whose format: vllm, speculators or sglang."""
-    dtype: DType = "auto"
+    dtype: Dtype = "auto"
     """Type of the tensors; auto takes the target's."""
     max_shard_size: str = "5GB"
     """Largest file; a bigger draft is written in shards with an index."""

@@ -60,9 +60,8 @@ def chunks(rows: UnrollRows, width: int) -> list[tuple[int, int, int, int]]:
     change.index_add_(0, torch.arange(total) + rows.depth, torch.full_like(rows.depth, -1))
     before = torch.cat([torch.zeros(1, dtype=torch.int64), change[:total].cumsum(0).cumsum(0)]).tolist()
     most = max(rows.steps, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // width)) // rows.steps
-    tiles = most // _TILE * _TILE or most
-    number = 1 + max(0, -(-(total - most) // tiles))  # the last one need be no whole tiles
-    unit = _TILE if most >= _TILE else most
+    unit = min(_TILE, most)
+    number = 1 + max(0, -(-(total - most) // (most // unit * unit)))  # the last one need be no whole tiles
     ends = [i * -(-total // unit) // number * unit for i in range(1, number)]
     return [(low, high, before[low], before[high]) for low, high in zip([0, *ends], [*ends, total], strict=True)]
 
