@@ -1,6 +1,7 @@
 # make quickstart   train, export, serve and measure a draft on this machine
-# make test         what CI runs: environment, lint, types, every test
-# make fast         the tests that are not marked slow: minutes
+# make test         what CI runs: environment, lint, types, every test that is not marked nightly
+# make test-all     the same with every test: hours on a slow machine
+# make fast         the tests that are marked neither slow nor nightly: minutes
 PYTHON_BIN := .venv/bin/python
 # Tests and examples never ask a model hub, and report nothing to anybody.
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -14,10 +15,10 @@ PYTEST := WANDB_MODE=offline HF_HUB_OFFLINE=1 $(PYTHON_BIN) -m pytest
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(PYTEST) -n $(PROCESSES) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format types fast test quickstart doctor build clean
+.PHONY: help setup lint format types fast test test-all quickstart doctor build clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 3
+	@sed -n 's/^# //p' Makefile | head -n 4
 	@echo "also: setup lint format types doctor build clean"
 
 setup:
@@ -35,10 +36,14 @@ types: setup
 	$(PYTHON_BIN) -m mypy
 
 fast: setup
-	$(PYTEST) -m "not slow and alone"
-	$(SIDE_BY_SIDE) -m "not slow and not alone"
+	$(PYTEST) -m "alone and not slow and not nightly"
+	$(SIDE_BY_SIDE) -m "not alone and not slow and not nightly"
 
 test: lint types
+	$(PYTEST) -m "alone and not nightly"
+	$(SIDE_BY_SIDE) -m "not alone and not nightly"
+
+test-all: lint types
 	$(PYTEST) -m alone
 	$(SIDE_BY_SIDE) -m "not alone"
 
