@@ -24,12 +24,12 @@ from typing import Any
 
 from torchspec.errors import UserError
 from torchspec.processes import kill_group
+from torchspec.reasons import last_error_in, says_nothing
 from torchspec.target import Dtype, Target, TargetConfig
 
 OWNED = ("model", "revision", "trust_remote_code", "tokenizer", "speculative_config", "disable_log_stats", "dtype", "seed")
 """Engine options that the measurement sets itself."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_LAST_ERROR = re.compile(r"^(?:\([^)]*\)\s*|\[rank\d+\]:\s*)?(?:ERROR\b.*?\s)?([\w.]*(?:Error|Exception|Interrupt)\b: .*)$")
 
 
 def measure(
@@ -271,6 +271,7 @@ def _serve(job: dict[str, Any], log: Path, what: str) -> dict[str, Any]:
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sink, stderr=subprocess.STDOUT, pass_fds=(write,), start_new_session=True)
         os.close(write)
         result: dict[str, Any] | None = None
+        refused = ""
         bar = tqdm(total=len(job["requests"]), desc=f"{what}: loading", unit="answer", dynamic_ncols=True, mininterval=0.5, file=sys.stderr)
         try:
             assert child.stdin is not None
@@ -286,6 +287,8 @@ def _serve(job: dict[str, Any], log: Path, what: str) -> dict[str, Any]:
                     bar.reset()
                 elif "done" in event:
                     bar.update(event["done"] - bar.n)
+                elif "error" in event:
+                    refused = str(event["error"])
                 else:
                     result = event
             code = child.wait()
@@ -296,7 +299,7 @@ def _serve(job: dict[str, Any], log: Path, what: str) -> dict[str, Any]:
         raise UserError(
             "vllm log",
             str(log),
-            f"tells why vLLM failed ({_why(log, code)})",
+            f"tells why vLLM failed ({_why(log, code, refused)})",
             "read it; common causes are memory (engine_args) and a draft that is not for this target",
         )
     return result
@@ -313,12 +316,12 @@ def _kill_group(child: subprocess.Popen[bytes]) -> None:
             pass
 
 
-def _why(log: Path, code: int) -> str:
+def _why(log: Path, code: int, refused: str) -> str:
+    """What vLLM said of it itself, else the last that its log says."""
+    if refused and not says_nothing(refused):
+        return refused
     lines = log.read_text(errors="replace").strip().splitlines()
-    named = [match.group(1) for line in lines if (match := _LAST_ERROR.match(line.strip()))]
-    informative = [line for line in named if "See root cause above" not in line and "Engine core initialization failed" not in line]
-    last = (informative or named or lines or ["no output"])[-1]
-    return f"exit code {code}: {last[:200]}"
+    return f"exit code {code}: {(last_error_in(lines) or (lines or ['no output'])[-1])[:500]}"
 
 
 def _report(served: dict[str, Any], k: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One run of vLLM for ``acceptance.py``: ``python -m torchspec.acceptance_child FD`` with one JSON line on stdin.
 
-Events go to file descriptor FD as JSON lines: ``ready``, ``done`` (answers so far), then the result. Standard output and error are vLLM's log.
+Events go to file descriptor FD as JSON lines: ``ready``, ``done`` (answers so far), then the result, or ``error``: why vLLM did not start.
+Standard output and error are vLLM's log.
 The end of stdin means that the parent is gone, and ends this process with all that vLLM started.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 from torchspec.imports import heavy_imports
 from torchspec.processes import kill_but_trackers
+from torchspec.reasons import overheard, reason_of
 
 COUNTERS = {
     "vllm:spec_decode_num_drafts": "drafts",
@@ -55,7 +57,12 @@ def main() -> None:
         def display(self, *_: Any, **__: Any) -> bool:  # type: ignore[override]  # the stubs say None, tqdm returns a bool
             return True
 
-    llm = vllm.LLM(**arguments, speculative_config=job["speculative_config"], disable_log_stats=False)
+    with overheard("vllm") as heard:
+        try:
+            llm = vllm.LLM(**arguments, speculative_config=job["speculative_config"], disable_log_stats=False)
+        except Exception as error:
+            events.write(json.dumps({"error": reason_of(error, heard=heard)}) + "\n")
+            raise
     sampling = vllm.SamplingParams(**job["sampling"])
     requests = [{"prompt_token_ids": ids} for ids in job["requests"]]
     llm.generate(requests[:1], vllm.SamplingParams(temperature=0.0, max_tokens=8), use_tqdm=False)  # allocators and lazy kernels warm up

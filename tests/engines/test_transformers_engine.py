@@ -15,7 +15,7 @@ from torchspec.engines.engine import EngineConfig, Job
 from torchspec.engines.hooks import HiddenStates
 from torchspec.engines.messages import Failed, Finished, Lease
 from torchspec.engines.record_writer import RecordWriter
-from torchspec.engines.transformers_engine import TransformersEngine
+from torchspec.engines.transformers_engine import TransformersEngine, load_model
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
 from torchspec.transfer import Store, StoreError, StoreServer, open_store
@@ -246,3 +246,12 @@ def test_the_writer_ends_with_what_it_was_given(target: Path, server: StoreServe
     writer.close()
     writer.close()
     assert not [hand for hand in writer._hands if hand.thread.is_alive()]
+
+
+@pytest.mark.parametrize("attention", ["nonsense", "some/kernel"])
+def test_an_attention_that_is_refused_is_named_by_its_option(tmp_path: Path, attention: str) -> None:
+    """Not the target, which is all right."""
+    target = save_tiny(tmp_path / "target")
+    with pytest.raises(UserError) as refused:
+        load_model(TargetConfig(str(target)), device="cpu", attn_implementation=attention)
+    assert refused.value.field == "data.engines.attn_implementation" and refused.value.value == attention and "\n" not in str(refused.value)

@@ -6,6 +6,7 @@ The configurations are vLLM's own; the scheduler that calls the connector is pla
 from __future__ import annotations
 
 import copy
+import importlib.util
 import shutil
 import socket
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import torch
 from tests.engines.parts import save_tiny, spec_of
 from tests.engines.test_vllm_parts import Inbox
 from tests.tiny import save_target
+from tests.tiny_vl import save_vl_target
 from torchspec.engines.connection import Closed
 from torchspec.engines.engine import EngineConfig
 from torchspec.engines.vllm.conditions import check, check_cache
@@ -232,3 +234,24 @@ def test_what_was_let_go_while_its_engine_was_not_to_be_reached_is_told_later(ri
     assert "did not reach the engine" in told["a"] and told["a"] == told["b"] and "/nowhere" in told["c"]
     connector.shutdown()
     inbox.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_the_package_that_a_target_lacks_is_named(tmp_path: Path) -> None:
+    """vLLM logs it in a traceback of another process, and raises something that points to the log."""
+    target = Target(TargetConfig(str(save_vl_target(tmp_path / "target", layers=4))))
+    words = r"data\.engine='vllm' does not take this target \(the package torchvision is not installed: .*Fix: install torchvision"
+    with pytest.raises(UserError, match=words):
+        vllm_config_of(model_arguments(target, EngineConfig(), max_length=64, device="cpu"))
+
+
+@pytest.mark.parametrize(("name", "value", "words"), [("max_num_seqs", 0, "greater than or equal to 1"), ("nonsense", 1, "unexpected keyword argument")])
+def test_an_argument_that_vllm_refuses_is_named_without_the_others(folder: Path, name: str, value: int, words: str) -> None:
+    given = {name: value, "block_size": 16}
+    everything = model_arguments(Target(TargetConfig(str(folder))), EngineConfig(engine_args=given), max_length=64, device="cpu")
+    with pytest.raises(UserError) as refused:
+        vllm_config_of(everything, given=given)
+    said = str(refused.value)
+    assert said.startswith(f"data.engines.engine_args.{name}={value} is refused by vLLM (") and words in said and "language_model_only" not in said
+    assert "enforce_eager" not in said and "\n" not in said

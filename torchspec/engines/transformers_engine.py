@@ -9,22 +9,26 @@ one by one, so that a bad sample never takes its neighbours along.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from torchspec.engines.engine import EngineStats, Job
+from torchspec.engines.engine import EngineConfig, EngineStats, Job
 from torchspec.engines.hooks import HiddenStates
 from torchspec.engines.messages import Failed, Finished, Lease
 from torchspec.engines.record_writer import Captured, RecordWriter, one_line
 from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
 from torchspec.images import BadImage, VisionTower, read_picture
+from torchspec.reasons import reason_of
 from torchspec.target import Target, TargetConfig
 
 log = logging.getLogger(__name__)
+_OF_ATTENTION = re.compile(r"attn_implementation|attention|kernels", re.IGNORECASE)
+"""What Transformers says where it refuses an attention, among other words."""
 _AHEAD = 2
 """Batches that may wait inside the engine, so that the next one starts without a round trip."""
 
@@ -40,7 +44,11 @@ def load_model(config: TargetConfig, *, device: str, attn_implementation: str, e
     try:
         model = target.auto_class().from_pretrained(config.path, revision=config.revision, trust_remote_code=config.trust_remote_code, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError("data.target.path", config.path, f"does not load ({str(error).splitlines()[0]})", "check the checkpoint and data.engines") from error
+        reason = reason_of(error)
+        if attn_implementation != EngineConfig.attn_implementation and _OF_ATTENTION.search(reason):
+            fix = "take one that this target and this machine have, such as sdpa or eager"
+            raise UserError("data.engines.attn_implementation", attn_implementation, f"is refused by Transformers ({reason})", fix) from error
+        raise UserError("data.target.path", config.path, f"does not load ({reason})", "check the checkpoint and data.engines") from error
     loaded: Any = model
     return loaded.to(device).eval().requires_grad_(False)
 

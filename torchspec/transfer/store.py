@@ -30,6 +30,10 @@ class StoreError(Exception):
         super().__init__(f"store {reason}: {detail}" + (f" (key {key})" if key else ""))
         self.reason = reason
         self.key = key
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.key, self.detail)
 
 
 @dataclass(frozen=True)

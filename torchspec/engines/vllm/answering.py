@@ -99,7 +99,7 @@ class AnsweringEngine(AsynchronousEngine[Answered]):
             "worker_extension_cls": EXTENSION,
             "disable_log_stats": False,  # they count drafts
         }
-        self._llm = AsyncLLM.from_vllm_config(vllm_config_of(arguments))
+        self._llm = AsyncLLM.from_vllm_config(vllm_config_of(arguments, given=config.engine_args, field="data.on_policy.answer_args"))
         self.capacity = (int(arguments["max_num_seqs"]), int(arguments["max_num_batched_tokens"]))
 
     async def work(self, lease: Lease, ids: list[int]) -> Answered | Failed:

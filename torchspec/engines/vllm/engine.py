@@ -55,7 +55,7 @@ class VLLMEngine(CapturingEngine):
         if vllm.__version__.startswith("0.26."):
             arguments.setdefault("async_scheduling", False)  # there, a request preempted in mid-flight may end without all of its states
         arguments |= capture_arguments(self.target, self.spec.aux_layers, allow_unknown_version=config.allow_unknown_version, owner=os.getpid())
-        vllm_config = vllm_config_of(arguments)
+        vllm_config = vllm_config_of(arguments, given=config.engine_args)
         check(vllm_config)
         refuse_without_states(vllm_config)
         if self.job.on_policy is not None and not self.job.on_policy.answer_workers and vllm_config.model_config.is_hybrid:
@@ -64,7 +64,7 @@ class VLLMEngine(CapturingEngine):
         if not vllm_config.scheduler_config.enable_chunked_prefill and int(arguments["max_num_batched_tokens"]) < self.max_tokens:
             log.info("vLLM does not cut prefills of this target: steps of %d tokens, data.max_length", self.max_tokens)
             arguments["max_num_batched_tokens"] = self.max_tokens
-            vllm_config = vllm_config_of(arguments)
+            vllm_config = vllm_config_of(arguments, given=config.engine_args)
         # in this thread: the engine core dies with the one that started it
         self._llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=bool(arguments["disable_log_stats"]))
         self.capacity = (int(arguments["max_num_seqs"]), int(arguments["max_num_batched_tokens"]))

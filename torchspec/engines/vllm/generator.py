@@ -9,6 +9,7 @@ from typing import Any
 
 from torchspec.engines.engine import Answer, EngineConfig, Sampling
 from torchspec.engines.vllm.options import GENERATES, check_arguments, model_arguments, sampling_params, set_environment
+from torchspec.engines.vllm.refusals import refusals
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
 
@@ -23,7 +24,7 @@ class VLLMGenerator:
         engine_args: of vLLM, passed on.
 
     Raises:
-        UserError: an argument that TorchSpec owns, or a device that this vLLM is not built for.
+        UserError: an argument that TorchSpec owns, a device that this vLLM is not built for, or what vLLM itself refuses.
     """
 
     def __init__(self, config: TargetConfig, *, batch_size: int = 256, device: str = "auto", engine_args: dict[str, Any] | None = None) -> None:
@@ -40,7 +41,9 @@ class VLLMGenerator:
         if device != "auto" and device.split(":")[0] != built_for:
             raise UserError("device", device, f"is not what this vLLM is built for ({built_for})", "set device to auto")
         set_environment(engines, device=built_for)
-        self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**model_arguments(self.target, engines, max_length=None, device=built_for)))
+        arguments = model_arguments(self.target, engines, max_length=None, device=built_for)
+        with refusals(engines.engine_args, field="engine_args", engine=("engine", "vllm")):
+            self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self._longest = int(self._engine.model_config.max_model_len)
         self._ends = self.target.end_ids()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torchspec.engines.engine import EngineConfig, Sampling
 from torchspec.engines.vllm.orders import TOKEN_VARIABLE
+from torchspec.engines.vllm.refusals import refusals
 from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
 from torchspec.target import Target
@@ -208,20 +209,21 @@ def serve_command(target: Target, aux_layers: tuple[int, ...]) -> str:
     return f"{TOKEN_VARIABLE}=SECRET {shlex.join(words)}"
 
 
-def vllm_config_of(arguments: Mapping[str, Any]) -> Any:
+def vllm_config_of(arguments: Mapping[str, Any], *, given: Mapping[str, Any] | None = None, field: str = "data.engines.engine_args") -> Any:
     """vLLM's own configuration for these arguments.
 
+    Args:
+        arguments: all of them.
+        given: those that the user set.
+        field: how the user calls them.
+
     Raises:
-        UserError: vLLM does not take them.
+        UserError: vLLM does not take them, or not this target.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    try:
+    with refusals(given or {}, field=field):
         return AsyncEngineArgs(**arguments).create_engine_config()
-    except (TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        fix = "check names and values in vLLM's documentation"
-        raise UserError("data.engines.engine_args", dict(arguments), f"is refused by vLLM ({reason})", fix) from error
 
 
 def refuse_without_states(vllm_config: Any) -> None:
