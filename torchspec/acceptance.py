@@ -23,12 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from torchspec.errors import UserError
+from torchspec.files import dumps, json_with, refuse_foreign, write
+from torchspec.paths import home
 from torchspec.processes import kill_group
 from torchspec.reasons import last_error_in, says_nothing
 from torchspec.target import Dtype, Target, TargetConfig
 
 OWNED = ("model", "revision", "trust_remote_code", "tokenizer", "speculative_config", "disable_log_stats", "dtype", "seed")
 """Engine options that the measurement sets itself."""
+REPORT = json_with("acceptance_length", "acceptance_rates", "vllm_version")
+"""Knows a report of :func:`measure`."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -77,6 +81,9 @@ def measure(
         UserError: no vLLM, a draft or prompt file that cannot be used, or vLLM's own failure with its words and its log.
     """
     _check(draft, num_speculative_tokens=num_speculative_tokens, max_new_tokens=max_new_tokens, limit=limit, temperature=temperature, engine_args=engine_args)
+    target, draft, prompts, output = home(target), home(draft), home(prompts), home(output) if output else None
+    if output:
+        refuse_foreign(Path(output), REPORT, field="output", what="acceptance report")
     facts = Target(TargetConfig(target, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code))
     try:
         facts.dtype  # noqa: B018 - reads the target's configuration
@@ -137,13 +144,13 @@ def measure(
         "device": with_draft["device"],
     }
     if output:
-        Path(output).write_text(json.dumps(report, indent=2) + "\n")
+        write(Path(output), dumps(report, indent=2) + "\n")
     else:
         for file in logs.iterdir():
             file.unlink()
         logs.rmdir()
     print(table(report), flush=True)
-    print(json.dumps(report), flush=True)
+    print(dumps(report), flush=True)
     return report
 
 

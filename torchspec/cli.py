@@ -129,6 +129,7 @@ def _train(words: list[str]) -> None:
         from torchspec.data.datamodule import DraftDataModule
         from torchspec.models.module import DraftModule
         from torchspec.models.parallelize import refuse_fsdp1, register_strategies
+        from torchspec.saved_config import save_configuration
         from torchspec.trainer import Trainer
 
     class SaveConfig(SaveConfigCallback):
@@ -139,9 +140,8 @@ def _train(words: list[str]) -> None:
 
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             if trainer.is_global_zero:
-                folder = Path(trainer.default_root_dir)
-                folder.mkdir(parents=True, exist_ok=True)
-                self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
+                text = self.parser.dump(self.config, skip_none=False)
+                save_configuration(text, Path(trainer.default_root_dir) / self.config_filename)
 
     class TorchSpecCLI(LightningCLI):
         """LightningCLI with the target configured once, under ``data``."""

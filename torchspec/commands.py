@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchspec.errors import UserError
+from torchspec.folders import check_output
+from torchspec.paths import home
 from torchspec.target import Dtype, Target, TargetConfig
 
 
@@ -30,7 +32,7 @@ def export(
     Args:
         checkpoint: a .ckpt file, or the folder of a sharded one.
         target: hub id or directory of the target that the draft was trained for.
-        output: directory to write; an earlier export there is replaced.
+        output: directory to write; an earlier export there is replaced, anything else is left alone.
         format: vllm, speculators or sglang; a draft that the format's server would run wrongly is refused.
         dtype: type of the tensors; auto takes the target's.
         draft_vocab_size: cut a draft of the whole vocabulary to so many tokens; needs token_counts.
@@ -46,6 +48,7 @@ def export(
 
     if (draft_vocab_size is None) != (token_counts is None):
         raise UserError("draft_vocab_size", draft_vocab_size, f"goes with token_counts={token_counts}", "give both or none")
+    place = check_output(Path(home(output)), field="output", reads=Path(home(checkpoint)))
     facts = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
     vocabulary = None
     if draft_vocab_size is not None and token_counts is not None:
@@ -57,7 +60,7 @@ def export(
         share = vocabulary.coverage(counts)
         print(f"draft vocabulary: {draft_vocab_size} of {facts.vocab_size} tokens, covering {share:.2%} of the supervised tokens of {token_counts}")
     options = ExportOptions(form=format, dtype=dtype, max_shard_size=max_shard_size, tokenizer=tokenizer, target_name=target_name)
-    print(export_checkpoint(Path(checkpoint), facts, Path(output), options=options, vocabulary=vocabulary))
+    print(export_checkpoint(Path(home(checkpoint)), facts, place, options=options, vocabulary=vocabulary))
 
 
 def import_draft(
@@ -77,7 +80,7 @@ def import_draft(
     Args:
         source: directory, file of weights (its config.json beside it) or hub id of the draft.
         target: hub id or directory of the target that it drafts for.
-        output: directory to write; an earlier export there is replaced.
+        output: directory to write; an earlier export there is replaced, anything else is left alone.
         format: vllm, speculators or sglang.
         dtype: type of the tensors; auto takes the target's.
         max_shard_size: largest file; a bigger draft is written in shards.
@@ -90,12 +93,13 @@ def import_draft(
     from torchspec.models.import_draft import complete
     from torchspec.models.import_draft import import_draft as read
 
+    place = check_output(Path(home(output)), field="output", reads=Path(home(source)))
     facts = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
     draft = read(source, facts, revision=draft_revision)
     options = ExportOptions(form=format, dtype=dtype, max_shard_size=max_shard_size, target_name=target_name)
     config = draft.config
     print(f"{source}: {config.num_layers} layer(s), hidden size {config.hidden_size}, {config.draft_vocab_size} tokens, aux layers {list(config.aux_layers)}")
-    print(export_draft(config, complete(draft, facts), draft.vocabulary, facts, Path(output), options=options))
+    print(export_draft(config, complete(draft, facts), draft.vocabulary, facts, place, options=options))
 
 
 def acceptance(

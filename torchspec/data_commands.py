@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchspec.errors import UserError
+from torchspec.files import write
 from torchspec.target import Dtype, Target, TargetConfig
 
 
@@ -44,13 +45,13 @@ def show_data(
     """
     from torchspec.data.outputs import output_file
     from torchspec.data.prepare import DataOptions
-    from torchspec.data.show import shown_rows, terminal, write_page
+    from torchspec.data.show import is_page, shown_rows, terminal, write_page
 
     if limit < 1 or skip < 0:
         raise UserError("limit" if limit < 1 else "skip", min(limit, skip), "is too small", "show 1 row or more, and skip 0 or more")
     if max_length < 1:
         raise UserError("max_length", max_length, "is below 1", "use 1 or more")
-    page = None if html is None else output_file(html, field="html")
+    page = None if html is None else output_file(html, field="html", ours=is_page, what="page")
     options = DataOptions(max_length, messages_key=messages_key, supervise=supervise, media=media, template_args=template_args or {})
     found = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
     rows = shown_rows(found, input, options=options, skip=skip, limit=limit)
@@ -90,7 +91,7 @@ def vocabulary(
     """
     from torchspec.data.corpus import count_tokens
     from torchspec.data.outputs import output_file
-    from torchspec.data.vocabulary_report import TokenCounts, table
+    from torchspec.data.vocabulary_report import TokenCounts, is_plot, table
     from torchspec.data.vocabulary_report import plot as drawn
     from torchspec.models.vocabulary import VocabularyMapping
 
@@ -98,8 +99,8 @@ def vocabulary(
         raise UserError("size", size, "chooses a vocabulary that goes nowhere", "give output as well")
     if size is not None and size < 1:
         raise UserError("size", size, "is below 1", "use 1 or more")
-    counts_file = None if output is None else output_file(output, field="output")
-    plot_file = None if plot is None else output_file(plot, field="plot")
+    counts_file = None if output is None else output_file(output, field="output", ours=TokenCounts.is_one, what="file of token counts")
+    plot_file = None if plot is None else output_file(plot, field="plot", ours=is_plot, what="plot")
     facts = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
     counts, ends = count_tokens(facts, input, messages_key=messages_key, supervise=supervise, template_args=template_args, max_bad_fraction=max_bad_fraction)
     found = TokenCounts(counts, tuple(ends), facts.fingerprint)
@@ -110,7 +111,7 @@ def vocabulary(
         found.save(counts_file, **({} if mapping is None else {"draft_ids": mapping.draft_ids, "d2t": mapping.d2t, "t2d": mapping.t2d}))
         print(f"counts: {output}")
     if plot_file is not None:
-        plot_file.write_text(drawn(found, title=f"Coverage of the answers of {Path(target).name}"))
+        write(plot_file, drawn(found, title=f"Coverage of the answers of {Path(target).name}"))
         print(f"plot: {plot}")
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torchspec.errors import UserError
 from torchspec.fingerprint import of_directory, of_hub_cache
+from torchspec.paths import home
 from torchspec.transfer.spec import RecordSpec
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class TargetConfig:
     """Type the engine runs the target in and stores its states as: auto (the checkpoint's own), bfloat16, float16 or float32."""
     trust_remote_code: bool = False
     """Run modelling code that ships with the checkpoint."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", home(self.path))
 
 
 class Target:

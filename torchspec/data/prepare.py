@@ -90,6 +90,10 @@ def prepare(
     pairs = weighted_sources(given, config_key=config_key)
     sources = [source for source, _ in pairs]
     key = _key(sources, options, tokenizer, vocab_size, end_ids, tower)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError("data.cache_dir", str(cache_dir), f"is no folder that can be made ({error.strerror})", "give a folder") from error
     folder = cache_dir / key
     dataset = _cached(folder)
     if dataset is None:

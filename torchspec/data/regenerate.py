@@ -25,6 +25,7 @@ from torchspec.data.render import Renderer
 from torchspec.data.sources import find_sources, read_rows
 from torchspec.engines.engine import Generator, Sampling
 from torchspec.errors import UserError
+from torchspec.files import dumps, lines_with, refuse_foreign
 from torchspec.target import Dtype, Target, TargetConfig
 
 _REPLACED = ("conversations", "messages", "prompt", "text", "finish", "sampling", "input_ids", "loss_mask", "tokenizer")
@@ -215,6 +216,7 @@ def answer_file(
 
     done = _open_output(output, made)
     failed_file = output.with_name(output.name + ".failed.jsonl")
+    refuse_foreign(failed_file, lines_with("id", "place", "problem"), field="output", what="list of failed rows")
     failed_file.unlink(missing_ok=True)
     source, total = _rows(input, messages_key, limit)
     skipped = tokens = cut = answered = failed = exact = 0
@@ -226,7 +228,7 @@ def answer_file(
             failed += 1
             bar.update()
             with failed_file.open("a") as handle:
-                handle.write(json.dumps({"id": id, "place": place, "problem": problem}) + "\n")
+                handle.write(dumps({"id": id, "place": place, "problem": problem}) + "\n")
 
         def write(row: _Row) -> None:
             nonlocal answered, cut, exact
@@ -237,9 +239,9 @@ def answer_file(
                 if not row.understood:
                     del finished["conversations"]
             try:
-                line = json.dumps(finished, ensure_ascii=False).encode()
+                line = dumps(finished, ensure_ascii=False).encode()
             except UnicodeEncodeError:  # half a character in a field of the user's
-                line = json.dumps(finished).encode()
+                line = dumps(finished).encode()
             sink.write(line + b"\n")
             sink.flush()
             answered += 1

@@ -18,6 +18,7 @@ from torchspec.data.render import Renderer, special_ids
 from torchspec.data.sources import Given, find_sources, read_rows
 from torchspec.data.tokenise import Tokenise, Tokenised
 from torchspec.errors import UserError
+from torchspec.files import begins_with, write
 from torchspec.images import VisionTower
 from torchspec.target import Target
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _GREEN, _DIM, _END = "\x1b[30;42m", "\x1b[2m", "\x1b[0m"
+_HEAD = "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>Training data</title>"
 _STYLE = """body{font:14px/1.7 ui-monospace,monospace;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 h2{font-size:1rem;margin:2rem 0 .3rem}p{margin:.2rem 0;color:#666}pre{white-space:pre-wrap;border:1px solid #ddd;padding:1rem;margin:.5rem 0}
 .on{background:#b8e6b8}.control{color:#96c}.on.control{background:#7fc97f;color:#408}.bad{color:#b00}i{font-style:normal;border-right:1px solid #0002}
@@ -148,6 +150,10 @@ def terminal(rows: list[Shown], *, color: bool) -> str:
     return "\n".join(parts)
 
 
+is_page = begins_with(_HEAD)
+"""Knows a page of ours."""
+
+
 def page(rows: list[Shown], *, target: str) -> str:
     """For a browser; the pointer on a token shows its id."""
     parts = []
@@ -155,7 +161,7 @@ def page(rows: list[Shown], *, target: str) -> str:
         parts.append(f"<h2{' class=bad' if row.problem else ''}>{html.escape(row.title)}</h2>")
         if row.pieces:
             parts.append(f"<pre>{''.join(_span(piece) for piece in row.pieces)}</pre>")
-    head = f"<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>Training data</title><style>{_STYLE}</style>"
+    head = f"{_HEAD}<style>{_STYLE}</style>"
     legend = "Supervised tokens are <i class=on>green</i>, control tokens <i class=control>violet</i>; the pointer on a token shows its id."
     return f"{head}\n<p>{html.escape(target)}</p><p>{legend}</p>\n" + "\n".join(parts) + "\n"
 
@@ -169,5 +175,4 @@ def _span(piece: Piece) -> str:
 
 def write_page(file: Path, rows: list[Shown], *, target: str) -> None:
     """:func:`page` into a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page(rows, target=target), encoding="utf-8")
+    write(file, page(rows, target=target))

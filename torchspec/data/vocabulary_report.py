@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchspec.errors import UserError
+from torchspec.files import write
 
 SIZES = (4096, 8192, 16384, 32768, 65536, 98304)
 """Draft vocabularies that are reported."""
@@ -30,11 +31,19 @@ class TokenCounts:
 
     def save(self, file: Path, **tensors: Tensor) -> None:
         """Write a safetensors file with ``counts``, and with it what else is given."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        file.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"format": "pt", "target": self.target, "end_ids": json.dumps(list(self.end_ids))}
-        save_file({"counts": self.counts, **{name: tensor.contiguous() for name, tensor in tensors.items()}}, file, metadata=metadata)
+        write(file, save({"counts": self.counts, **{name: tensor.contiguous() for name, tensor in tensors.items()}}, metadata=metadata))
+
+    @classmethod
+    def is_one(cls, file: Path) -> bool:
+        """Whether a file is one that :meth:`save` wrote."""
+        try:
+            cls.load(file, field="output")
+        except UserError:
+            return False
+        return True
 
     @classmethod
     def load(cls, file: Path, *, field: str) -> TokenCounts:
@@ -73,6 +82,15 @@ def table(found: TokenCounts) -> str:
         one_in = f"{1 / (1 - share):,.0f}" if share < 1 else "never"
         lines.append(f"{size:>8,}  {share:>9.3%}  {one_in:>17}")
     return "\n".join(lines)
+
+
+def is_plot(file: Path) -> bool:
+    """Whether a file is one that :func:`plot` drew."""
+    try:
+        text = file.read_bytes()
+    except OSError:
+        return False
+    return text.startswith(b"<svg") and b"draft vocabulary, of " in text
 
 
 def plot(found: TokenCounts, *, title: str) -> str:

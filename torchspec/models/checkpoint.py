@@ -40,17 +40,27 @@ def publish(partial: Path, final: Path) -> None:
         _sync(path)
     if partial.is_dir():
         previous = _aside(final)
-        remove(previous)
+        if previous.is_dir():
+            _retire(previous, final)
         if final.is_dir() and not final.is_symlink():
             final.rename(previous)
         else:
             final.unlink(missing_ok=True)
         partial.rename(final)
         _sync(final.parent)
-        remove(previous)
+        if previous.is_dir():
+            _retire(previous, final)
     else:
         partial.replace(final)
         _sync(final.parent)
+
+
+def _retire(previous: Path, final: Path) -> None:
+    """Remove the folder that stepped aside; what somebody put into it beside the checkpoint's own files goes to its successor."""
+    for path in list(previous.iterdir()):
+        if path.name not in (_FOLDER_FACTS, ".metadata") and path.suffix != ".distcp" and final.is_dir() and not (final / path.name).exists():
+            path.rename(final / path.name)
+    remove(previous)
 
 
 def _sync(path: Path) -> None:
@@ -82,11 +92,13 @@ def recover(folder: Path) -> None:
     """
     if not folder.is_dir():
         return
-    for partial in folder.glob(".*.partial"):
+    for partial in folder.glob(".*.ckpt.partial"):
         remove(partial)
-    for previous in folder.glob(".*.previous"):
+    for previous in folder.glob(".*.ckpt.previous"):
         final = folder / previous.name.removeprefix(".").removesuffix(".previous")
         if final.exists():
+            if previous.is_dir():
+                _retire(previous, final)
             remove(previous)
         else:
             previous.rename(final)
@@ -101,6 +113,14 @@ def standing(path: Path) -> Path:
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is named or laid out as a training checkpoint; says nothing of its being whole."""
     return path.suffix == ".ckpt" or (standing(path) / _FOLDER_FACTS).is_file()
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is a checkpoint of a draft; a damaged one is nobody's that we know."""
+    try:
+        return "torchspec" in read_entries(path)
+    except UserError:
+        return False
 
 
 def read_entries(path: Path) -> dict[str, Any]:

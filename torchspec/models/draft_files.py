@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from torchspec.errors import UserError
+from torchspec.files import dumps
+from torchspec.paths import home
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = "pytorch_model.bin"
@@ -43,7 +45,7 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], *, max_shard_size: s
         with (folder / file).open("rb") as handle:
             os.fsync(handle.fileno())
     if split.is_sharded:
-        (folder / INDEX).write_text(json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2) + "\n")
+        (folder / INDEX).write_text(dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2) + "\n")
         return [*split.filename_to_tensors, INDEX]
     return list(split.filename_to_tensors)
 
@@ -58,7 +60,7 @@ def locate_draft(source: str, *, revision: str | None = None) -> tuple[Path, Pat
     Raises:
         UserError: nothing there.
     """
-    path = Path(source)
+    path = Path(home(source))
     if path.is_dir():
         return path, None
     if path.is_file():

@@ -3,14 +3,12 @@
 ``serving_formats.py`` says what each server's ``config.json`` holds and what it would serve wrongly; tensors go by the draft's own names, with the target's
 embedding table and, for a pruned vocabulary, ``d2t`` (offsets: target id = draft id + d2t[draft id]) and ``t2d``. Servers are silent about a missing
 tensor, so what was written is read back by ``import_draft`` (exact names), its architecture and vocabulary compared, and its logits compared with those of
-the trained weights cast to the export's type. A directory appears whole or not at all.
+the trained weights cast to the export's type. A directory appears whole or not at all,
+and takes the place of an earlier export alone (``folders.py``).
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,8 @@ from torch import Tensor
 
 from torchspec.batch import PackedBatch, unroll_rows
 from torchspec.errors import UserError
+from torchspec.files import dumps
+from torchspec.folders import check_output, workplace
 from torchspec.models.checkpoint import read_draft_weights, read_entries, read_facts
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.draft_files import write_tensors
@@ -32,6 +32,7 @@ from torchspec.models.model_card import model_card
 from torchspec.models.serving_formats import Format, describe
 from torchspec.models.target_weights import read_embedding
 from torchspec.models.vocabulary import VocabularyMapping
+from torchspec.paths import home
 from torchspec.target import Dtype, Target
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -77,7 +78,7 @@ def export_checkpoint(
     Args:
         checkpoint: what ``fit`` saved.
         target: the model the draft was trained for.
-        directory: where the draft goes; replaced when it is an earlier export.
+        directory: where the draft goes; an earlier export there is replaced, anything else refused.
         options: format, type and the like.
         vocabulary: prune a draft of the whole vocabulary to this one; None exports it as it was trained.
 
@@ -161,17 +162,16 @@ def export_draft(
         config, target, form=options.form, dtype=described["dtype"], parameters=parameters, target_name=options.target_name, training=training
     )  # fmt: skip
 
-    if directory.exists() and not (directory / "config.json").is_file() and any(directory.iterdir()):
-        raise UserError("export directory", str(directory), "exists and holds something that is no draft", "give an empty or new directory")
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    place = check_output(home(directory), field="export directory")
     try:
-        _write(partial, described, card, tensors, target, options)
-        difference = _self_check(partial, config, weights, kind, vocabulary, target)
-        if directory.exists():
-            shutil.rmtree(directory)
-        partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with workplace(place, field="export directory") as partial:
+            _write(partial, described, card, tensors, target, options)
+            difference = _self_check(partial, config, weights, kind, vocabulary, target)
+    except (OSError, SafetensorError) as error:
+        need = sum(t.nbytes for t in tensors.values())
+        raise UserError(
+            "export directory", str(directory), f"cannot take the draft of {need / 2**20:.0f} MiB ({error})", "free space there or choose another directory"
+        ) from error
     return ExportReport(str(directory), len(tensors), sum(t.nbytes for t in tensors.values()), difference)
 
 
@@ -188,19 +188,12 @@ def _checked_names(config: DraftConfig, weights: dict[str, Tensor]) -> list[str]
 
 
 def _write(folder: Path, described: dict[str, Any], card: str, tensors: dict[str, Tensor], target: Target, options: ExportOptions) -> None:
-    try:
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-        (folder / "README.md").write_text(card)
-        if options.tokenizer:
-            target.tokenizer().save_pretrained(folder)
-            _save_generation_settings(target, folder)
-        write_tensors(folder, tensors, max_shard_size=options.max_shard_size)
-    except (OSError, SafetensorError) as error:
-        need = sum(t.nbytes for t in tensors.values())
-        raise UserError(
-            "export directory", str(folder.parent), f"cannot take the draft of {need / 2**20:.0f} MiB ({error})", "free space there or choose another directory"
-        ) from error
+    (folder / "config.json").write_text(dumps(described, indent=2) + "\n")
+    (folder / "README.md").write_text(card)
+    if options.tokenizer:
+        target.tokenizer().save_pretrained(folder)
+        _save_generation_settings(target, folder)
+    write_tensors(folder, tensors, max_shard_size=options.max_shard_size)
 
 
 def _save_generation_settings(target: Target, folder: Path) -> None:

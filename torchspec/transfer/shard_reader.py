@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchspec.errors import UserError
 from torchspec.transfer.record import seal, views
-from torchspec.transfer.shards import FP8, Manifest, checksum_of, read_header, read_tensor, signed
+from torchspec.transfer.shards import FP8, Manifest, checksum_of, read_header, read_tensor, shards_in, signed
 from torchspec.transfer.store import StoreError
 
 _OPEN_FILES = 64
@@ -34,7 +34,7 @@ class ShardReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = Manifest.read(folder)
-        self.files = sorted(folder.glob("records-*.safetensors"))
+        self.files = shards_in(folder)
         if not self.files:
             raise UserError("data.records", str(folder), "holds no shard of records", "make them: main.py extract")
         self._headers = [read_header(file) for file in self.files]

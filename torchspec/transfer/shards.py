@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import threading
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from torchspec.transfer.spec import RecordSpec
 FORMAT = 1
 FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0
+_NAME = re.compile(r"records-(.+)-(\d{5,})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,13 @@ class ShardWriter:
 
     def __init__(self, folder: Path, spec: RecordSpec, *, part: str = "0", shard_bytes: int = 256 << 20, fp8: bool = False) -> None:
         Manifest(spec, "fp8" if fp8 else "exact").write(folder)
-        for left in folder.glob(f".records-{part}-*"):
-            left.unlink()
+        for left in folder.glob(f".records-{part}-*.safetensors"):
+            if _NAME.fullmatch(left.name[1:]) and left.is_file():
+                left.unlink()
         self.folder, self.spec, self.part, self.fp8, self._limit = folder, spec, part, fp8, shard_bytes
-        self.known = {int(key) for shard in sorted(folder.glob("records-*.safetensors")) for key in read_tensor(shard, "key")}
-        self._number = 1 + max((int(file.stem.rsplit("-", 1)[1]) for file in folder.glob(f"records-{part}-*.safetensors")), default=-1)
+        there = shards_in(folder)
+        self.known = {int(key) for shard in there for key in read_tensor(shard, "key")}
+        self._number = 1 + max((number for file in there for name, number in [_part_of(file)] if name == part), default=-1)
         self._lock = threading.Lock()
         self._held: list[dict[str, Tensor]] = []
         self._bytes = 0
@@ -155,6 +159,26 @@ class ShardWriter:
         """Write what is left. Idempotent."""
         with self._lock:
             self._flush()
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """The shards of a folder, in order; other files beside them are nobody's business here.
+
+    Raises:
+        UserError: a file has a shard's name and is none, so that its records would be missed, or written over.
+    """
+    found = sorted(path for path in folder.glob("records-*.safetensors") if _NAME.fullmatch(path.name))
+    for file in found:
+        lacking = sorted({"key", "tokens", "rows", "checksum", "input_ids"} - read_header(file)[1].keys())
+        if lacking:
+            raise UserError("data.records", str(file), f"is no shard of records (it holds no {lacking[0]})", "move it out of the folder")
+    return found
+
+
+def _part_of(file: Path) -> tuple[str, int]:
+    match = _NAME.fullmatch(file.name)
+    assert match is not None, "from shards_in"
+    return match[1], int(match[2])
 
 
 def read_header(file: Path) -> tuple[int, dict[str, Any]]:
