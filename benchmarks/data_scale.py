@@ -70,7 +70,9 @@ def main() -> None:
     parser.add_argument("--target", help="directory of a real target, for its tokenizer and template")
     parser.add_argument("--num_proc", type=int, help="tokenising processes; the cores there are by default")
     parser.add_argument("--max_tokens", type=int, default=4096)
-    args = parser.parse_args()
+    from torchspec.paths import expand_all
+
+    args = expand_all(parser.parse_args())
 
     from transformers import AutoTokenizer
 

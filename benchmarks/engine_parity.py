@@ -44,6 +44,7 @@ from torchspec.engines.worker import build
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.task import DraftTask
 from torchspec.models.vocabulary import VocabularyMapping
+from torchspec.paths import expand_all
 from torchspec.target import Target, TargetConfig
 from torchspec.transfer import StoreConfig, StoreServer, make_server, open_store
 from torchspec.transfer.record import Record, RecordSpec, open_record
@@ -256,7 +257,7 @@ def main() -> None:
     parser.add_argument("--only_file_connector", action="store_true", help="time that alone, and print tokens/s")
     parser.add_argument("--random_ids", action="store_true", help="random token ids instead of the data's (always so for a random target)")
     parser.add_argument("--repeat", type=int, default=24, help="samples run twice with engine.deterministic; 0 for none")
-    args = parser.parse_args()
+    args = expand_all(parser.parse_args())
     os.environ.setdefault("TORCHSPEC_TOKEN", secrets.token_hex(8))
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         if args.target == "random":

@@ -19,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
 PROMPTS = "examples/hf-quickstart/data/validate.jsonl"
 COUNTS = "examples/hf-quickstart/data/train.jsonl"
 
@@ -74,7 +75,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=32, help="prompts")
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--noise", type=float, default=0.03, help="difference of acceptance lengths of one draft that formats may show")
-    args = parser.parse_args()
+    from torchspec.paths import expand_all
+
+    args = expand_all(parser.parse_args())
     given = {name: Path(path) for name, _, path in (word.partition("=") for word in args.checkpoints)}
     args.output = args.output.resolve()
     first = next(iter(given))

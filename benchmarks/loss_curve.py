@@ -31,6 +31,7 @@ from torchspec.models.eagle3 import Eagle3Draft, RMSNorm
 from torchspec.models.fp8 import Fp8
 from torchspec.models.target_weights import TargetHead
 from torchspec.models.task import DraftTask, start_from_target
+from torchspec.paths import expand_all
 
 _AUX = (2, 15, 27)
 _EPS = 1e-5
@@ -139,7 +140,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--exact", action="store_true", help="also the plain step in fp32")
     parser.add_argument("--fp8", action="store_true", help="also the fast step with 8-bit products, without and with those of weight gradients")
-    args = parser.parse_args()
+    args = expand_all(parser.parse_args())
+    if args.save and Path(args.save).exists():
+        parser.error(f"--save {args.save} is there: give another file, or remove it")
     if args.save:
         save(args.save, args.target, args.data, args.tokens, args.length)
         return

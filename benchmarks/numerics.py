@@ -24,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
 PAGE = ROOT / "docs" / "numerics.md"
 BEGIN, END = "<!-- written by benchmarks/numerics.py --docs -->", "<!-- end of what it writes -->"
 COLUMNS = ("reference, value", "reference, gradient", "transformers", "speculators", "reload", "vllm")
@@ -179,7 +180,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=KINDS, default=KINDS, help="which comparisons; all when left out")
     parser.add_argument("--docs", action="store_true", help=f"write the table into {PAGE.relative_to(ROOT)}")
     parser.add_argument("--lines", nargs="+", type=Path, default=[], help="files with printed lines of earlier runs, taken in as they are")
-    args = parser.parse_args()
+    from torchspec.paths import expand_all
+
+    args = expand_all(parser.parse_args())
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads would only wait for each other
     runs = {"reference": reference, "transformers": transformers, "speculators": speculators, "reload": reload, "vllm": vllm}
     checks = [Check.read(line) for file in args.lines for line in file.read_text().splitlines() if '"check"' in line]

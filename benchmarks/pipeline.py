@@ -39,6 +39,7 @@ from torchspec.callbacks.vocabulary import VocabularyPruning
 from torchspec.data.datamodule import DraftDataModule
 from torchspec.engines.engine import EngineConfig
 from torchspec.models.module import DraftModule
+from torchspec.paths import expand_all
 from torchspec.target import TargetConfig
 from torchspec.trainer import Trainer
 from torchspec.transfer.store import StoreConfig
@@ -170,7 +171,7 @@ def main() -> None:
     parser.add_argument("--head_dim", type=int, default=128)
     parser.add_argument("--unroll_steps", type=int, default=7)
     parser.add_argument("--folder", help="where target, data and logs go; a temporary one when it is not given")
-    args = parser.parse_args()
+    args = expand_all(parser.parse_args())
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "torchspec"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

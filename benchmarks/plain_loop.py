@@ -30,6 +30,7 @@ from torchspec.data.conversations import RowError, parse
 from torchspec.data.render import Renderer
 from torchspec.data.sources import find_sources, read_rows
 from torchspec.hardware import working_dtype
+from torchspec.paths import expand_all
 
 
 class PlainDraft(nn.Module):
@@ -162,7 +163,7 @@ def main() -> None:
         default="auto",
         help="type the target runs in (auto: bfloat16 where this device has instructions for it); the draft is float32",
     )
-    args = parser.parse_args()
+    args = expand_all(parser.parse_args())
 
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

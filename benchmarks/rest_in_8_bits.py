@@ -25,6 +25,7 @@ from torchspec.data.render import Renderer
 from torchspec.data.sources import find_sources, read_rows
 from torchspec.engines.hooks import HiddenStates
 from torchspec.models.target_weights import TargetHead
+from torchspec.paths import expand_all
 from torchspec.target import Target, TargetConfig
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--draft_vocab", type=int, default=16384)
     parser.add_argument("--conversations", type=int, default=12, help="a minute on a CPU")
     parser.add_argument("--max_length", type=int, default=512)
-    args = parser.parse_args()
+    args = expand_all(parser.parse_args())
     target = Target(TargetConfig(args.target, dtype="float32"))
     renderer = Renderer(target.tokenizer(), name=args.target)
     rows = (text for source in find_sources(args.data, config_key="--data") for text, _ in read_rows(source, config_key="--data"))

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.e2e.runs import STARTED, config, descendants, run, start, store_files, wait_for
 from tests.tiny import WORDS, save_tokenizer
 from torchspec.callbacks.clock import Clocked
+from torchspec.paths import expand_all
 
 STEPS = 200
 CUDA = torch.cuda.is_available()
@@ -291,11 +292,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=4, help="runs of paths at once")
     parser.add_argument("--runs", nargs="+", default=[], help="of paths: these alone, by name; compared with the run single where it is among them")
     parser.add_argument("--small", action="store_true", help="sizes for two CPU processes")
-    args = parser.parse_args()
+    args = expand_all(parser.parse_args())
     if args.steps <= args.skip:
         parser.error(f"--steps {args.steps} leaves none to measure after --skip {args.skip}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    own = args.folder / ".two_gpus"
+    if args.folder.is_dir() and any(args.folder.iterdir()) and not own.is_file():
+        parser.error(f"{args.folder} holds what this program did not write: give a new or empty folder")
     args.folder.mkdir(parents=True, exist_ok=True)
+    own.touch()
     if args.part == "target":
         sizes = {"hidden": 128, "vocab": 512, "intermediate": 256, "heads": 2, "kv_heads": 1, "head_dim": 64}
         full = {"hidden": 4096, "vocab": 151936, "intermediate": 12288, "heads": 32, "kv_heads": 8, "head_dim": 128}

@@ -18,6 +18,7 @@ from typing import Any
 
 from torchspec.errors import GroupStopped, UserError
 from torchspec.imports import heavy_imports
+from torchspec.paths import at_home, expand_all
 
 COMMANDS: dict[str, str] = {
     "export": "turn a training checkpoint into a draft directory for vLLM, speculators or SGLang",
@@ -111,7 +112,7 @@ def _command(name: str, words: list[str]) -> None:
 
     function: Callable[..., Any] = getattr(data_commands if name in DATA_COMMANDS else commands, name)
     try:
-        code = auto_cli(function, args=words, as_positional=False, prog=f"main.py {name}", **_STRICT)
+        code = auto_cli(at_home(function), args=words, as_positional=False, prog=f"main.py {name}", **_STRICT)
     except UserError as error:
         typed = _AS_TYPED.get(error.field, error.field)
         raise UserError(typed if typed in signature(function).parameters else error.field, error.value, error.problem, error.fix) from error
@@ -160,6 +161,7 @@ def _train(words: list[str]) -> None:
 
         def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
             super().parse_arguments(parser, args)
+            self.config = expand_all(self.config)
             refuse_fsdp1(self.config[self.config.subcommand].trainer.strategy)
 
         def _parse_ckpt_path(self) -> None:

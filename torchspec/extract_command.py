@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torchspec.errors import UserError
+from torchspec.paths import expand_all
 
 
 def run(words: list[str]) -> None:
@@ -42,7 +43,7 @@ def run(words: list[str]) -> None:
                     parser.set_defaults({name: value})
                 except KeyError:
                     raise UserError(name, value, f"is no option ({file})", "see main.py extract --help, and mend the name") from None
-    given = parser.parse_args(rest)
+    given = expand_all(parser.parse_args(rest))
     made = parser.instantiate_classes(given)
     report = extract(made.data, output_folder(given.output, field="output"), part=given.part, shard_size=given.shard_size, fp8=given.fp8)
     rate = report.tokens / report.seconds if report.seconds else 0.0

@@ -7,10 +7,13 @@ command goes through :func:`expand_all` once it is parsed, so no option can be f
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T", str, Path)
+R = TypeVar("R")
 _WORDS = ("template_args", "chat_template_kwargs")
 """Sections whose texts are no paths: they go into a prompt as they are."""
 
@@ -20,8 +23,20 @@ def home(path: T) -> T:
     return type(path)(os.path.expanduser(path))
 
 
+def at_home(function: Callable[..., R]) -> Callable[..., R]:
+    """A command whose arguments go through :func:`expand_all`."""
+
+    @wraps(function)
+    def called(*args: Any, **options: Any) -> R:
+        return function(*args, **expand_all(options))
+
+    return called
+
+
 def expand_all(value: Any) -> Any:
     """Plain values, and namespaces of a parser, with :func:`home` on every text in them that begins with ``~``, names of a table included."""
+    if isinstance(value, Path):
+        return home(value)
     if isinstance(value, str):
         return home(value) if _begins_at_home(value) else value
     if isinstance(value, dict):

@@ -33,6 +33,7 @@ from torchspec.agreement import Agreement, Vote
 from torchspec.callbacks.last import LastCheckpoint
 from torchspec.errors import UserError
 from torchspec.models.checkpoint import is_failed_write, partial_of, publish, read_entries, recover, remove, unwrapped
+from torchspec.paths import expand_all
 
 _GRACE = 15.0
 """Seconds for other ranks to end after an error or a signal, before they are killed."""
@@ -84,7 +85,7 @@ class Trainer(pl.Trainer):
         ranks.bind_to_launcher()
         self._place_checkpoints(mend=True)
         with self._rank_log(), self._end_with_signal_code():
-            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, expand_all(ckpt_path), weights_only)
             self._say_if_nothing_was_trained()
 
     def _run_stage(self) -> Any:
@@ -106,7 +107,7 @@ class Trainer(pl.Trainer):
         ranks.bind_to_launcher()
         self._place_checkpoints()
         with self._rank_log(), self._end_with_signal_code():
-            return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+            return super().validate(model, dataloaders, expand_all(ckpt_path), verbose, datamodule, weights_only)
 
     def _check_precision(self) -> None:
         """Raises UserError: a precision of Lightning's, which would wrap a module that does its own casts."""

@@ -22,7 +22,7 @@ NEEDED = ("config.json", "generation_config.json", "model.safetensors", "tokeniz
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output", default="outputs/quickstart/target", help="directory of the converted model")
-    output = Path(parser.parse_args().output)
+    output = Path(parser.parse_args().output).expanduser()
     if is_whole(output):
         print(f"target: {output} (already converted)")
         return

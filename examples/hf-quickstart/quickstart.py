@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--no-serve", action="store_true", help="skip serving in vLLM")
     parser.add_argument("overrides", nargs="*", help="passed on to fit, after --: for example -- --trainer.accelerator gpu")
     args = parser.parse_args()
-    out = Path(args.output)
+    out = Path(args.output).expanduser()
     target, draft = out / "target", out / "draft"
     started = time.monotonic()
 

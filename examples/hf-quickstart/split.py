@@ -13,7 +13,7 @@ VALIDATE = 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("answers", help="what regenerate wrote")
-    lines = Path(parser.parse_args().answers).read_text().splitlines()
+    lines = Path(parser.parse_args().answers).expanduser().read_text().splitlines()
     rows = sorted((json.loads(line) for line in lines if line.strip()), key=lambda row: row["id"])
     parts = {"validate": rows[::VALIDATE], "train": [row for i, row in enumerate(rows) if i % VALIDATE]}
     for name, chosen in parts.items():

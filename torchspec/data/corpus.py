@@ -22,6 +22,7 @@ from torchspec.data.vocabulary_report import TokenCounts
 from torchspec.engines.engine import OnPolicy
 from torchspec.errors import UserError
 from torchspec.images import VisionTower
+from torchspec.paths import home
 from torchspec.target import Target
 from torchspec.transfer.record import RecordSpec
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 def default_cache_dir() -> Path:
     """``~/.cache/torchspec``, or under ``XDG_CACHE_HOME``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchspec"
+    return Path(home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "torchspec"
 
 
 class Corpus:

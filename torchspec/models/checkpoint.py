@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchspec.errors import UserError
+from torchspec.paths import home
 
 _FOLDER_FACTS = "meta.pt"
 """Lightning's name of the file beside the shards that holds everything but weights and optimizer."""
@@ -106,6 +107,7 @@ def recover(folder: Path) -> None:
 
 def standing(path: Path) -> Path:
     """The checkpoint of a name: what has it, or the folder that stepped aside for one that a crash kept from taking it."""
+    path = home(path)
     aside = _aside(path)
     return aside if not path.exists() and aside.is_dir() else path
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torchspec.errors import UserError
 from torchspec.models.rope_parameters import check_rope, rope_of
+from torchspec.paths import home
 from torchspec.target import Target
 
 
@@ -181,7 +182,7 @@ class DraftConfig:
         Raises:
             UserError: a missing file, unknown keys, or sizes that do not fit the target.
         """
-        file = Path(path)
+        file = home(Path(path))
         if not file.is_file():
             raise UserError("model.draft", str(path), "does not exist", "give a JSON file such as configs/drafts/eagle3.json")
         try:

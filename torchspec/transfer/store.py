@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from torchspec.paths import home
+
 if TYPE_CHECKING:  # a client that only deletes (the coordinator) must not wait for torch
     from torch import Tensor
 
@@ -56,6 +58,9 @@ class StoreConfig:
     """Address under which this host's memory is reached by others; None means loopback, or the route to the coordinator."""
     shm_dir: str = "/dev/shm"
     """Directory of memory-backed files (kind shm)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shm_dir", home(self.shm_dir))
 
 
 class Store(Protocol):
