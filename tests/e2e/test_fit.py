@@ -104,10 +104,12 @@ def test_fast_dev_run_steps_inside_an_accumulation_under_fsdp2(world: dict[str, 
 
 
 def test_muon_under_fsdp2_equals_one_process_and_resumes(world: dict[str, Path], tmp_path: Path) -> None:
-    muon = {"class_path": "torchspec.models.muon.MuonAdamW", "init_args": {"lr": 0.002, "muon_lr": 0.02}}
-    code, output = run("fit", "--config", str(make(tmp_path / "one", world, model__optimizer=muon)), "--trainer.max_steps", "4")
+    """With everything that sharding could miss: decay, fc among the matrices, and a head that is sharded and not trained."""
+    settings = {"lr": 0.002, "muon_lr": 0.02, "weight_decay": 0.1, "muon_weight_decay": 2.0, "matrices": "layers_and_fc", "adjust_lr": "match_rms_adamw"}
+    made = {"model__optimizer": {"class_path": "torchspec.models.muon.MuonAdamW", "init_args": settings}, "model__train_head": False}
+    code, output = run("fit", "--config", str(make(tmp_path / "one", world, **made)), "--trainer.max_steps", "4")
     assert code == 0, output
-    sharded = ("fit", "--config", str(make(tmp_path / "two", world, model__optimizer=muon)), "--trainer.strategy", "fsdp2", "--trainer.devices", "2")
+    sharded = ("fit", "--config", str(make(tmp_path / "two", world, **made)), "--trainer.strategy", "fsdp2", "--trainer.devices", "2")
     length = ("--model.lr_scheduler.total_steps", "4")
     code, output = run(*sharded, "--trainer.max_steps", "2", *length)
     assert code == 0, output
@@ -116,6 +118,8 @@ def test_muon_under_fsdp2_equals_one_process_and_resumes(world: dict[str, Path],
     assert code == 0, output
     losses += metrics(tmp_path / "two", "train/loss")
     assert losses == pytest.approx(metrics(tmp_path / "one", "train/loss"), rel=2e-4)
+    heads = [load_file(tmp_path / name / "draft" / "model.safetensors")["lm_head.weight"] for name in ("one", "two")]
+    assert torch.equal(*heads) and bool((heads[0] != 0).any())
 
 
 def test_ddp_on_two_processes_equals_one_with_accumulation(world: dict[str, Path], whole: Path, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def _narrow_product(x: Tensor, y: Tensor, *, out_dtype: torch.dtype, **scales: A
     return torch.zeros(x.shape[0], y.shape[1], dtype=out_dtype)
 
 
-def compiled(patch: pytest.MonkeyPatch, level: Fp8, **options: Any) -> set[tuple[str, str]]:
+def compiled(patch: pytest.MonkeyPatch, level: Fp8, *, train_head: bool = True, **options: Any) -> set[tuple[str, str]]:
     """(kernel, hash) of each that a step of a draft compiles."""
     found: set[tuple[str, str]] = set()
     run = JITFunction.run
@@ -96,6 +96,7 @@ def compiled(patch: pytest.MonkeyPatch, level: Fp8, **options: Any) -> set[tuple
     made = task(config.with_draft_vocabulary(32), draft_ids=list(range(3, 35)), step_weights=[1.0] * STEPS, dtype=torch.bfloat16)
     made.head.to(torch.bfloat16)
     made.draft.fp8 = level
+    made.draft.lm_head.weight.requires_grad_(train_head)
     for masks in (*FIRST, *OTHERS):
         if masks is OTHERS[0]:
             known = frozenset(found)
@@ -141,7 +142,9 @@ def main() -> None:
                 assert resident >= norm.programs(width), (name, width, used, warps)
                 print(f"{name} of {width} in {used} registers and {warps} warps: {resident} programs at a time, of {norm.programs(width)}", flush=True)
     two: dict[str, Any] = {"norm_before_residual": True, "num_layers": 2}
-    for level, options in ((Fp8.NONE, {}), (Fp8.NONE, two), (Fp8.NONE, {"qk_norm": True}), (Fp8.ROWS, two), (Fp8.ALL, {})):
+    frozen: dict[str, Any] = {"train_head": False}
+    cases = [(Fp8.NONE, {}), (Fp8.NONE, two), (Fp8.NONE, {"qk_norm": True}), (Fp8.ROWS, two), (Fp8.ALL, {}), *((level, frozen) for level in Fp8)]
+    for level, options in cases:
         with pytest.MonkeyPatch.context() as patch:
             for name, which in sorted(compiled(patch, level, **options)):
                 print(f"{name} {which[:12]} for sm_{TARGET.arch} by Triton {triton.__version__}", flush=True)

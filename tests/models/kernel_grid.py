@@ -13,7 +13,7 @@ from tests.models import kernel_cases_fp8 as narrow_cases
 from tests.models.differences import PRUNED, STEPS, WEIGHTS, made_for
 from tests.models.packs import conversation, draft_config, pack, task
 from tests.models.variants import VARIANTS
-from torchspec.models import kernels, mlp
+from torchspec.models import kernels, loss_fused, mlp
 from torchspec.models.fp8 import Fp8
 from torchspec.models.losses import LossWeights
 from torchspec.models.target_weights import TargetHead
@@ -276,6 +276,32 @@ def test_whole_step_in_8_bits(level: Fp8, layers: int, recompute: bool, pruned: 
     for (name, p), q in zip(slow.draft.named_parameters(), fast.draft.parameters(), strict=True):
         assert p.grad is not None and q.grad is not None
         assert torch.nn.functional.cosine_similarity(p.grad.flatten(), q.grad.double().cpu().flatten(), dim=0) > 0.98, name
+
+
+@pytest.mark.parametrize("level", list(Fp8))
+def test_frozen_head_leaves_out_its_gradient_and_changes_no_other(level: Fp8, monkeypatch: pytest.MonkeyPatch) -> None:
+    if REAL and level and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no 8-bit products scaled by row")
+    monkeypatch.setattr(kernels, "usable", lambda t: t.dtype != torch.float64)
+    config = draft_config(hidden_size=32, target_hidden_size=32, intermediate_size=48, vocab_size=69, draft_vocab_size=32, initializer_range=0.1)
+    conversations = [conversation(config, mask, seed) for seed, mask in enumerate(([0, 1, 1, 1, 1, 1], [0, 1, 1, 1]))]
+    batch = pack(config, conversations, STEPS, dtype=torch.float32).to(cases.DEVICE)
+    found = []
+    for trained in (True, False):
+        made = task(config, draft_ids=list(range(1, 65, 2)), step_weights=WEIGHTS)
+        made.draft.compute_dtype, made.draft.fp8 = torch.float32, level
+        made.float().to(cases.DEVICE)
+        made.draft.lm_head.weight.requires_grad_(trained)
+        if not trained:
+            monkeypatch.setattr(loss_fused, "_add_product", None)  # calling it fails
+        step = made(batch, measure=True)
+        step.loss.backward()
+        found.append((step, {name: p.grad for name, p in made.draft.named_parameters()}))
+    (one, ours), (other, theirs) = found
+    assert torch.equal(one.loss, other.loss) and torch.equal(one.accepted, other.accepted)
+    assert ours.pop("lm_head.weight") is not None and theirs.pop("lm_head.weight") is None
+    for name, gradient in ours.items():
+        assert gradient is not None and torch.equal(gradient, theirs[name]), name
 
 
 def test_nothing_without_cuda() -> None:

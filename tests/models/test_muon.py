@@ -39,19 +39,69 @@ def toy():
     return Toy()
 
 
-def test_equals_torch_muon_on_matrices_and_torch_adamw_on_the_rest(monkeypatch):
-    monkeypatch.setattr("torchspec.models.muon._COEFFICIENTS", ((3.4445, -4.7750, 2.0315),))  # Jordan's, as torch has them
-    monkeypatch.setattr("torchspec.models.muon._MARGIN", 1.0)
+@pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
+def test_equals_torch_muon_on_matrices_and_torch_adamw_on_the_rest(monkeypatch, adjust_lr):
     monkeypatch.setattr("torchspec.models.muon.working_dtype", lambda dtype, device: dtype)  # torch's Muon iterates in bf16 everywhere
     model = toy()
     mark_hidden_matrices(model)
-    ours = train(model, [MuonAdamW(model.parameters(), lr=3e-3, muon_lr=0.02, betas=(0.8, 0.95), weight_decay=0.1, iterations=5)])
+    rates = {"lr": 3e-3, "muon_lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.1, "muon_weight_decay": 0.3}
+    ours = train(model, [MuonAdamW(model.parameters(), **rates, polynomial="jordan", adjust_lr=adjust_lr)])
     model = toy()
     layer = model.layers[0]
-    muon = torch.optim.Muon([layer.wide.weight, layer.tall.weight], lr=0.02, weight_decay=0.1, momentum=0.95)
-    adamw = torch.optim.AdamW([layer.norm.weight, model.lm_head.weight], lr=3e-3, betas=(0.8, 0.95), weight_decay=0.1)
+    muon = torch.optim.Muon([layer.wide.weight, layer.tall.weight], lr=0.02, weight_decay=0.3, momentum=0.95, adjust_lr_fn=adjust_lr)
+    groups = [{"params": [layer.norm.weight], "weight_decay": 0.0}, {"params": [model.lm_head.weight], "weight_decay": 0.1}]
+    adamw = torch.optim.AdamW(groups, lr=3e-3, betas=(0.8, 0.95))
     for a, b in zip(ours, train(model, [muon, adamw]), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=3e-4)  # bf16 in another memory layout
+
+
+def gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+@pytest.mark.parametrize("decay_vectors", [False, True])
+def test_decay_is_torchs_own_bit_for_bit_and_spares_vectors(decay_vectors):
+    """AdamW's part with gradients; Muon's alone, with a gradient of zero, whose step is nothing but the decay."""
+    ours, theirs = toy(), toy()
+    mark_hidden_matrices(ours)
+    optimizer = MuonAdamW(ours.parameters(), lr=3e-3, muon_lr=0.02, weight_decay=0.1, muon_weight_decay=0.7, decay_vectors=decay_vectors)
+    assert len(optimizer.param_groups) == 2  # as before there was a decay
+    layer = theirs.layers[0]
+    norms = {"params": [layer.norm.weight], "weight_decay": 0.1 if decay_vectors else 0.0}
+    adamw = torch.optim.AdamW([norms, {"params": [theirs.lm_head.weight], "weight_decay": 0.1}], lr=3e-3, betas=(0.9, 0.95), fused=True)
+    muon = torch.optim.Muon([layer.wide.weight, layer.tall.weight], lr=0.02, weight_decay=0.7)
+    for seed in range(4):
+        for model in (ours, theirs):
+            gradients(model, seed)
+            model.layers[0].wide.weight.grad.zero_()
+            model.layers[0].tall.weight.grad.zero_()
+        for each in (optimizer, adamw, muon):
+            each.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_muon_takes_the_decay_of_both_where_none_of_its_own_is_given():
+    model = toy()
+    mark_hidden_matrices(model)
+    assert [group["weight_decay"] for group in MuonAdamW(model.parameters(), weight_decay=0.3).param_groups] == [0.3, 0.3]
+    assert [group["weight_decay"] for group in MuonAdamW(model.parameters(), weight_decay=0.3, muon_weight_decay=0.0).param_groups] == [0.3, 0.0]
+
+
+def test_state_saved_before_there_was_a_decay_goes_on_without_one():
+    model = toy()
+    mark_hidden_matrices(model)
+    optimizer = MuonAdamW(model.parameters())
+    train(model, [optimizer], steps=2)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["weight_decay"]
+    again = MuonAdamW(model.parameters(), weight_decay=0.1)
+    with pytest.warns(UserWarning, match="checkpoint's weight_decay 0.0, not 0.1"):
+        again.load_state_dict(saved)
+    assert [group["weight_decay"] for group in again.param_groups] == [0.0, 0.0]
+    train(model, [again], steps=1)
 
 
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24)])
@@ -89,6 +139,19 @@ def test_attention_alone_leaves_the_mlp_to_adamw():
     assert groups["muon"] == [model.layers[0]["self_attn"].weight] and groups["adamw"] == [model.layers[0]["mlp"].weight]
 
 
-def test_bad_rates_are_refused():
-    with pytest.raises(UserError, match="model.optimizer.momentum"):
-        MuonAdamW(toy().parameters(), momentum=1.0)
+def test_fc_goes_to_muon_where_it_is_asked_for():
+    model = nn.Module()
+    model.fc, model.lm_head = nn.Linear(6, 4, bias=False), nn.Linear(4, 9, bias=False)
+    mark_hidden_matrices(model)
+    groups = {group["kind"]: group["params"] for group in MuonAdamW(model.parameters(), matrices="layers_and_fc").param_groups}
+    assert groups["muon"] == [model.fc.weight] and groups["adamw"] == [model.lm_head.weight]
+    assert [group["kind"] for group in MuonAdamW(model.parameters()).param_groups] == ["adamw"]
+
+
+BAD = {"momentum": 1.0, "weight_decay": -0.1, "muon_weight_decay": 1e3, "matrices": "fc", "polynomial": "cubic", "adjust_lr": "rms"}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_rates_are_refused(name):
+    with pytest.raises(UserError, match=f"model.optimizer.{name}"):
+        MuonAdamW(toy().parameters(), **{name: BAD[name]})

@@ -131,7 +131,7 @@ def head_loss(
     Args:
         states: K tensors [R_k, H], outputs of the layer stack before the final norm, in the compute type.
         norm: [H] weight of the final norm.
-        weight: [W, H], the draft's head; cast to the compute type here.
+        weight: [W, H], the draft's head; cast to the compute type here. Where it asks for no gradient (a frozen head) none is made.
         target: at the step-0 rows.
         index: K tensors [R_k]: the step-0 row of each state; its target is ``index + k``.
         eps: of the final norm.
@@ -173,6 +173,7 @@ class _HeadLoss(torch.autograd.Function):
         target, dtype, device = plan.target, states[0].dtype, states[0].device
         exact = wide(dtype)
         train = plan.train and any(ctx.needs_input_grad)
+        train_head = train and ctx.needs_input_grad[2]
         sizes = [state.shape[0] for state in states]
         total = sum(sizes)
         cast = weight.to(dtype)
@@ -180,7 +181,7 @@ class _HeadLoss(torch.autograd.Function):
         hit = torch.empty(total, dtype=torch.bool, device=device)
         alpha = torch.empty(total if plan.measure else 0, dtype=exact, device=device)
         d_states = [torch.empty_like(state) for state in states] if train else []
-        d_weight = torch.zeros_like(cast, dtype=exact) if train else None
+        d_weight = torch.zeros_like(cast, dtype=exact) if train_head else None
         d_norm = torch.zeros_like(norm, dtype=exact) if train else None
         for low, high in _chunks(total, cast.shape[0], device):
             pieces = [(k, first, end, place, *rms_forward(states[k][first:end], norm, plan.eps)) for k, first, end, place in _pieces(sizes, low, high)]
@@ -199,18 +200,19 @@ class _HeadLoss(torch.autograd.Function):
             per_row[low:high], hit[low:high] = found.loss, found.hit
             if found.alpha is not None and plan.measure:
                 alpha[low:high] = found.alpha
-            if found.gradient is not None and d_weight is not None and d_norm is not None:
+            if found.gradient is not None and d_norm is not None:
                 d_z = found.gradient.to(dtype)
-                d_weight += torch.matmul(d_z.t(), x)
+                if d_weight is not None:
+                    d_weight += torch.matmul(d_z.t(), x)
                 d_x = torch.matmul(d_z, cast)
                 for k, first, end, place, _, inverse in pieces:
                     d_states[k][first:end], part = rms_backward(d_x[place : place + end - first], states[k][first:end], norm, inverse)
                     d_norm += part
         ctx.mark_non_differentiable(per_row, hit, alpha)
-        if d_weight is not None and d_norm is not None:
-            ctx.save_for_backward(d_norm.to(norm.dtype), d_weight.to(weight.dtype), *d_states)
+        if d_norm is not None:
+            ctx.save_for_backward(d_norm.to(norm.dtype), None if d_weight is None else d_weight.to(weight.dtype), *d_states)
         return torch.dot(per_row, plan.scale.to(exact)), per_row, hit, alpha
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *[gradient * grads[0].to(gradient.dtype) for gradient in ctx.saved_tensors]
+        return None, *[None if gradient is None else gradient * grads[0].to(gradient.dtype) for gradient in ctx.saved_tensors]

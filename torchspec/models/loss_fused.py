@@ -73,7 +73,7 @@ def fused_head_loss(plan: FusedPlan, states: list[Tensor], norm: Tensor, weight:
         plan: targets and rules.
         states: K tensors [R_k, H], outputs of the layer stack before the final norm, in the compute type.
         norm: [H] weight of the final norm.
-        weight: [W, H], the draft's head.
+        weight: [W, H], the draft's head. Where it asks for no gradient (a frozen head) the product that would make it is left out.
 
     Returns:
         loss, a scalar; and over the rows of all steps, one step after the other: loss before scale [M], hit [M] bool, alpha [M] where asked for.
@@ -91,6 +91,7 @@ class _FusedLoss(torch.autograd.Function):
         from torchspec.models.kernels import target as target_kernel
 
         dtype, device, train = states[0].dtype, states[0].device, plan.train and any(ctx.needs_input_grad)
+        train_head = train and ctx.needs_input_grad[2]
         ctx.sizes = [state.shape[0] for state in states]
         total, measure = sum(ctx.sizes), plan.measure or plan.weights.needs_alpha
         rows = kernel.Rows(
@@ -104,13 +105,13 @@ class _FusedLoss(torch.autograd.Function):
         )
         order = torch.argsort(rows.source, stable=True)
         every = torch.cat(states)
-        store = Weight.of([weight.detach()], dtype, fp8=plan.fp8).store
+        store = Weight.of([weight.detach()], dtype, fp8=plan.fp8 if train_head else min(plan.fp8, Fp8.ROWS)).store
         d_every = every if train else None  # a row's gradient takes its place when its chunk is done
         d_weight: Tensor | None = None
         d_norm = torch.zeros_like(norm, dtype=torch.float32)
         normed = plan.head.normed(plan.last)
         cut = chunks(plan.rows, weight.shape[0])
-        if store.gradient is not None and train:
+        if store.gradient is not None:
             for _, _, first, end in cut:
                 store.gradient.expect(end - first)
         for low, high, first, end in cut:
@@ -123,21 +124,20 @@ class _FusedLoss(torch.autograd.Function):
                 x, inverse = norm_kernel.forward(every, norm, plan.eps, place=place)
                 x_top, z = None, torch.mm(x, store.data.t())
             else:
-                x, inverse, x8 = norm_kernel.forward_rounded(every, norm, plan.eps, place=place, plain=train)
+                x, inverse, x8 = norm_kernel.forward_rounded(every, norm, plan.eps, place=place, plain=train_head)
                 x_top, z = x8.top, store.narrow.forward(x8, dtype)
                 del x8
             factor = None if store.narrow is None or store.gradient is None else store.narrow.factor
             sizes = kernel.losses(z, place, asked, rows, vars(plan.weights), gradient=train, measure=plan.measure, factor=factor)
             del asked, p, rest
             if d_every is not None:
-                assert x is not None
                 if store.narrow is None:
                     d_z = None
-                elif store.gradient is not None and factor is not None and sizes is not None and x_top is not None:
+                elif store.gradient is not None and factor is not None and sizes is not None and x_top is not None and x is not None:
                     d_z = fp8_kernel.round_both(z, factor, *sizes, store.gradient.place(z.shape[1], x, sizes[1], x_top))
                 else:
                     d_z = quantise(z, store.narrow.factor)
-                if store.gradient is None:
+                if train_head and store.gradient is None and x is not None:
                     d_weight = _add_product(d_weight, z, x)
                 d_x = torch.mm(z, store.data) if store.narrow is None or d_z is None else store.narrow.backward(d_z, dtype)
                 _, part = norm_kernel.backward(d_x, every, norm, inverse, place=place, out=d_every)
@@ -146,7 +146,7 @@ class _FusedLoss(torch.autograd.Function):
             del z, x
         if store.gradient is not None:
             d_weight = store.gradient.collect()
-        if d_every is not None and d_weight is not None:
+        if d_every is not None:
             ctx.found = d_norm, d_weight, d_every
             ctx.kinds = norm.dtype, weight.dtype
         hit = rows.hit.bool()
@@ -163,8 +163,9 @@ class _FusedLoss(torch.autograd.Function):
             )
         (d_norm, d_weight, d_every), ctx.found = ctx.found, None
         for gradient in (d_norm, d_weight, d_every):
-            rows_kernel.scale(gradient, grads[0])
-        return None, d_norm.to(ctx.kinds[0]), d_weight.to(ctx.kinds[1]), *d_every.split(ctx.sizes)
+            if gradient is not None:
+                rows_kernel.scale(gradient, grads[0])
+        return None, d_norm.to(ctx.kinds[0]), None if d_weight is None else d_weight.to(ctx.kinds[1]), *d_every.split(ctx.sizes)
 
 
 def _add_product(total: Tensor | None, d_z: Tensor, x: Tensor) -> Tensor:

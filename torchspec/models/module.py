@@ -34,7 +34,7 @@ from torchspec.models.recipe import recipe
 from torchspec.models.resume import check_resume, check_weights, describe
 from torchspec.models.schedules import Schedule
 from torchspec.models.start import Start, read_start
-from torchspec.models.task import DraftTask, StepOutput
+from torchspec.models.task import DraftTask, Init, StepOutput
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target, TargetConfig
 
@@ -55,8 +55,10 @@ class DraftModule(pl.LightningModule):
         step_weights: weight of each step's loss; None means 0.8^k.
         loss: weight of each loss in the sum, for example ``{forward_kl: 1.0, tv: 0.5}``; None means forward KL alone. Known ones: forward_kl, cross_entropy,
             reverse_kl, jsd, tv, lk_alpha, lk_lambda (models/losses.py has the formulas).
-        init: ``target`` starts from the target's head and final norm with fc passing the last aux state on; ``random`` starts from noise, and so does any
-            draft whose hidden size is not the target's: none of its tensors has the target's shape.
+        init: ``target`` starts from the target's head and final norm with fc passing the last aux state on; ``target_head`` from noise but for the target's
+            head; ``random`` from noise, and so does any draft whose hidden size is not the target's: none of its tensors has the target's shape.
+        train_head: false keeps the head as it starts: the target's rows, whatever ``init``, or those of ``start_from``. Fewer weights are trained, and a step
+            leaves out a third of the head's products. The hidden size must be the target's. Exports carry the head all the same.
         start_from: start from these weights instead: a checkpoint of ours, or a published draft (directory, file or hub id). Architecture and vocabulary are
             its own; optimizer, schedule and data begin anew. ``--ckpt_path`` is what resumes a run.
         compute_dtype: type of matrix products; auto is bf16 where the device has instructions for it, else fp32. Masters, gradients' reduction and
@@ -78,7 +80,8 @@ class DraftModule(pl.LightningModule):
         unroll_steps: int = 7,
         step_weights: list[float] | None = None,
         loss: dict[str, float] | None = None,
-        init: Literal["target", "random"] = "target",
+        init: Literal["target", "target_head", "random"] = "target",
+        train_head: bool = True,
         start_from: str | None = None,
         compute_dtype: Literal["auto", "bf16", "fp32"] = "auto",
         recompute: bool = False,
@@ -98,7 +101,8 @@ class DraftModule(pl.LightningModule):
         self.unroll_steps = unroll_steps
         self.step_weights = weights
         self.loss = LossWeights.of(loss)
-        self.init = init
+        self.init: Init = init
+        self.train_head = train_head
         self.start = None if start_from is None else self._read_start(start_from)
         self.compute_dtype = compute_dtype
         self.recompute = recompute
@@ -154,6 +158,7 @@ class DraftModule(pl.LightningModule):
                 compute_dtype=dtype,
                 device=device,
                 init=self.init,
+                train_head=self.train_head,
                 loss=self.loss,
                 fp8=Fp8.of(self.matmul),
                 recompute=self.recompute,
@@ -287,7 +292,14 @@ class DraftModule(pl.LightningModule):
             "unroll_steps": self.unroll_steps,
             "step_weights": list(self.step_weights),
             "draft_ids": None if self.vocabulary is None else self.vocabulary.draft_ids.clone(),
-            "recipe": recipe(loss=self.loss, init=self.init, start_from=None if self.start is None else self.start.source, trainer=self._trainer),
+            "train_head": self.train_head,
+            "recipe": recipe(
+                loss=self.loss,
+                init=self.init,
+                start_from=None if self.start is None else self.start.source,
+                train_head=self.train_head,
+                trainer=self._trainer,
+            ),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -313,6 +325,7 @@ class DraftModule(pl.LightningModule):
         ours = self.facts()
         _same("target fingerprint", facts["target"]["fingerprint"], ours["target"]["fingerprint"])
         _same("unroll_steps", facts["unroll_steps"], ours["unroll_steps"])
+        _same("model.train_head", facts.get("train_head", True), self.train_head)  # older ones trained it
         for name, value in ours["draft_config"].items():
             _same(f"draft_config.{name}", facts["draft_config"].get(name), value)
         _same("draft vocabulary", _as_list(facts["draft_ids"]), _as_list(ours["draft_ids"]))

@@ -13,19 +13,25 @@ from torch.optim import Optimizer
 from torchspec.models.losses import LossWeights
 
 
-def recipe(*, loss: LossWeights, init: str, start_from: str | None, trainer: Any | None) -> dict[str, Any]:
+def recipe(*, loss: LossWeights, init: str, start_from: str | None, trainer: Any | None, train_head: bool = True) -> dict[str, Any]:
     """Facts of a run.
 
     Args:
         loss: which losses.
         init: ``model.init``.
         start_from: ``model.start_from``; it overrules ``init``.
+        train_head: ``model.train_head``.
         trainer: gives optimizers, schedules and the datamodule's own description, as far as they are there.
     """
     facts: dict[str, Any] = {"loss": {name: weight for name, weight in asdict(loss).items() if weight}}
     facts["start"] = {"init": init} if start_from is None else {"weights": public_name(start_from)}
+    if not train_head:
+        facts["head"] = "frozen"
     for optimizer in getattr(trainer, "optimizers", [])[:1]:
         facts["optimizer"] = {"name": type(optimizer).__name__, "groups": _groups(optimizer)}
+        more = _plain(settings := getattr(optimizer, "settings", {}), list(settings))
+        if more:
+            facts["optimizer"]["settings"] = more
     for config in getattr(trainer, "lr_scheduler_configs", [])[:1]:
         schedule = config.scheduler
         facts["schedule"] = {"name": type(schedule).__name__, **_plain(vars(schedule), ("warmup_steps", "total_steps", "final", "decay"))}
@@ -66,11 +72,18 @@ def rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(("loss", ", ".join(f"{name} {weight:g}" for name, weight in facts["loss"].items())))
     if "start" in facts:
         start = facts["start"]
-        words = {"target": "the target's head and norm where the hidden sizes are equal", "random": "random"}
+        words = {
+            "target": "the target's head and norm where the hidden sizes are equal",
+            "target_head": "random but for the target's head, where the hidden sizes are equal",
+            "random": "random",
+        }
         found.append(("started from", f"weights of {start['weights']}" if "weights" in start else words[start["init"]]))
+    if "head" in facts:
+        found.append(("head", "kept as it started"))
     if "optimizer" in facts:
-        groups = "; ".join(_settings(group) for group in facts["optimizer"]["groups"])
-        found.append(("optimizer", f"{facts['optimizer']['name']}: {groups}"))
+        optimizer = facts["optimizer"]
+        groups = "; ".join(_settings(group) for group in [*optimizer["groups"], optimizer.get("settings", {})] if group)
+        found.append(("optimizer", f"{optimizer['name']}: {groups}"))
     if "schedule" in facts:
         found.append(("schedule", f"{facts['schedule']['name']}: {_settings({k: v for k, v in facts['schedule'].items() if k != 'name'})}"))
     if "data" in facts:

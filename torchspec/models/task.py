@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from torchspec.batch import PackedBatch
+from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
 from torchspec.models import kernels
 from torchspec.models.draft_config import DraftConfig
@@ -25,6 +27,7 @@ from torchspec.models.target_weights import TargetHead, read_embedding
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target
 
+Init = Literal["target", "target_head", "random"]
 _FLAT = 0.3
 """Scale of the final norm at the start, see :func:`start_from_target`."""
 _NOISE = 0.1
@@ -82,10 +85,11 @@ class DraftTask(nn.Module):
         step_weights: list[float],
         compute_dtype: torch.dtype,
         device: torch.device,
-        init: Literal["target", "random"],
+        init: Init,
         loss: LossWeights = FORWARD_KL,
         recompute: bool = False,
         fp8: Fp8 = Fp8.NONE,
+        train_head: bool = True,
     ) -> DraftTask:
         """A fresh task for a target; weights from torch's global random state.
 
@@ -96,10 +100,19 @@ class DraftTask(nn.Module):
             step_weights: [K] w_k.
             compute_dtype: of the draft.
             device: that it will train on; decides the type of the target head (:func:`torchspec.hardware.working_dtype`).
-            init: ``random``, or ``target`` for :func:`start_from_target` where the hidden sizes are equal (elsewhere it is ``random`` too).
+            init: ``random``, ``target_head`` for that with the target's head, or ``target`` for :func:`start_from_target`; where the hidden sizes differ all
+                three are ``random``.
             loss: which losses, by weight.
             recompute, fp8: see :class:`~torchspec.models.eagle3.Eagle3Draft`.
+            train_head: False keeps the head at :func:`served_rows`, whatever ``init``.
+
+        Raises:
+            UserError: ``train_head`` is off for a draft of another hidden size than the target's.
         """
+        alike = config.hidden_size == config.target_hidden_size
+        if not train_head and not alike:
+            problem = f"needs a draft of the target's hidden size {config.target_hidden_size}: this one's is {config.hidden_size}"
+            raise UserError("model.train_head", False, problem, "leave hidden_size out of the draft's file, or train the head")
         if fp8:
             check(device, config, fp8)
         head = TargetHead.of(target).to(working_dtype(target.dtype, device))
@@ -109,8 +122,15 @@ class DraftTask(nn.Module):
             draft.set_embedding(head.weight if config.vocab_size == head.weight.shape[0] and _tied(target) else read_embedding(target))
         pruned = vocabulary is not None and vocabulary.size < config.vocab_size
         ids = vocabulary.draft_ids if vocabulary is not None and pruned else None
-        if init == "target" and config.hidden_size == config.target_hidden_size:
+        if init == "target" and alike:
             start_from_target(draft, head, ids)
+        elif alike and (init == "target_head" or not train_head):
+            with torch.no_grad():
+                draft.lm_head.weight.copy_(served_rows(head, ids))
+        if not train_head:
+            draft.lm_head.weight.requires_grad_(False)
+            if head.bias is not None:
+                rank_zero_warn("model.train_head=false: the target's head has a bias, which a draft's head cannot have; its rows are taken without it")
         return cls(draft, head, draft_ids=ids, step_weights=step_weights, loss=loss)
 
     def forward(self, batch: PackedBatch, measure: bool = False) -> StepOutput:
@@ -181,13 +201,26 @@ def start_from_target(draft: Eagle3Draft, head: TargetHead, draft_ids: Tensor | 
         head: of the target.
         draft_ids: [W] rows to take from the head; None for all.
     """
-    assert head.order is None, "ids are rows of a head in the target's order"
-    draft.lm_head.weight.copy_(head.weight if draft_ids is None else head.weight[draft_ids])
+    draft.lm_head.weight.copy_(served_rows(head, draft_ids))
     norm = head.rms_weight()
     if norm is not None:
         draft.norm.weight.copy_(_FLAT * norm)
     draft.fc.weight.mul_(_NOISE)
     draft.fc.weight[:, -draft.config.target_hidden_size :] += torch.eye(draft.config.target_hidden_size)
+
+
+def served_rows(head: TargetHead, draft_ids: Tensor | None) -> Tensor:
+    """[W, D] rows of the target's head as a draft's own: a server multiplies by them and does nothing else, so the target's logit scale is in them.
+
+    A soft cap leaves their order; a bias has no place in a draft's head.
+
+    Args:
+        head: of the target, its rows not sorted yet.
+        draft_ids: [W] rows to take; None for all.
+    """
+    assert head.order is None, "ids are rows of a head in the target's order"
+    rows = head.weight if draft_ids is None else head.weight[draft_ids]
+    return rows if head.scale == 1.0 else rows.float() * head.scale
 
 
 def _tied(target: Target) -> bool:
