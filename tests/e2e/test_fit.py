@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from tests.e2e.runs import descendants, engine_workers, make, metrics, run, save_world, start, store_files, wait_for
 from tests.engines.parts import still_running
+from tests.forks import cold
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -27,9 +28,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def whole(world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An unbroken run, which other tests compare with."""
+    """An unbroken run as a user starts it, which other tests compare with."""
     folder = tmp_path_factory.mktemp("whole")
-    code, output = run("fit", "--config", str(make(folder, world)))
+    with cold():
+        code, output = run("fit", "--config", str(make(folder, world)))
     assert code == 0, output
     assert store_files(folder) == []
     return folder
@@ -122,6 +124,7 @@ def test_muon_under_fsdp2_equals_one_process_and_resumes(world: dict[str, Path],
     assert torch.equal(*heads) and bool((heads[0] != 0).any())
 
 
+@pytest.mark.cold_start
 def test_ddp_on_two_processes_equals_one_with_accumulation(world: dict[str, Path], whole: Path, tmp_path: Path) -> None:
     code, output = run("fit", "--config", str(make(tmp_path, world)), "--trainer.strategy", "ddp", "--trainer.devices", "2")
     assert code == 0, output
@@ -146,7 +149,7 @@ def test_killed_worker_is_replaced_and_nothing_is_lost(world: dict[str, Path], w
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", ["engine start", "mid-step", "waiting for data"])
+@pytest.mark.parametrize("moment", [pytest.param("engine start", marks=pytest.mark.cold_start), "mid-step", "waiting for data"])
 def test_a_signal_leaves_nothing_behind(world: dict[str, Path], tmp_path: Path, number: signal.Signals, moment: str) -> None:
     process = start("fit", "--config", str(make(tmp_path, world, trainer__max_epochs=50)))
     seen: set[psutil.Process] = set()

@@ -71,6 +71,7 @@ def bytes_of_records(store: Path) -> int:
 
 
 @pytest.mark.alone
+@pytest.mark.cold_start
 def test_everything_arrives_once_inside_the_budget_and_nothing_stays(make: Callable[..., EngineGroup], tmp_path: Path) -> None:
     group = make(budget=SMALL, engines={"workers": 2})
     endpoint = group.start()
@@ -292,9 +293,9 @@ def test_a_target_that_does_not_load_shows_the_end_of_the_log(make: Callable[...
 
 
 def test_a_start_that_takes_too_long_is_ended(make: Callable[..., EngineGroup]) -> None:
-    group = make(engines={"start_timeout": 0.5})
+    group = make(engines={"start_timeout": 0.05})
     client = TrainerClient(group.start(), "rank-0")
-    with pytest.raises(GroupStopped, match=r"not ready after data\.engines\.start_timeout=0\.5 s"):
+    with pytest.raises(GroupStopped, match=r"not ready after data\.engines\.start_timeout=0\.05 s"):
         client.poll(30.0)
 
 
