@@ -6,15 +6,18 @@ own configuration, never typed by the user. Weights are not touched here: ``mode
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from torchspec.custom_code import MODEL_KEYS, load_config, needs_custom_model, reason_of
 from torchspec.errors import UserError
 from torchspec.fingerprint import of_directory, of_hub_cache
 from torchspec.paths import home
+from torchspec.tokenizer import Loaded, Served, load_tokenizer
 from torchspec.transfer.spec import RecordSpec
 
 if TYPE_CHECKING:
@@ -36,7 +39,7 @@ class TargetConfig:
     dtype: Dtype = "auto"
     """Type the engine runs the target in and stores its states as: auto (the checkpoint's own), bfloat16, float16 or float32."""
     trust_remote_code: bool = False
-    """Run modelling code that ships with the checkpoint."""
+    """Allow code that ships with the checkpoint to run. Used for a configuration or model that Transformers does not have itself, and for the tokenizer."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", home(self.path))
@@ -63,22 +66,21 @@ class Target:
     @cached_property
     def full_hf_config(self) -> PretrainedConfig:
         """The whole Transformers configuration (a multimodal one has parts)."""
-        from transformers import AutoConfig
-
         path = Path(self.config.path)
         if path.exists() and not (path / "config.json").is_file():
             raise UserError("data.target.path", self.config.path, "holds no config.json", "give a model directory in Transformers' format or a hub id")
         if not path.exists() and (path.is_absolute() or self.config.path.startswith(".") or len(path.parts) > 2):
             raise UserError("data.target.path", self.config.path, "does not exist, and is no hub id either", f"check the path, as seen from {Path.cwd()}")
         try:
-            loaded = AutoConfig.from_pretrained(self.config.path, revision=self.config.revision, trust_remote_code=self.config.trust_remote_code)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            loaded = load_config(self.config)
+        except UserError:
+            raise
+        except Exception as error:  # what a strict configuration class raises is no OSError or ValueError
             raise UserError(
                 "data.target.path",
                 self.config.path,
-                f"cannot be read, as a folder or from the hub ({reason})",
-                "check the path or id, the network, and trust_remote_code",
+                f"cannot be read, as a folder or from the hub ({reason_of(error)})",
+                "check the path or id, the network, and config.json",
             ) from error
         if getattr(loaded.get_text_config(), "hidden_size", None) is None:
             raise UserError("data.target.path", self.config.path, f"is a {loaded.model_type} without hidden_size", "give a causal language model")
@@ -89,10 +91,22 @@ class Target:
         """Whether it is a vision-language model."""
         return getattr(self.full_hf_config, "vision_config", None) is not None
 
+    @cached_property
+    def custom_model(self) -> bool:
+        """Whether its model class is the checkpoint's own code."""
+        return needs_custom_model(self.full_hf_config.to_dict())
+
+    @property
+    def model_files(self) -> dict[str, Any]:
+        """Arguments of any ``from_pretrained`` of the model, beside the path: which revision, configuration and code."""
+        return {"revision": self.config.revision, "config": deepcopy(self.full_hf_config), "trust_remote_code": self.custom_model}
+
     def auto_class(self) -> Any:
         """Transformers' auto class that loads it: of causal models, or of those for images and text where the first does not know it."""
         import transformers as t
 
+        if self.custom_model:
+            return getattr(t, next(key for key in MODEL_KEYS if key in self.full_hf_config.auto_map))
         kind = type(self.full_hf_config)
         vision_alone = kind in t.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in t.MODEL_FOR_CAUSAL_LM_MAPPING
         return t.AutoModelForImageTextToText if vision_alone else t.AutoModelForCausalLM
@@ -155,13 +169,20 @@ class Target:
         Raises:
             UserError: when the target is none that can be read, or ships none that loads.
         """
-        from transformers import AutoTokenizer
+        return self._loaded_tokenizer.tokenizer
 
-        self.full_hf_config  # noqa: B018 - a target that is not there has no tokenizer either, but other words for it
-        try:
-            return AutoTokenizer.from_pretrained(self.config.path, revision=self.config.revision, trust_remote_code=self.config.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise UserError("data.target.path", self.config.path, "has no tokenizer that loads", "add the tokenizer files to the target") from error
+    @property
+    def served(self) -> Served | None:
+        """What the tokenizer must agree with on the data, since a server takes another one; None where it is the same.
+
+        Raises:
+            UserError: see :meth:`tokenizer`.
+        """
+        return self._loaded_tokenizer.served
+
+    @cached_property
+    def _loaded_tokenizer(self) -> Loaded:
+        return load_tokenizer(self.config, self.full_hf_config)  # a target that is not there has no tokenizer either, but other words for it
 
     def end_ids(self) -> list[int]:
         """Ids that end what the target generates: by its generation config, its configuration and its tokenizer."""

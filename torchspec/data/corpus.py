@@ -74,6 +74,7 @@ class Corpus:
         self._cache_dir, self._max_bad_fraction, self._num_proc, self._say = cache_dir, max_bad_fraction, num_proc, say
         self.on_policy = on_policy
         self._data: dict[str, TokenizedDataset] = {}
+        self._no_tokenizer: UserError | None = None
         self._prompts: Prompts | None = None
         self._plan: Plan | None = None
         self._validation_plans: dict[tuple[str, int], Plan] = {}
@@ -100,6 +101,8 @@ class Corpus:
                 config_key=key,
                 max_bad_fraction=self._max_bad_fraction,
                 num_proc=self._num_proc,
+                served=self.target.served if self.tokenizer is not None else None,
+                no_tokenizer=self._no_tokenizer,
             )
             self._say(f"{stage}: {self._data[stage].summary}")
         return self._data[stage]
@@ -218,7 +221,8 @@ class Corpus:
         """The target's tokenizer, None where it has none."""
         try:
             return self.target.tokenizer()
-        except UserError:
+        except UserError as error:
+            self._no_tokenizer = error
             return None
 
     def spec(self, aux_layers: tuple[int, ...]) -> RecordSpec:

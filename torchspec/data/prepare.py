@@ -29,6 +29,7 @@ from torchspec.data.build import APPENDED, Progress, build, first_row
 from torchspec.data.conversations import Conversation, RowError, parse
 from torchspec.data.dataset import FORMAT, Summary, TokenizedDataset
 from torchspec.data.render import Renderer, special_ids, tokenizer_fingerprint
+from torchspec.data.served import LOOKED_AT, check_served
 from torchspec.data.sources import Given, Source, read_rows, weighted_sources
 from torchspec.data.tokenise import Tokenise
 from torchspec.errors import UserError
@@ -37,9 +38,9 @@ from torchspec.images import VisionTower
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from torchspec.tokenizer import Served
+
 log = logging.getLogger(__name__)
-_LOOKED_AT = 1000
-"""Rows among which the first good one says whether a target without a chat template will do."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def prepare(
     config_key: str = "data.train",
     max_bad_fraction: float = 0.0,
     num_proc: int | None = None,
+    served: Served | None = None,
+    no_tokenizer: UserError | None = None,
 ) -> TokenizedDataset:
     """The tokenised data set of some sources, from the cache where it is there.
 
@@ -83,13 +86,15 @@ def prepare(
         config_key: the config key of ``given``, for errors.
         max_bad_fraction: share of unusable rows that is tolerated.
         num_proc: processes; None takes the cores there are (at most 8) for large inputs.
+        served: what the tokenizer must agree with on the first conversations.
+        no_tokenizer: why there is none, for rows that need one.
 
     Raises:
         UserError: missing or empty sources, too many bad rows, a tokenizer that does not fit the target.
     """
     pairs = weighted_sources(given, config_key=config_key)
     sources = [source for source, _ in pairs]
-    key = _key(sources, options, tokenizer, vocab_size, end_ids, tower)
+    key = _key(sources, options, tokenizer, vocab_size, end_ids, tower, served)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -102,7 +107,22 @@ def prepare(
             if dataset is None:
                 if folder.exists():  # damaged, or of an older format; one that is not there yet may appear at any moment
                     shutil.rmtree(folder, ignore_errors=True)
-                dataset = _build(folder, building, sources, options, tokenizer, vocab_size, target_name, end_ids, tower, config_key, max_bad_fraction, num_proc)
+                dataset = _build(
+                    folder,
+                    building,
+                    sources,
+                    options,
+                    tokenizer,
+                    vocab_size,
+                    target_name,
+                    end_ids,
+                    tower,
+                    config_key,
+                    max_bad_fraction,
+                    num_proc,
+                    served,
+                    no_tokenizer,
+                )
     summary = dataset.summary
     if summary.bad > max_bad_fraction * summary.rows:
         raise _too_many_bad(dataset.folder, summary, max_bad_fraction, config_key)
@@ -122,9 +142,11 @@ def _key(
     vocab_size: int,
     end_ids: Sequence[int],
     tower: VisionTower | None,
+    served: Served | None,
 ) -> str:
     seen = tower.fingerprint if tower is not None else ""
     described = [FORMAT, [asdict(source) for source in sources], asdict(options), tokenizer_fingerprint(tokenizer), vocab_size, sorted(end_ids), seen]
+    described += [served.name] if served is not None else []  # what was compared when it was built
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -149,13 +171,17 @@ def _build(
     config_key: str,
     max_bad_fraction: float,
     num_proc: int | None,
+    served: Served | None,
+    no_tokenizer: UserError | None,
 ) -> TokenizedDataset:
     names = [source.name for source in sources]
     first = first_row(sources, config_key=config_key)
     if first is None:
         raise UserError(config_key, names, "holds no rows", "check the files")
-    rows = (row for source in sources for row, _ in read_rows(source, config_key=config_key))
-    renderer = _renderer(itertools.islice(rows, _LOOKED_AT), tokenizer, target_name, options, end_ids)
+
+    renderer = _renderer(conversations(sources, options, config_key=config_key), tokenizer, target_name, options, end_ids, no_tokenizer)
+    if renderer is not None:
+        check_served(renderer, served, conversations(sources, options, config_key=config_key), name=target_name)
     building.mkdir(exist_ok=True)
     keep = True
     try:
@@ -232,19 +258,32 @@ def _locked(file: IO[str]) -> bool:
 
 
 def _renderer(
-    rows: Iterator[bytes], tokenizer: PreTrainedTokenizerBase | None, target_name: str, options: DataOptions, end_ids: Sequence[int]
+    given: Iterator[Conversation],
+    tokenizer: PreTrainedTokenizerBase | None,
+    target_name: str,
+    options: DataOptions,
+    end_ids: Sequence[int],
+    no_tokenizer: UserError | None,
 ) -> Renderer | None:
     """A renderer, or None where the target cannot have one and the first good row brings its tokens."""
-    brings_tokens = next((c.input_ids is not None for c in map(lambda row: _parsed(row, options), rows) if c is not None), False)
+    first = next(given, None)
+    brings_tokens = first is not None and first.input_ids is not None
     try:
         if tokenizer is None:
             fix = "add the tokenizer files to the target, or give rows with input_ids and loss_mask"
-            raise UserError("data.target.path", target_name, "has no tokenizer that loads", fix)
+            raise no_tokenizer or UserError("data.target.path", target_name, "has no tokenizer that loads", fix)
         return Renderer(tokenizer, name=target_name, end_ids=end_ids, supervise=options.supervise, variables=options.template_args)
     except UserError:
         if brings_tokens:
             return None
         raise
+
+
+def conversations(sources: Sequence[Source], options: DataOptions, *, config_key: str = "input") -> Iterator[Conversation]:
+    """The first good rows of each source, about :data:`LOOKED_AT` in all."""
+    share = max(LOOKED_AT // len(sources), 100)
+    every = (row for source in sources for row, _ in itertools.islice(read_rows(source, config_key=config_key), share))
+    return (given for row in every if (given := _parsed(row, options)) is not None)
 
 
 def _parsed(row: bytes, options: DataOptions) -> Conversation | None:

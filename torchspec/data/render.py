@@ -103,6 +103,26 @@ class Renderer:
         before = Conversation(messages=conversation.messages[:upto], tools=conversation.tools)
         return self._encode(self.template.text(before.messages, before.tools, generate=True, variables=self.template.variables(before)))
 
+    def asked(self, conversation: Conversation) -> list[int]:
+        """Indices of the answers, which are what :meth:`prompt` can ask for; the end where there is none."""
+        return [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"] or [len(conversation.messages)]
+
+    def text(self, conversation: Conversation) -> str:
+        """The whole conversation as it is tokenised.
+
+        Raises:
+            RowError: when the template refuses it.
+        """
+        if conversation.text is not None:
+            return conversation.text
+        if not any(message["role"] == "assistant" for message in conversation.messages):
+            return self.template.text(conversation.messages, conversation.tools, generate=True, variables=self.template.variables(conversation))
+        return self._finder.find(conversation, supervise=self.supervise)[0]
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of a rendered text."""
+        return self._encode(text)
+
     def text_of(self, ids: list[int]) -> str:
         """The words of generated ids, end token left out."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)  # type: ignore[assignment]

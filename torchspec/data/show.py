@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from torchspec.data.conversations import RowError, parse
-from torchspec.data.prepare import DataOptions
+from torchspec.data.prepare import DataOptions, conversations
 from torchspec.data.render import Renderer, special_ids
+from torchspec.data.served import check_served
 from torchspec.data.sources import Given, find_sources, read_rows
 from torchspec.data.tokenise import Tokenise, Tokenised
 from torchspec.errors import UserError
@@ -89,8 +90,10 @@ def shown_rows(target: Target, given: Given, *, options: DataOptions, skip: int,
 
     @cache
     def tokenise() -> Tokenise:  # rows of tokens need no renderer
+        renderer = Renderer(tokenizer, name=target.config.path, end_ids=ends, supervise=options.supervise, variables=options.template_args)
+        check_served(renderer, target.served, conversations(sources, options), name=target.config.path)
         return Tokenise(
-            Renderer(tokenizer, name=target.config.path, end_ids=ends, supervise=options.supervise, variables=options.template_args),
+            renderer,
             max_length=options.max_length,
             messages_key=options.messages_key,
             media=options.media,

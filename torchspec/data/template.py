@@ -43,11 +43,12 @@ class ChatTemplate:
             raise UserError(
                 "data.target.path",
                 name,
-                "ships no chat template",
-                "take the instruction-tuned variant of the target, or give rows with text, or with input_ids and loss_mask",
+                "ships no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)",
+                "add chat_template.jinja to the target (its publisher's, or that of the model it was tuned from), or give rows with input_ids and loss_mask",
             )
         self.tokenizer = tokenizer
-        self.source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else json.dumps(tokenizer.chat_template)
+        given: str | dict[str, str] = tokenizer.chat_template
+        self.source = given if isinstance(given, str) else "\n".join(given.values())
         self.marked = bool(_GENERATION.search(self.source))
         """Whether it says itself what the target generates."""
         self._given = dict(variables or {})
@@ -56,7 +57,7 @@ class ChatTemplate:
             self._fixed["date_string"] = PINNED_DATE.strftime("%d %b %Y")
         if "strftime_now" in self.source:
             self._fixed["strftime_now"] = PINNED_DATE.strftime
-        free = _free_variables(self.source)
+        free = set[str]().union(*map(_free_variables, [given] if isinstance(given, str) else given.values()))
         self._switches = [name for name in THINKING if name in free]
         self._reasoning_keys = [
             key

@@ -42,7 +42,7 @@ def load_model(config: TargetConfig, *, device: str, attn_implementation: str, e
     target = Target(config)
     options = {"dtype": working_dtype(target.dtype, device), "attn_implementation": attn_implementation, **(extra or {})}
     try:
-        model = target.auto_class().from_pretrained(config.path, revision=config.revision, trust_remote_code=config.trust_remote_code, **options)
+        model = target.auto_class().from_pretrained(config.path, **target.model_files, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = reason_of(error)
         if attn_implementation != EngineConfig.attn_implementation and _OF_ATTENTION.search(reason):

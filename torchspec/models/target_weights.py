@@ -183,9 +183,9 @@ def _find(target: Target) -> _Names:
 
     with torch.device("meta"):
         try:
-            model = target.auto_class().from_config(target.full_hf_config, trust_remote_code=target.config.trust_remote_code)
+            model = target.auto_class().from_config(target.full_hf_config, trust_remote_code=target.custom_model)
         except ValueError:
-            model = AutoModelForCausalLM.from_config(target.hf_config, trust_remote_code=target.config.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(target.hf_config, trust_remote_code=target.custom_model)
     name_of = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None:
