@@ -17,6 +17,7 @@ from torchspec.custom_code import MODEL_KEYS, load_config, needs_custom_model, r
 from torchspec.errors import UserError
 from torchspec.fingerprint import of_directory, of_hub_cache
 from torchspec.paths import home
+from torchspec.stored import StoredTensors
 from torchspec.tokenizer import Loaded, Served, load_tokenizer
 from torchspec.transfer.spec import RecordSpec
 
@@ -101,6 +102,15 @@ class Target:
         """Arguments of any ``from_pretrained`` of the model, beside the path: which revision, configuration and code."""
         return {"revision": self.config.revision, "config": deepcopy(self.full_hf_config), "trust_remote_code": self.custom_model}
 
+    @cached_property
+    def stored(self) -> StoredTensors:
+        """Its safetensors."""
+        return StoredTensors(self.config, explicit=getattr(self.full_hf_config, "transformers_weights", None), quantization=_plain(self._quantization()))
+
+    def _quantization(self) -> Any:
+        """``quantization_config``, which Kimi keeps in the text part."""
+        return getattr(self.full_hf_config, "quantization_config", None) or getattr(self.hf_config, "quantization_config", None)
+
     def auto_class(self) -> Any:
         """Transformers' auto class that loads it: of causal models, or of those for images and text where the first does not know it."""
         import transformers as t
@@ -138,11 +148,18 @@ class Target:
         name: str = self.config.dtype
         if name == "auto":
             stored = getattr(self.hf_config, "dtype", None) or getattr(self.full_hf_config, "dtype", None)
-            name = str(stored).removeprefix("torch.") if stored is not None else "bfloat16"
+            name = str(stored).removeprefix("torch.") if stored is not None else self._stored_type()
         allowed = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
         if name not in allowed:
             raise UserError("data.target.dtype", self.config.dtype, f"is {name} here, which states are not stored in", f"set {', '.join(allowed)}")
         return allowed[name]
+
+    def _stored_type(self) -> str:
+        """What the files say where the configuration says nothing, as Transformers has it."""
+        try:
+            return self.stored.common_type() or "bfloat16"
+        except UserError:  # no safetensors: who reads weights says so
+            return "bfloat16"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -245,3 +262,7 @@ class Target:
             "num_layers": self.num_layers,
             "vocab_size": self.vocab_size,
         }
+
+
+def _plain(quantization: Any) -> dict[str, Any]:
+    return dict(quantization.to_dict() if hasattr(quantization, "to_dict") else quantization or {})

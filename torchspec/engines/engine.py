@@ -40,8 +40,9 @@ class EngineConfig:
     listen: str | None = None
     """HOST:PORT on which the coordinator waits for ranks and workers, and which they are told; port 0 takes a free one. None: a port of 127.0.0.1, or, with
     ``trainer.num_nodes`` above 1, of this host's address by MASTER_ADDR. Anything but loopback lets other hosts connect: they need the token."""
-    attn_implementation: str = "sdpa"
-    """Attention of the Transformers engine, such as eager; vLLM's is ``engine_args: {attention_backend: ...}``."""
+    attn_implementation: str = "auto"
+    """Attention of the Transformers engine: auto (sdpa, or what the class has in its place), sdpa, eager, ... vLLM's is
+    ``engine_args: {attention_backend: ...}``."""
     threads: int | None = None
     """CPU threads a worker; None shares this host's cores evenly between its CPU workers and ranks (two that overlap slow each other down many times over)."""
     engine_args: dict[str, Any] = field(default_factory=dict)

@@ -7,6 +7,7 @@ index are skipped.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchspec.errors import UserError
+from torchspec.stack import text_stack
 
 
 class _Enough(Exception):
@@ -34,43 +36,19 @@ class HiddenStates:
     """
 
     def __init__(self, model: nn.Module, indices: tuple[int, ...], *, num_layers: int) -> None:
-        self.inner = self._stack_owner(model, num_layers)
+        stack = text_stack(model, num_layers=num_layers)
+        self.inner, self.blocks, self.norm = stack.owner, stack.blocks, stack.norm
         self._whole: nn.Module = getattr(model, "model", model)
-        lists = [child for child in self.inner.children() if isinstance(child, nn.ModuleList) and len(child) == num_layers]
-        self.blocks: nn.ModuleList = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
-        self.norm = self._final_norm()
+        self._takes_ids = "input_ids" in inspect.signature(self.inner.forward).parameters
         self.indices = indices
         self.num_layers = num_layers
-
-    @staticmethod
-    def _stack_owner(model: nn.Module, num_layers: int) -> nn.Module:
-        """The module whose forward runs the blocks: of those that own a list of so many, the one whose list is the largest (a vision tower may have
-        as many blocks, a mixture as many experts)."""
-
-        def stack(module: nn.Module) -> int:
-            lists = [child for child in module.children() if isinstance(child, nn.ModuleList) and len(child) == num_layers]
-            return max((sum(p.numel() for p in found.parameters()) for found in lists), default=0)
-
-        owner = max(model.modules(), key=stack)
-        if not stack(owner):
-            raise UserError("data.target.path", type(model).__name__, f"has no list of {num_layers} blocks that we can find", "report this architecture")
-        return owner
-
-    def _final_norm(self) -> nn.Module:
-        """The norm among the children of the stack's owner: the one after the blocks, else one that is named final."""
-        names = [(name, child) for name, child in self.inner.named_children() if "norm" in type(child).__name__.lower()]
-        children = list(self.inner.children())
-        after = children[next(i for i, child in enumerate(children) if child is self.blocks) :]
-        for _, child in [pair for pair in names if any(pair[1] is later for later in after)] + [pair for pair in names if "final" in pair[0]]:
-            return child
-        problem = "has no final norm beside its blocks that we can find"
-        raise UserError("data.target.path", type(self.inner).__name__, problem, "report this architecture")
 
     @contextmanager
     def capturing(self) -> Iterator[dict[int, Tensor]]:
         """Inside, each forward of the model fills the dictionary, index → [B, T, D]. Use :meth:`run` to forward."""
         states: dict[int, Tensor] = {}
         last = max(self.indices)
+        entered: list[bool] = []  # NanoChat calls the final norm before its blocks too
 
         def keep(index: int, value: Any) -> None:
             states[index] = value[0] if isinstance(value, tuple) else value
@@ -80,7 +58,9 @@ class HiddenStates:
         handles = []
         for index in self.indices:
             if index == self.num_layers:
-                handles.append(self.norm.register_forward_pre_hook(lambda _, args, i=index: keep(i, args)))
+                # any block: Mllama leaves those out that would look at images
+                handles += [block.register_forward_pre_hook(lambda *_: entered.append(True)) for block in self.blocks]
+                handles.append(self.norm.register_forward_pre_hook(lambda _, args, i=index: keep(i, args) if entered else None))
             else:
                 handles.append(
                     self.blocks[index].register_forward_pre_hook(lambda _, args, kwargs, i=index: keep(i, args or kwargs["hidden_states"]), with_kwargs=True)
@@ -98,13 +78,23 @@ class HiddenStates:
         Args:
             input_ids: [B, T], padded on the right with any valid id. States of real tokens do not depend on the padding.
             seen: of images, by the names that the model's forward has; empty for text alone.
+
+        Raises:
+            UserError: a wanted index was not come by.
         """
         with self.capturing() as states:
             try:
-                if seen:
-                    self._whole(input_ids=input_ids, use_cache=False, **seen)
+                if seen or not self._takes_ids:
+                    self._whole(input_ids=input_ids, use_cache=False, **(seen or {}))
                 else:
                     self.inner(input_ids=input_ids, use_cache=False)
             except _Enough:
                 pass
+        missing = [index for index in self.indices if index not in states]
+        if missing:
+            raise UserError("data.target.path", type(self.inner).__name__, f"runs without coming by hidden states {missing}", "report this architecture")
+        for index, state in states.items():
+            if state.shape[:-1] != input_ids.shape:  # several streams (Gemma-3n), or tokens of its own (CPM-Ant)
+                problem = f"has hidden states {index} of {list(state.shape)} for ids of {list(input_ids.shape)}: not one a token"
+                raise UserError("data.target.path", type(self.inner).__name__, problem, "choose a target of another architecture")
         return states

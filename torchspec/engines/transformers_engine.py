@@ -9,48 +9,23 @@ one by one, so that a bad sample never takes its neighbours along.
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from torchspec.engines.engine import EngineConfig, EngineStats, Job
+from torchspec.engines.engine import EngineStats, Job
 from torchspec.engines.hooks import HiddenStates
+from torchspec.engines.load import load_model
 from torchspec.engines.messages import Failed, Finished, Lease
 from torchspec.engines.record_writer import Captured, RecordWriter, one_line
-from torchspec.errors import UserError
-from torchspec.hardware import working_dtype
 from torchspec.images import BadImage, VisionTower, read_picture
-from torchspec.reasons import reason_of
-from torchspec.target import Target, TargetConfig
+from torchspec.target import Target
 
 log = logging.getLogger(__name__)
-_OF_ATTENTION = re.compile(r"attn_implementation|attention|kernels", re.IGNORECASE)
-"""What Transformers says where it refuses an attention, among other words."""
 _AHEAD = 2
 """Batches that may wait inside the engine, so that the next one starts without a round trip."""
-
-
-def load_model(config: TargetConfig, *, device: str, attn_implementation: str, extra: dict[str, Any] | None = None) -> Any:
-    """The target for inference, in its own type (fp32 on a CPU that has no instructions for that one).
-
-    Raises:
-        UserError: it does not load.
-    """
-    target = Target(config)
-    options = {"dtype": working_dtype(target.dtype, device), "attn_implementation": attn_implementation, **(extra or {})}
-    try:
-        model = target.auto_class().from_pretrained(config.path, **target.model_files, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = reason_of(error)
-        if attn_implementation != EngineConfig.attn_implementation and _OF_ATTENTION.search(reason):
-            fix = "take one that this target and this machine have, such as sdpa or eager"
-            raise UserError("data.engines.attn_implementation", attn_implementation, f"is refused by Transformers ({reason})", fix) from error
-        raise UserError("data.target.path", config.path, f"does not load ({reason})", "check the checkpoint and data.engines") from error
-    loaded: Any = model
-    return loaded.to(device).eval().requires_grad_(False)
 
 
 class TransformersEngine:
@@ -77,8 +52,15 @@ class TransformersEngine:
         config = self.job.config
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        model = load_model(self.job.target, device=self.job.device, attn_implementation=config.attn_implementation, extra=config.engine_args)
+        model = load_model(
+            self.job.target,
+            device=self.job.device,
+            attn_implementation=config.attn_implementation,
+            images=self.job.images,
+            extra=config.engine_args,
+        )
         self._states = HiddenStates(model, (*self.spec.aux_layers, self.target.num_layers), num_layers=self.target.num_layers)
+        self._states.run(torch.zeros(1, 2, dtype=torch.int64, device=self.job.device))  # a target that gives none is refused now
         self._writer = RecordWriter(self.job.store, self.spec, producer=f"transformers {transformers.__version__}", device=self.job.device)
         return {
             "engine": "transformers",

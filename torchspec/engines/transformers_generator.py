@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchspec.engines.engine import Answer, Sampling
-from torchspec.engines.transformers_engine import load_model
+from torchspec.engines.load import load_model
 from torchspec.target import Target, TargetConfig
 
 _COMPACT = 0.75
@@ -27,10 +27,10 @@ class TransformersGenerator:
         config: the target.
         batch_size: rows of a batch.
         device: auto, cpu or a CUDA device.
-        attn_implementation: of Transformers.
+        attn_implementation: of Transformers, or auto.
     """
 
-    def __init__(self, config: TargetConfig, *, batch_size: int = 32, device: str = "auto", attn_implementation: str = "sdpa") -> None:
+    def __init__(self, config: TargetConfig, *, batch_size: int = 32, device: str = "auto", attn_implementation: str = "auto") -> None:
         self.device = ("cuda:0" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.batch_size = batch_size
         self.target = Target(config)

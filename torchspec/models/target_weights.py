@@ -1,36 +1,20 @@
 """The three tensors of the target that training needs, read without loading the target: embedding table, final norm, output head.
 
-Their names are found by building the model on the meta device and asking it, so that prefixes, tied tables and unusual norms need no list of architectures.
-The norm runs as the target's own class (some multiply by 1 + w); logit scales and soft caps come from the configuration.
+Which tensors they are says ``target_tensors.py``. The norm runs as the target's own class (some multiply by 1 + w); logit scales and soft caps are the class's
+own too (``logits_rule.py``).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchspec.errors import UserError
 from torchspec.models.fp8 import MULTIPLE, Fp8Weight, quantise, quantise_stacked
+from torchspec.models.target_tensors import tensors_of
 from torchspec.target import Target
-
-
-@dataclass(frozen=True)
-class _Names:
-    """Where the tensors are in the target, by parameter name; and the norm's class, still on the meta device."""
-
-    embedding: str
-    head: str
-    head_bias: str | None
-    tied: bool
-    norm: dict[str, str]
-    norm_module: nn.Module
 
 
 class TargetHead(nn.Module):
@@ -139,20 +123,16 @@ class TargetHead(nn.Module):
         """Read the head of a target.
 
         Raises:
-            UserError: when the target has no safetensors, or no output head or final norm is found.
+            UserError: when the target has no safetensors, or no output head or final norm is found in them.
         """
-        names = _find(target)
-        wanted = [names.embedding if names.tied else names.head, *names.norm.values(), *([names.head_bias] if names.head_bias else [])]
-        tensors = read_tensors(target, wanted)
-        config = target.hf_config
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        found = tensors_of(target)
         return cls(
-            tensors[wanted[0]],
-            tensors[names.head_bias] if names.head_bias else None,
-            norm_module=names.norm_module,
-            norm_tensors={short: tensors[full] for short, full in names.norm.items()},
-            scale=scale,
-            soft_cap=getattr(config, "final_logit_softcapping", None),
+            found.read(found.head),
+            None if found.head_bias is None else found.read(found.head_bias),
+            norm_module=found.norm_module,
+            norm_tensors={short: found.read(name) for short, name in found.norm.items()},
+            scale=found.rule.scale,
+            soft_cap=found.rule.soft_cap,
         )
 
     def rms_weight(self) -> Tensor | None:
@@ -172,122 +152,16 @@ def read_embedding(target: Target) -> Tensor:
     """The target's raw input embedding table, [V, D].
 
     Raises:
-        UserError: see :func:`read_tensors`.
+        UserError: see :class:`~torchspec.models.target_tensors.TargetTensors`.
     """
-    name = _find(target).embedding
-    return read_tensors(target, [name])[name]
+    found = tensors_of(target)
+    return found.read(found.embedding)
 
 
-def _find(target: Target) -> _Names:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        try:
-            model = target.auto_class().from_config(target.full_hf_config, trust_remote_code=target.custom_model)
-        except ValueError:
-            model = AutoModelForCausalLM.from_config(target.hf_config, trust_remote_code=target.custom_model)
-    name_of = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding is None or head is None:
-        raise UserError("data.target.path", target.config.path, "has no input embedding or output head", "give a causal language model")
-    tied = (
-        bool(getattr(target.full_hf_config, "tie_word_embeddings", False) or getattr(target.hf_config, "tie_word_embeddings", False))
-        or head.weight is embedding.weight
-    )
-    norm_name, norm = _final_norm(model, target.hidden_size)
-    bias = getattr(head, "bias", None)
-    # with tied weights both names are the same parameter; the embedding's own name is the one that is stored
-    embedding_name = next(name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is embedding.weight)
-    head_name = next(
-        (name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is head.weight and name != embedding_name), embedding_name
-    )
-    return _Names(
-        embedding=embedding_name,
-        head=head_name,
-        head_bias=name_of.get(id(bias)) if bias is not None else None,
-        tied=tied,
-        norm={name: f"{norm_name}.{name}" for name, _ in norm.named_parameters()},
-        norm_module=norm,
-    )
-
-
-def _final_norm(model: nn.Module, width: int) -> tuple[str, nn.Module]:
-    """The norm after the stack of blocks: a sibling of the longest ModuleList, after it, whose parameters are all [D]."""
-    stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
-    if stacks:
-        stack_name, stack = max(stacks, key=lambda item: (sum(p.numel() for p in item[1].parameters()), -len(item[0])))
-        parent_name = stack_name.rpartition(".")[0]
-        parent = model.get_submodule(parent_name) if parent_name else model
-        seen = False
-        for name, child in parent.named_children():
-            seen = seen or child is stack
-            shapes = [tuple(p.shape) for p in child.parameters()]
-            if seen and child is not stack and shapes and all(shape == (width,) for shape in shapes):
-                return f"{parent_name}.{name}" if parent_name else name, child
-    raise UserError("data.target", type(model).__name__, "has no final norm after its blocks that we can find", "report this architecture")
-
-
-def read_tensors(target: Target, names: list[str]) -> dict[str, Tensor]:
-    """Single tensors of a target's safetensors, in the target's type; no other tensor is read.
+def is_tied(target: Target) -> bool:
+    """Whether embedding table and output head are one stored tensor.
 
     Raises:
-        UserError: no safetensors, or a name that is in none of them.
+        UserError: see :class:`~torchspec.models.target_tensors.TargetTensors`.
     """
-    from safetensors import safe_open
-
-    locate, available = _files(target)
-    found: dict[str, Tensor] = {}
-    for name in names:
-        stored = _stored_name(name, available)
-        if stored is None:
-            raise UserError("data.target.path", target.config.path, f"holds no tensor {name}", "check that the checkpoint is complete")
-        with safe_open(locate(stored), framework="pt") as handle:
-            found[name] = handle.get_tensor(stored).to(target.dtype)
-    return found
-
-
-def _stored_name(name: str, available: set[str]) -> str | None:
-    """The name in the files: the same, or the one that agrees on the longest tail (Transformers adds and renames prefixes)."""
-    if name in available:
-        return name
-    parts = name.split(".")
-    for start in range(len(parts) - 1):
-        tail = ".".join(parts[start:])
-        matches = [other for other in available if other == tail or other.endswith("." + tail)]
-        if len(matches) == 1:
-            return matches[0]
-    return None
-
-
-def _files(target: Target) -> tuple[Callable[[str], Path], set[str]]:
-    """How to find the file of a tensor, and the names there are."""
-    from safetensors import safe_open
-
-    index = _file(target, "model.safetensors.index.json")
-    if index is not None:
-        shard_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-
-        def locate(name: str) -> Path:
-            shard = _file(target, shard_of[name])
-            if shard is None:
-                raise UserError("data.target.path", target.config.path, f"lacks the shard {shard_of[name]}", "complete the checkpoint")
-            return shard
-
-        return locate, set(shard_of)
-    single = _file(target, "model.safetensors")
-    if single is None:
-        raise UserError(
-            "data.target.path", target.config.path, "holds no safetensors weights", "convert the checkpoint: load it with Transformers and save_pretrained it"
-        )
-    with safe_open(single, framework="pt") as handle:
-        return lambda _: single, set(handle.keys())
-
-
-def _file(target: Target, name: str) -> Path | None:
-    folder = Path(target.config.path)
-    if folder.is_dir():
-        return folder / name if (folder / name).is_file() else None
-    from transformers.utils import cached_file
-
-    found: Any = cached_file(target.config.path, name, revision=target.config.revision, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found)
+    return tensors_of(target).tied

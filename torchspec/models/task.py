@@ -23,7 +23,7 @@ from torchspec.models.loss import head_loss, split_steps, target_distribution
 from torchspec.models.loss_fused import FusedPlan, fused_head_loss
 from torchspec.models.losses import FORWARD_KL, LossWeights, mixing
 from torchspec.models.shared import wide
-from torchspec.models.target_weights import TargetHead, read_embedding
+from torchspec.models.target_weights import TargetHead, is_tied, read_embedding
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target
 
@@ -119,7 +119,7 @@ class DraftTask(nn.Module):
         draft = Eagle3Draft(config, compute_dtype=compute_dtype, recompute=recompute, fp8=fp8)
         draft.initialise()
         if not config.owns_embedding:
-            draft.set_embedding(head.weight if config.vocab_size == head.weight.shape[0] and _tied(target) else read_embedding(target))
+            draft.set_embedding(head.weight if config.vocab_size == head.weight.shape[0] and is_tied(target) else read_embedding(target))
         pruned = vocabulary is not None and vocabulary.size < config.vocab_size
         ids = vocabulary.draft_ids if vocabulary is not None and pruned else None
         if init == "target" and alike:
@@ -221,7 +221,3 @@ def served_rows(head: TargetHead, draft_ids: Tensor | None) -> Tensor:
     assert head.order is None, "ids are rows of a head in the target's order"
     rows = head.weight if draft_ids is None else head.weight[draft_ids]
     return rows if head.scale == 1.0 else rows.float() * head.scale
-
-
-def _tied(target: Target) -> bool:
-    return bool(getattr(target.full_hf_config, "tie_word_embeddings", False) or getattr(target.hf_config, "tie_word_embeddings", False))
