@@ -36,9 +36,9 @@ def test_an_honest_run_under_faults_loses_doubles_and_leaves_nothing(seed: int) 
     ("plant", "words"),
     [
         ("lose", "trained 0 times, named as failed 0 times"),
-        ("duplicate", "trained 2 times"),
-        ("leak", "keys such as"),
-        ("evict", "a record that was owed is gone"),
+        pytest.param("duplicate", "trained 2 times", marks=pytest.mark.nightly),
+        pytest.param("leak", "keys such as", marks=pytest.mark.nightly),
+        pytest.param("evict", "a record that was owed is gone", marks=pytest.mark.nightly),
     ],
 )
 def test_a_planted_breach_is_found(plant: str, words: str) -> None:

@@ -21,6 +21,7 @@ def test_every_defect_has_a_mutation() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_planted_defect_is_caught() -> None:
     done = subprocess.run([sys.executable, "benchmarks/mutations.py", "7"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
@@ -22,5 +23,6 @@ def _enter(rank: int, world: int, folder: str, function: Callable[..., None], gi
 
 
 def on_ranks(world: int, folder: Path, function: Callable[..., None], *given: Any) -> None:
-    """``function(rank, *given)`` in ``world`` processes; raises what one of them raises."""
-    mp.spawn(_enter, (world, str(folder), function, given), nprocs=world)  # type: ignore[no-untyped-call]
+    """``function(rank, *given)`` in ``world`` processes, which a server of Python's forks once it has made the imports; raises what one of them raises."""
+    set_forkserver_preload(["torch.distributed.fsdp", "torchspec.trainer", "torchspec.models.module", "torchspec.data.datamodule"])
+    mp.start_processes(_enter, (world, str(folder), function, given), nprocs=world, start_method="forkserver")  # type: ignore[no-untyped-call]

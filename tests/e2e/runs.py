@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -92,26 +93,35 @@ def make(folder: Path, world: dict[str, Path], **changes: Any) -> Path:
     return config(folder, world["target"], world["train"], world["validate"], **changes)
 
 
-def start(*words: str, **popen: Any) -> subprocess.Popen[str]:
-    """``python main.py WORDS``, in its own session so that a test can signal it as a terminal would."""
+def start(*words: str, file_size: int | None = None) -> subprocess.Popen[str]:
+    """``python main.py WORDS``, in its own session so that a test can signal it as a terminal would.
+
+    Args:
+        words: of the command line.
+        file_size: bytes beyond which a write fails, as on a disk without room.
+    """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [PYTHON, str(ROOT / "main.py"), *words],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        **popen,
-    )
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before if file_size is None else file_size, most))  # which a new process inherits
+    try:
+        process = subprocess.Popen(
+            [PYTHON, str(ROOT / "main.py"), *words],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
     STARTED.append(process)
     return process
 
 
-def run(*words: str, timeout: float = 240, **popen: Any) -> tuple[int, str]:
-    """Exit code and output of a whole run."""
-    process = start(*words, **popen)
+def run(*words: str, timeout: float = 240, file_size: int | None = None) -> tuple[int, str]:
+    """Exit code and output of a whole run; arguments are those of :func:`start`, and seconds that it has."""
+    process = start(*words, file_size=file_size)
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

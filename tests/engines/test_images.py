@@ -216,7 +216,7 @@ def test_temporal_positions_by_hand() -> None:
 
 @pytest.mark.slow
 @pytest.mark.alone
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", [pytest.param("qwen2_5_vl", marks=pytest.mark.nightly), "qwen3_vl"])
 def test_vllm(family: str, server: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM is given the pixels and one token an image; its states and Transformers' agree, and ids it did not come to are a named failure."""
     pytest.importorskip("vllm")

@@ -48,8 +48,8 @@ SMALL_CACHE = {"block_size": 32, "num_gpu_blocks_override": 14, "disable_log_sta
     ("family", "dtype", "tolerance", "engine_args"),
     [
         ("llama", torch.float32, 1e-5, SMALL_CACHE),
-        ("qwen3", torch.float32, 1e-5, {}),
-        ("qwen3_moe", torch.float32, 1e-5, {}),
+        pytest.param("qwen3", torch.float32, 1e-5, {}, marks=pytest.mark.nightly),
+        pytest.param("qwen3_moe", torch.float32, 1e-5, {}, marks=pytest.mark.nightly),
         ("mistral", torch.float32, 1e-5, {"tensor_parallel_size": 2}),
         ("deepseek_v3", torch.float32, 1e-5, {}),  # latent attention (MLA), grouped experts
         ("qwen3_next", torch.bfloat16, 0.15, {}),  # hybrid: linear attention beside full attention, in several cache groups; vLLM's CPU kernel is bf16 alone

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tests.e2e.runs import wait_for
 from tests.house.random_draft import save_random_draft
 from tests.tiny import save_conversations, save_target
+from torchspec import acceptance
 from torchspec.acceptance import measure, read_requests, table
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
@@ -40,6 +41,12 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_conversations(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", 4, turns=2)
 
 
+@pytest.fixture(scope="module")
+def without_draft() -> dict[str, Any]:
+    """What vLLM said of the prompts without a draft, once a test has asked it."""
+    return {}
+
+
 @pytest.fixture
 def draft(target: Path, tmp_path: Path) -> Path:
     return save_random_draft(tmp_path / "draft", target, draft_vocab_size=128)
@@ -56,9 +63,27 @@ def rewrite(folder: Path, change: object) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("first_target_id", "length"), [(0, 1 + K), (1, 1)], ids=["always right", "always wrong"])
 def test_known_acceptance(
-    target: Path, draft: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], first_target_id: int, length: float
+    target: Path,
+    draft: Path,
+    prompts: Path,
+    without_draft: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    first_target_id: int,
+    length: float,
 ) -> None:
     """A draft with a zero head always proposes its token 0: the target's token 0, or, mapped one further, never what the target says."""
+    serve = acceptance._serve
+
+    def serve_once(job: dict[str, Any], *rest: Any) -> dict[str, Any]:
+        """Without a draft both cases ask for the same."""
+        if job["speculative_config"] is not None:
+            return serve(job, *rest)
+        without_draft.update(without_draft or serve(job, *rest))
+        return dict(without_draft)
+
+    monkeypatch.setattr(acceptance, "_serve", serve_once)
 
     def zero_head(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"].zero_()
@@ -97,6 +122,8 @@ def test_vllms_own_failure_is_one_line_with_its_log(target: Path, draft: Path, p
 def test_vllm_dies_with_the_command(target: Path, draft: Path, prompts: Path, tmp_path: Path, number: int) -> None:
     root = Path(__file__).resolve().parents[2]
     words = ["--target", str(target), "--draft", str(draft), "--prompts", str(prompts), "--output", str(tmp_path / "r.json")]
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, such as these tests may be, hands it on
     process = subprocess.Popen(
         [sys.executable, "main.py", "acceptance", *words],
         cwd=root,
@@ -104,7 +131,6 @@ def test_vllm_dies_with_the_command(target: Path, draft: Path, prompts: Path, tm
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job, such as these tests may be, ignores it
     )
     log = tmp_path / "r.with-draft.log"
     wait_for(lambda: log.is_file() and log.stat().st_size > 0, timeout=120, what="vLLM's first line", process=process)
