@@ -128,8 +128,10 @@ def _train(words: list[str]) -> None:
 
         from torchspec import ranks
         from torchspec.data.datamodule import DraftDataModule
+        from torchspec.lightning_errors import mendable
         from torchspec.models.module import DraftModule
         from torchspec.models.parallelize import refuse_fsdp1, register_strategies
+        from torchspec.run_record import config_text, or_without
         from torchspec.saved_config import save_configuration
         from torchspec.trainer import Trainer
 
@@ -141,8 +143,9 @@ def _train(words: list[str]) -> None:
 
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             if trainer.is_global_zero:
-                text = self.parser.dump(self.config, skip_none=False)
-                save_configuration(text, Path(trainer.default_root_dir) / self.config_filename)
+                path = Path(trainer.default_root_dir) / self.config_filename
+                with or_without(path):
+                    save_configuration(config_text(self.parser, self.config), path)
 
     class TorchSpecCLI(LightningCLI):
         """LightningCLI with the target configured once, under ``data``."""
@@ -181,8 +184,11 @@ def _train(words: list[str]) -> None:
             args=words,
         )
     except BaseException as error:
+        told = None if isinstance(error, UserError) else mendable(error)
         if ranks.leave_at_once:
-            _leave_at_once(error)
+            _leave_at_once(told or error)
+        if told is not None:
+            raise told from error
         raise
     ranks.part()
     ranks.wait_for_children(made.trainer, seconds=_LAST_RANK)
@@ -205,6 +211,7 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*using the WeightAveraging callback with a model that overrides the configure_model.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")

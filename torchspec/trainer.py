@@ -30,10 +30,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from torchspec import ranks
 from torchspec.agreement import Agreement, Vote
+from torchspec.callbacks.first import First
 from torchspec.callbacks.last import LastCheckpoint
 from torchspec.errors import UserError
+from torchspec.lightning_rules import check_arguments, check_trainer
 from torchspec.models.checkpoint import is_failed_write, partial_of, publish, read_entries, recover, remove, unwrapped
+from torchspec.models.parallelize import register_strategies
 from torchspec.paths import expand_all
+from torchspec.reasons import reason_of
 
 _GRACE = 15.0
 """Seconds for other ranks to end after an error or a signal, before they are killed."""
@@ -52,6 +56,20 @@ def _continue_wandb_run(trainer: pl.Trainer, checkpoint: str) -> None:
             logger._id = run_id
 
 
+def _keep_end(logger: Any) -> None:
+    """Have a logger that fails when it is closed say so, and not end a run whose training is done."""
+    finalize = logger.finalize
+
+    def closing(status: str) -> None:
+        try:
+            finalize(status)
+        except Exception as error:
+            logging.getLogger(__name__).warning("%s failed while closing, the run itself has not: %s", type(logger).__name__, reason_of(error))
+
+    if getattr(finalize, "__name__", "") != closing.__name__:
+        logger.finalize = closing
+
+
 class Trainer(pl.Trainer):
     """Lightning's Trainer; see the module's head for what differs."""
 
@@ -65,6 +83,12 @@ class Trainer(pl.Trainer):
     """Optimizer steps when training began."""
     torn: bool = False
     """True once this rank leaves alone."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        register_strategies()
+        given = {name: kwargs.get(name) for name in ("callbacks", "enable_checkpointing", "default_root_dir", "strategy")}
+        check_arguments(barebones=bool(kwargs.get("barebones")), **given)
+        super().__init__(**kwargs)
 
     @property
     def received_sigterm(self) -> bool:
@@ -81,7 +105,7 @@ class Trainer(pl.Trainer):
         weights_only: bool | None = None,
     ) -> None:
         """Train a draft: start engines, stream hidden states, train, validate, save, export."""
-        self._check_precision()
+        check_trainer(self)
         ranks.bind_to_launcher()
         self._place_checkpoints(mend=True)
         with self._rank_log(), self._end_with_signal_code():
@@ -103,18 +127,11 @@ class Trainer(pl.Trainer):
         self, model: Any = None, dataloaders: Any = None, ckpt_path: Any = None, verbose: bool = True, datamodule: Any = None, weights_only: bool | None = None
     ) -> Any:
         """Measure a draft on the validation data."""
-        self._check_precision()
+        check_trainer(self)
         ranks.bind_to_launcher()
         self._place_checkpoints()
         with self._rank_log(), self._end_with_signal_code():
             return super().validate(model, dataloaders, expand_all(ckpt_path), verbose, datamodule, weights_only)
-
-    def _check_precision(self) -> None:
-        """Raises UserError: a precision of Lightning's, which would wrap a module that does its own casts."""
-        if self.precision != "32-true":
-            raise UserError(
-                "trainer.precision", self.precision, "is not what decides here: masters are fp32 in any case", "leave it out and set model.compute_dtype"
-            )
 
     def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
         """Lightning's own, beside the final name and then renamed: a crash while saving leaves the checkpoint that was there. Errors are one line."""
@@ -176,6 +193,8 @@ class Trainer(pl.Trainer):
             if isinstance(callback, ModelCheckpoint):
                 if callback.dirpath is None:
                     callback.dirpath = str(Path(self.default_root_dir) / "checkpoints")
+                if callback.filename is not None and "{" not in callback.filename and callback.save_top_k == 1:
+                    callback._enable_version_counter = False  # one name is one file: that of the newest run
                 if mend and self.is_global_zero and "://" not in str(callback.dirpath):
                     recover(Path(callback.dirpath))
 
@@ -188,6 +207,11 @@ class Trainer(pl.Trainer):
             raise UserError("ckpt_path", "last", problem, fix)
         if self.resume_path is not None:
             _continue_wandb_run(self, self.resume_path)
+        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, First) for callback in callbacks):
+            callbacks.insert(0, First())
+        for logger in self.loggers:
+            _keep_end(logger)
         ranks.take_over(self)
         self.agreement = Agreement(self.world_size, getattr(self.strategy, "_timeout", None))
         return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)

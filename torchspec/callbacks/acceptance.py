@@ -20,6 +20,7 @@ from torchspec.errors import UserError
 from torchspec.files import dumps, lines_with, spare_name
 from torchspec.models.metrics import serving_walk
 from torchspec.paths import home
+from torchspec.run_record import or_without
 
 if TYPE_CHECKING:
     from torchspec.data.datamodule import DraftDataModule
@@ -55,8 +56,11 @@ class AcceptanceLength(pl.Callback):
         self.serve_max_new_tokens = serve_max_new_tokens
         self.serve_engine_args = serve_engine_args
         self._tables: dict[int, torch.Tensor] = {}
+        self._fresh = False
+        """Whether rows of an earlier run in the folder are to go."""
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        self._fresh = trainer.state.fn == TrainerFn.FITTING and getattr(trainer, "resume_path", None) is None
         if not 1 <= self.k <= pl_module.unroll_steps:
             raise UserError(
                 "callbacks.AcceptanceLength.num_speculative_tokens", self.k, f"is not in 1..{pl_module.unroll_steps}", "use at most model.unroll_steps"
@@ -115,10 +119,11 @@ class AcceptanceLength(pl.Callback):
 
     def _flush(self, trainer: pl.Trainer) -> None:
         path = spare_name(Path(trainer.default_root_dir) / "acceptance.jsonl", _WALKS)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mode = "w" if self._last["step"] == 0 and trainer.state.fn == TrainerFn.FITTING else "a"
-        with path.open(mode) as handle:
-            handle.write(dumps(self._last) + "\n")
+        with or_without(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w" if self._fresh else "a") as handle:
+                handle.write(dumps(self._last) + "\n")
+        self._fresh = False
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.serve_prompts is None or not trainer.is_global_zero:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,10 @@ from torchspec.folders import check_output
 from torchspec.models.checkpoint import is_ours
 from torchspec.models.export import ExportOptions, export_checkpoint
 from torchspec.paths import home
+from torchspec.reasons import reason_of
 from torchspec.target import Dtype
+
+log = logging.getLogger(__name__)
 
 
 class ExportDraft(pl.Callback):
@@ -79,13 +83,18 @@ class ExportDraft(pl.Callback):
             report = export_checkpoint(checkpoint, pl_module.target, directory, options=self.options)
             rank_zero_info(f"draft exported to {report}")
             if self.log_artifact:
-                self._log(trainer, directory)
+                try:
+                    self._log(trainer, directory)
+                except Exception as error:  # the draft is there; a logger must not lose the run its end
+                    log.warning("the draft is in %s, but is not logged as an artifact: %s", directory, reason_of(error))
         trainer.strategy.barrier("export")
 
     def _checkpoint(self, trainer: pl.Trainer) -> Path:
         best = self._best(trainer) if self.which == "best" else None
         if best is not None and best.best_model_path:
             return Path(best.best_model_path)
+        if best is not None:
+            log.warning("callbacks.ExportDraft.which=best: %s of this run was never validated, so the last state is exported", best.monitor)
         path = self._kept(trainer)
         trainer.save_checkpoint(path, weights_only=True)  # every rank: a sharded save is collective
         return path

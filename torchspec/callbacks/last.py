@@ -34,7 +34,14 @@ class LastCheckpoint(ModelCheckpoint):
     _breaks_off = False
 
     def __init__(self, every_n_train_steps: int = 200, dirpath: str | None = None) -> None:
-        super().__init__(dirpath=dirpath, every_n_train_steps=every_n_train_steps, save_top_k=0, save_last=True, save_on_exception=True)
+        super().__init__(
+            dirpath=dirpath,
+            every_n_train_steps=every_n_train_steps,
+            save_top_k=0,
+            save_last=True,
+            save_on_exception=True,
+            enable_version_counter=False,  # an earlier run's is replaced: two beside each other would leave the older one with the name
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)

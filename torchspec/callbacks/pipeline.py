@@ -18,6 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from torchspec.callbacks.clock import Clocked
 from torchspec.files import dumps, json_with, spare_name, write
+from torchspec.models.metrics import logs_now
+from torchspec.run_record import or_without
 
 
 class PipelineMetrics(Clocked):
@@ -57,7 +59,7 @@ class PipelineMetrics(Clocked):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._tokens += batch.num_tokens
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not stepped or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if not stepped or not logs_now(trainer):
             return
         self._last = self.measure(trainer)
         pl_module.log_dict({f"pipeline/{name}": value for name, value in self._last.items()}, rank_zero_only=True)
@@ -106,7 +108,8 @@ class PipelineMetrics(Clocked):
         if trainer.is_global_zero and self._tokens:
             summary = self.summary(trainer)
             path = spare_name(Path(trainer.default_root_dir) / "pipeline.json", json_with("tokens_per_s", "train_seconds", "bottleneck"))
-            write(path, dumps(summary, indent=2) + "\n")
+            with or_without(path):
+                write(path, dumps(summary, indent=2) + "\n")
             rank_zero_info(
                 f"{summary['steps']} steps, {summary['tokens']} tokens in {summary['train_seconds']:.1f} s: {summary['tokens_per_s']:.0f} tokens/s; "
                 f"waited {summary['data_wait_fraction']:.0%} for data; bottleneck: {summary['bottleneck']}"

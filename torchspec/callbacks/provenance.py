@@ -19,6 +19,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 import torchspec
 from torchspec.files import dumps, json_with, spare_name, write
+from torchspec.run_record import config_text, or_without, plain
 
 _OURS = json_with("command", "torchspec", "world_size", "target")
 PACKAGES = (
@@ -48,8 +49,11 @@ class Provenance(pl.Callback):
             "resumed_from": getattr(trainer, "resume_path", None),
             "wandb_run_id": next((logger.version for logger in trainer.loggers if type(logger).__name__ == "WandbLogger"), None),
         }
+        self.record = plain(self.record)
         if trainer.is_global_zero:
-            write(spare_name(Path(trainer.default_root_dir) / "provenance.json", _OURS), dumps(self.record, indent=2) + "\n")
+            path = spare_name(Path(trainer.default_root_dir) / "provenance.json", _OURS)
+            with or_without(path):
+                write(path, dumps(self.record, indent=2) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         return {"record": self.record}
@@ -58,7 +62,7 @@ class Provenance(pl.Callback):
 def _config(trainer: Any) -> Any:
     """The whole configuration, defaults included, as plain values; None where no command line made the run."""
     saved = next((callback for callback in trainer.callbacks if isinstance(callback, SaveConfigCallback)), None)
-    return None if saved is None else yaml.safe_load(saved.parser.dump(saved.config, skip_none=False))
+    return None if saved is None else yaml.safe_load(config_text(saved.parser, saved.config))
 
 
 def _version(name: str) -> str | None:

@@ -31,7 +31,18 @@ class VocabularyPruning(pl.Callback):
         self.size = size
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        self.choose_vocabulary(trainer, pl_module)
+
+    def choose_vocabulary(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Give the module its vocabulary. It asks for it itself when it builds the draft, which another callback's ``setup`` may have it do first.
+
+        Raises:
+            UserError: the draft that is there, or that training starts or resumes from, has another number of tokens.
+        """
         if pl_module.task is not None:
+            built = pl_module.draft_config.draft_vocab_size
+            if built != self.size:
+                _refuse(self.size, built, "the draft that was built before")
             return
         if pl_module.vocabulary is not None:  # of model.start_from
             if pl_module.vocabulary.size != self.size:

@@ -28,7 +28,7 @@ from torchspec.data.corpus import Corpus, default_cache_dir
 from torchspec.data.failures import cut_failures
 from torchspec.data.loader import LoaderConfig, LoaderStats, PackLoader, Pass
 from torchspec.data.prepare import DataOptions
-from torchspec.data.progress import batches_in_epoch, check_cursor, check_limit, check_trainer, cursor, set_progress
+from torchspec.data.progress import batches_in_epoch, check_cursor, check_limit, check_trainer, cursor, drop_schedules, set_progress
 from torchspec.data.settings import EngineName, check_engine, check_media, check_sizes, validation_sets
 from torchspec.data.staging import CudaStage
 from torchspec.engines.engine import EngineConfig, OnPolicy
@@ -201,6 +201,11 @@ class DraftDataModule(pl.LightningDataModule):
         return self.corpus.spec(self.aux_layers)
 
     @property
+    def accumulation(self) -> int:
+        """Micro-batches of a rank in an optimizer step."""
+        return self.packs_per_step // self._trainer.world_size
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch of the trainer."""
         return -(-self._batches_limited // self._trainer.accumulate_grad_batches)
@@ -291,7 +296,8 @@ class DraftDataModule(pl.LightningDataModule):
             raise SystemExit(2)  # the rank that knows why says it
         self._loaders.clear()
         if stage == "fit":
-            trainer.accumulate_grad_batches = self.packs_per_step // trainer.world_size
+            drop_schedules(trainer)
+            trainer.accumulate_grad_batches = self.accumulation
             check_limit(trainer, batches_per_epoch=self._batches)
         for validation in self.validation_stages:
             self.corpus.validation_plan(validation, trainer.world_size)

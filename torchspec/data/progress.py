@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from torchspec.data.plan import Plan
 from torchspec.errors import UserError
@@ -37,12 +38,35 @@ def check_trainer(trainer: Any, *, packs_per_step: int) -> None:
         problem = f"contradicts data.packs_per_step={packs_per_step} on {world} ranks, which means {packs_per_step // world}"
         fix = "leave it out: data.packs_per_step alone sets the size of a step"
         raise UserError("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, problem, fix)
+    for schedule in schedules(trainer):
+        accumulation = packs_per_step // world
+        if not _agrees(schedule, accumulation):
+            plan = f"data.packs_per_step={packs_per_step} on {world} ranks, which means {accumulation}"
+            fix = "take it out: data.packs_per_step alone sets the size of a step"
+            raise UserError("trainer.callbacks", type(schedule).__name__, f"({schedule.scheduling}) contradicts {plan}", fix)
     if trainer.reload_dataloaders_every_n_epochs:
         problem = "is of no use here: the plan orders each epoch anew"
         raise UserError("trainer.reload_dataloaders_every_n_epochs", trainer.reload_dataloaders_every_n_epochs, problem, "leave it out")
     if trainer.overfit_batches:
         fix = "use trainer.limit_train_batches, or a small training file"
         raise UserError("trainer.overfit_batches", trainer.overfit_batches, "needs a loader that Lightning may rearrange", fix)
+
+
+def schedules(trainer: Any) -> list[GradientAccumulationScheduler]:
+    """Callbacks of a run that set its accumulation."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, GradientAccumulationScheduler)]
+
+
+def _agrees(schedule: GradientAccumulationScheduler, accumulation: int) -> bool:
+    """Whether it would set what the plan means, whatever the epoch; a subclass may do anything."""
+    return type(schedule) is GradientAccumulationScheduler and set(schedule.scheduling.values()) == {accumulation}
+
+
+def drop_schedules(trainer: Any) -> None:
+    """Take out those that agree with the plan (:func:`check_trainer` has refused others): Lightning's takes an accumulation that is set already for the
+    user's, and ends the run."""
+    for schedule in schedules(trainer):
+        trainer.callbacks.remove(schedule)
 
 
 def check_limit(trainer: Any, *, batches_per_epoch: int) -> None:

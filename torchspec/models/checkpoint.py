@@ -33,17 +33,18 @@ def remove(path: Path) -> None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a whole checkpoint its name. A file replaces the old one in one step; a folder cannot, so the old one steps aside first (:func:`recover`).
+    """Give a whole checkpoint its name. A file replaces a file in one step; where either is a folder the old one steps aside first (:func:`recover`).
 
     What is in it is on the disk before it has its name, and the name before this returns: a machine that loses its power keeps one of the two.
     """
     for path in [*partial.rglob("*"), partial] if partial.is_dir() else [partial]:
         _sync(path)
-    if partial.is_dir():
+    before = final.is_dir() and not final.is_symlink()
+    if before or partial.is_dir():
         previous = _aside(final)
         if previous.is_dir():
             _retire(previous, final)
-        if final.is_dir() and not final.is_symlink():
+        if before:
             final.rename(previous)
         else:
             final.unlink(missing_ok=True)
@@ -57,10 +58,15 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def _retire(previous: Path, final: Path) -> None:
-    """Remove the folder that stepped aside; what somebody put into it beside the checkpoint's own files goes to its successor."""
+    """Remove the folder that stepped aside; what somebody put into it beside the checkpoint's own files goes to its successor.
+
+    A successor that is a file has ``NAME.others`` beside it for that.
+    """
     for path in list(previous.iterdir()):
-        if path.name not in (_FOLDER_FACTS, ".metadata") and path.suffix != ".distcp" and final.is_dir() and not (final / path.name).exists():
-            path.rename(final / path.name)
+        place = final if final.is_dir() else final.with_name(f"{final.name}.others")
+        if path.name not in (_FOLDER_FACTS, ".metadata") and path.suffix != ".distcp" and not (place / path.name).exists():
+            place.mkdir(exist_ok=True)
+            path.rename(place / path.name)
     remove(previous)
 
 

@@ -73,6 +73,12 @@ class StepSums:
         return values
 
 
+def logs_now(trainer: Any) -> bool:
+    """Whether the step just done is one that is logged: every ``trainer.log_every_n_steps``-th, and none where that is 0 (Lightning's way to log none)."""
+    every = trainer.log_every_n_steps
+    return bool(every) and trainer.global_step % every == 0
+
+
 def serving_walk(accepted: list[int], turns: list[int], k: int) -> tuple[int, int, list[int]]:
     """Walk along answers as a server does, jumping over what was accepted.
 

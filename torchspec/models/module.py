@@ -22,12 +22,13 @@ from torch.optim import Optimizer
 from torchspec.batch import PackedBatch
 from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
-from torchspec.models.checkpoint import read_facts
+from torchspec.models.averages import check_averaging, settle, swa_of
+from torchspec.models.checkpoint import read_entries, read_facts
 from torchspec.models.clipping import clip
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.fp8 import Fp8
 from torchspec.models.losses import LossWeights
-from torchspec.models.metrics import StepSums
+from torchspec.models.metrics import StepSums, logs_now
 from torchspec.models.muon import mark_hidden_matrices
 from torchspec.models.parallelize import check_reduced, parallelize, sync_gradients
 from torchspec.models.recipe import recipe
@@ -144,9 +145,19 @@ class DraftModule(pl.LightningModule):
         if path is not None:
             self._check_facts(read_facts(Path(path)))
 
+    def _choose_vocabulary(self) -> None:
+        """Callbacks that prune say so before the draft is built, whoever has it built and whatever their order."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            choose = getattr(callback, "choose_vocabulary", None)
+            if choose is not None:
+                choose(self.trainer, self)
+
     def configure_model(self) -> None:
         if self.task is not None:
             return
+        self._choose_vocabulary()
+        self.setup(self.trainer.state.fn or "fit")  # the checkpoint's draft is this one
         device = self.trainer.strategy.root_device
         dtype = _DTYPES.get(self.compute_dtype) or working_dtype(torch.bfloat16, device)
         with torch.device(device):  # whatever the strategy: random weights come from the same generator
@@ -182,7 +193,9 @@ class DraftModule(pl.LightningModule):
         scheduler = None if self.lr_scheduler_callable is None else self.lr_scheduler_callable(optimizer)
         path = getattr(self.trainer, "resume_path", None)
         if path is not None:
-            check_resume(Path(path), datamodule=getattr(self.trainer, "datamodule", None), optimizer=optimizer, schedule=scheduler)
+            datamodule, averaged = getattr(self.trainer, "datamodule", None), swa_of(self.trainer) is not None
+            check_resume(Path(path), datamodule=datamodule, optimizer=optimizer, schedule=scheduler, swa=averaged)
+            check_averaging(Path(path), read_entries(Path(path)), self.trainer)
         if scheduler is None:
             return optimizer
         if isinstance(scheduler, Schedule) and scheduler.total_steps is None:
@@ -232,6 +245,11 @@ class DraftModule(pl.LightningModule):
         return output.loss * (self.trainer.world_size * self.trainer.accumulate_grad_batches)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        planned = getattr(getattr(self.trainer, "datamodule", None), "accumulation", None)
+        if planned is not None and self.trainer.accumulate_grad_batches != planned:
+            problem = f"was set by a callback while training, and data.packs_per_step means {planned}"
+            fix = "take out the callback that sets it: data.packs_per_step alone is the size of a step"
+            raise UserError("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, problem, fix)
         if self.device_mesh is not None and self.task is not None:
             last = batch_idx + 1 == self.trainer.num_training_batches  # Lightning steps there, in the middle of a step with fast_dev_run
             sync_gradients(self.task, last or (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0)
@@ -246,17 +264,26 @@ class DraftModule(pl.LightningModule):
             alpha, rows = self.trainer.strategy.reduce(self._alpha, reduce_op="sum")
             self.task.mean_alpha.copy_(alpha / rows.clamp(min=1.0))
             self._alpha = None
-        if not stepped or self._sums is None or self.trainer.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if not stepped or self._sums is None or not logs_now(self.trainer):
             return
-        values = self._sums.reduce(self.trainer.strategy).metrics(self.step_weights)
+        values = self._train_metrics(self._sums)
+        self.log_dict({f"train/{name}": value for name, value in values.items()})
+        self.log("loss", values["loss"], prog_bar=True, logger=False)
+        self.log("acceptance", values["expected_acceptance_greedy"], prog_bar=True, logger=False)
+
+    def on_train_epoch_end(self) -> None:
+        if self._sums is not None and not self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            self._train_metrics(self._sums)  # a run without logs ends too where its loss is no number
+
+    def _train_metrics(self, sums: StepSums) -> dict[str, float]:
+        """Of the steps since the last time, over all ranks. Raises UserError for a loss that is no number."""
+        values = sums.reduce(self.trainer.strategy).metrics(self.step_weights)
         self._sums = None
         if not math.isfinite(values["loss"]):  # the same on every rank
             step, other = self.trainer.global_step, "a lower learning rate" if self.matmul == "bf16" else "model.matmul: bf16"
             problem = f"at step {step} is no number, and so are the weights: training on would be in vain"
             raise UserError("train/loss", values["loss"], problem, f"go on from the last checkpoint with --ckpt_path last and {other}")
-        self.log_dict({f"train/{name}": value for name, value in values.items()})
-        self.log("loss", values["loss"], prog_bar=True, logger=False)
-        self.log("acceptance", values["expected_acceptance_greedy"], prog_bar=True, logger=False)
+        return values
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """``accepted`` [rows]: leading right steps of each supervised row, in order."""
@@ -308,6 +335,7 @@ class DraftModule(pl.LightningModule):
             checkpoint["torchspec"]["resume"] = describe(self.trainer, checkpoint)
         if self.loss.lk_lambda and self.task is not None:
             checkpoint["torchspec"]["mean_alpha"] = self.task.mean_alpha.tolist()
+        settle(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         facts = checkpoint.get("torchspec")

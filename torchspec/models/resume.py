@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.swa_utils import SWALR
 
 from torchspec.errors import UserError
 from torchspec.models.checkpoint import read_entries, shard_metadata, standing
@@ -68,7 +69,7 @@ def check_weights(checkpoint: Path, expected: Mapping[str, Tensor], *, sharding:
         raise UserError("ckpt_path", str(checkpoint), f"has missing, unknown or misshapen tensors: {shown}", "use another checkpoint")
 
 
-def check_resume(checkpoint: Path, *, datamodule: pl.LightningDataModule | None, optimizer: Optimizer, schedule: Any | None) -> None:
+def check_resume(checkpoint: Path, *, datamodule: pl.LightningDataModule | None, optimizer: Optimizer, schedule: Any | None, swa: bool = False) -> None:
     """Refuse a checkpoint from which a run cannot go on as if it had never stopped.
 
     Args:
@@ -76,6 +77,7 @@ def check_resume(checkpoint: Path, *, datamodule: pl.LightningDataModule | None,
         datamodule: of the run, if it has one.
         optimizer: of the run.
         schedule: of the run's learning rate, if it has one.
+        swa: whether the run has Lightning's StochasticWeightAveraging, which puts a schedule of its own in that one's place.
 
     Raises:
         UserError: what is missing, or which other optimizer or schedule it has.
@@ -96,7 +98,7 @@ def check_resume(checkpoint: Path, *, datamodule: pl.LightningDataModule | None,
         raise UserError("ckpt_path", str(checkpoint), problem, _WHOLE)
     assert saved is not None
     for name, ours in {"optimizer": [_kind(optimizer)], "lr_scheduler": [] if schedule is None else [_kind(schedule)]}.items():
-        if saved[name] != ours:
+        if saved[name] != ours and not (swa and name == "lr_scheduler" and saved[name] == [SWALR.__qualname__]):
             raise UserError(f"ckpt_path ({name})", ", ".join(saved[name]) or None, f"differs from this run's {', '.join(ours) or None}", _SAME)
     if sharded:
         moments = sum(key.startswith(_MOMENTS) for key in shard_metadata(standing(checkpoint)).state_dict_metadata)

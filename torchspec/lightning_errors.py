@@ -1,0 +1,85 @@
+"""Errors of Lightning, of a logger or of the command line's classes that a user can mend, as one line.
+
+What counts is who raised it: a ``raise`` of Lightning's own code, reached through nothing but Lightning, the command line and this package, is about the
+configuration. Anything that a user's own code takes part in, and any call that fails without a ``raise`` of Lightning's, keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import dis
+import importlib.util
+import re
+from types import TracebackType
+
+from torchspec.errors import UserError
+from torchspec.reasons import missing_package, reason_of
+
+_LIGHTNING = ("lightning", "lightning_utilities")
+_NO_USERS_CODE = (*_LIGHTNING, "torchspec", "jsonargparse", "torch", "contextlib", "functools", "importlib", "typing", "__main__", "wandb", "main")
+"""Packages whose frames may be on the way to an error; ``__main__`` is main.py."""
+_PACKAGES = {"comet_ml": "comet-ml", "neptune": "neptune", "tensorboard": "tensorboard", "tensorboardx": "tensorboard", "bitsandbytes": "bitsandbytes"}
+"""What to install for a module whose package has another name, or of which Lightning names several."""
+
+
+class ConfigurationRefused(UserError):
+    """What Lightning, or a package that it uses, says of the configuration.
+
+    Args:
+        said: its words.
+        fix: an imperative clause; None where the words say what to do.
+    """
+
+    def __init__(self, said: str, fix: str | None = None) -> None:
+        ValueError.__init__(self, said if fix is None else f"{said.rstrip('.')}. Fix: {fix}.")
+        self.field, self.value, self.problem, self.fix, self.shown = "trainer", None, said, fix or "", ""
+
+    def __reduce__(self) -> tuple[type[ConfigurationRefused], tuple[str, str | None]]:
+        return type(self), (self.problem, self.fix or None)
+
+
+def mendable(error: BaseException) -> ConfigurationRefused | None:
+    """The same in one line, where an error is about what the user configured; None for any other."""
+    frames = _frames(error.__traceback__)
+    if not frames or not all(_package(frame) in _NO_USERS_CODE for frame in frames):
+        return None
+    package, kind = _package(frames[-1]), type(error)
+    if kind.__module__.startswith("wandb.") and isinstance(error, Exception):
+        return ConfigurationRefused(f"W&B: {reason_of(error)}", "log in (wandb login), set WANDB_MODE=offline, or use another trainer.logger")
+    if package not in _LIGHTNING or not _raised(frames[-1]):
+        return None
+    if isinstance(error, ImportError):
+        return _missing(error)
+    if kind.__name__ == "MisconfigurationException" or kind in (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError, AttributeError):
+        return ConfigurationRefused(f"Lightning: {reason_of(error)}")
+    return None
+
+
+def _missing(error: ImportError) -> ConfigurationRefused:
+    """With the line that installs it."""
+    said = " ".join(str(error).split())
+    quoted = re.search(r"pip install (?:-U )?['\"]?([A-Za-z0-9_.-]+)", said) or re.search(r"[`'\"]([A-Za-z][A-Za-z0-9_.-]*)", said)
+    name = missing_package(error) or (quoted.group(1) if quoted is not None else None)
+    if name is None:
+        return ConfigurationRefused(f"Lightning: {said}")
+    module = name.lower().replace("-", "_")
+    package = _PACKAGES.get(module, name)
+    there = importlib.util.find_spec(module) is not None if module.isidentifier() else False
+    what = f"the package {package} is {'too old' if there else 'not installed'}"
+    return ConfigurationRefused(f"{what}, which this configuration needs", f"pip install {'-U ' if there else ''}{package}, or choose another in trainer")
+
+
+def _frames(traceback: TracebackType | None) -> list[TracebackType]:
+    found = []
+    while traceback is not None:
+        found.append(traceback)
+        traceback = traceback.tb_next
+    return found
+
+
+def _package(at: TracebackType) -> str:
+    return str(at.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def _raised(at: TracebackType) -> bool:
+    """Whether a frame ended in a ``raise`` of its own, and not in a call that failed."""
+    return dis.opname[at.tb_frame.f_code.co_code[at.tb_lasti]] == "RAISE_VARARGS"

@@ -1,0 +1,65 @@
+"""Lightning's weight averaging in checkpoints: ``state_dict`` is what was validated and is exported, and a resume finds everything again.
+
+Its ``WeightAveraging`` (and so ``EMAWeightAveraging``) puts the average into ``state_dict`` and the weights in training beside it. Two gaps are closed here:
+an average that has not begun is a copy of the weights at the start, and a checkpoint of weights alone never asks the callback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+
+from torchspec.errors import UserError
+
+_CURRENT = "current_model_state"
+"""Lightning's entry of the weights in training, where ``state_dict`` holds their average."""
+
+
+def averagers(trainer: pl.Trainer) -> list[WeightAveraging]:
+    """Lightning's averaging callbacks of a run (not its older StochasticWeightAveraging)."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
+
+
+def swa_of(trainer: pl.Trainer) -> StochasticWeightAveraging | None:
+    """Lightning's older averaging callback, if the run has it."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, StochasticWeightAveraging)), None)
+
+
+def begun(callback: WeightAveraging) -> bool:
+    """Whether anything was averaged yet."""
+    return callback._average_model is not None and int(callback._average_model.n_averaged) > 0
+
+
+def settle(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """See to it that a checkpoint's ``state_dict`` is the average once there is one, and the weights in training before. After the callbacks' own hooks."""
+    for callback in averagers(trainer):
+        if callback._average_model is None:
+            continue
+        if not begun(callback):
+            checkpoint["state_dict"] = checkpoint.get(_CURRENT, checkpoint["state_dict"])
+        elif _CURRENT not in checkpoint:  # of weights alone
+            average = callback._average_model.state_dict()
+            checkpoint["state_dict"] = {name.removeprefix("module."): value for name, value in average.items() if name.startswith("module.")}
+
+
+def check_averaging(path: Path, entries: Mapping[str, Any], trainer: pl.Trainer) -> None:
+    """Refuse to go on from averaged weights as if they were those in training.
+
+    Args:
+        path: of the checkpoint that a run resumes from.
+        entries: of the checkpoint.
+        trainer: of the run.
+
+    Raises:
+        UserError: the checkpoint holds both, and the run has no callback to take them apart.
+    """
+    if _CURRENT in entries and not averagers(trainer):
+        problem = "holds the average of weights beside the weights in training, and this run does not average"
+        fix = "add the averaging callback to trainer.callbacks again, or start a new run from the average with model.start_from"
+        raise UserError("ckpt_path", str(path), problem, fix)
