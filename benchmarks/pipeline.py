@@ -39,6 +39,7 @@ from torchspec.callbacks.vocabulary import VocabularyPruning
 from torchspec.data.datamodule import DraftDataModule
 from torchspec.engines.engine import EngineConfig
 from torchspec.models.module import DraftModule
+from torchspec.network import host_port
 from torchspec.paths import expand_all
 from torchspec.target import TargetConfig
 from torchspec.trainer import Trainer
@@ -87,7 +88,7 @@ class Watch(Clocked):
         environment = {**os.environ, RATE: str(self._rate / self._sources)}
         for number in range(self._sources):
             command = [sys.executable, str(_SOURCE), "--name", f"source-{number}"]
-            command += ["--coordinator", f"{data.endpoint.host}:{data.endpoint.port}"]
+            command += ["--coordinator", host_port(data.endpoint.host, data.endpoint.port)]
             self._processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
 
     def _now(self, trainer: pl.Trainer) -> dict[str, float]:

@@ -19,6 +19,7 @@ from typing import Any
 from torchspec.errors import GroupStopped, UserError
 from torchspec.imports import heavy_imports
 from torchspec.paths import at_home, expand_all
+from torchspec.proxies import spare_this_machine
 
 COMMANDS: dict[str, str] = {
     "export": "turn a training checkpoint into a draft directory for vLLM, speculators or SGLang",
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: words after the program's name; None takes ``sys.argv``.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    spare_this_machine()
     if not words or words[0] in {"-h", "--help"}:
         print(_overview())
         raise SystemExit(0 if words else 2)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torchspec.errors import UserError
 from torchspec.folders import check_output
+from torchspec.network import split_host_port
 from torchspec.paths import home
 from torchspec.target import Dtype, Target, TargetConfig
 
@@ -197,9 +198,7 @@ def worker(coordinator: str, name: str | None = None, device: str = "auto") -> N
 
     from torchspec.engines.worker import serve
 
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError("coordinator", coordinator, "is no HOST:PORT", "copy it from the run's output")
+    split_host_port(coordinator, field="coordinator", example="10.0.0.1:29600")
     token = os.environ.get("TORCHSPEC_TOKEN")
     if not token:
         raise UserError("TORCHSPEC_TOKEN", token, "is not set", "export the run's token")

@@ -17,6 +17,7 @@ from torchspec.custom_code import MODEL_KEYS, load_config, needs_custom_model, r
 from torchspec.errors import UserError
 from torchspec.fingerprint import of_directory, of_hub_cache
 from torchspec.paths import home
+from torchspec.proxies import through_to_hub
 from torchspec.stored import StoredTensors
 from torchspec.tokenizer import Loaded, Served, load_tokenizer
 from torchspec.transfer.spec import RecordSpec
@@ -80,7 +81,7 @@ class Target:
             raise UserError(
                 "data.target.path",
                 self.config.path,
-                f"cannot be read, as a folder or from the hub ({reason_of(error)})",
+                f"cannot be read, as a folder or from the hub{through_to_hub()} ({reason_of(error)})",
                 "check the path or id, the network, and config.json",
             ) from error
         if getattr(loaded.get_text_config(), "hidden_size", None) is None:

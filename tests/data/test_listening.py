@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 
+from torchspec import network
 from torchspec.data.group_start import listening
 from torchspec.engines.engine import EngineConfig
 from torchspec.errors import UserError
@@ -54,7 +53,7 @@ def test_addresses_that_others_do_not_reach_are_refused(ours: str, monkeypatch: 
         on(None, "192.0.2.1")
     with pytest.raises(UserError, match="cannot be resolved"):
         on("no-such-host.invalid:0")
-    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")  # as Debian's /etc/hosts has it for the own name
+    monkeypatch.setattr(network, "addresses_of", lambda name: ["127.0.1.1"])  # as Debian's /etc/hosts has it for the own name
     with pytest.raises(UserError, match=r"127\.0\.1\.1 \(node-a\), which the ranks of other hosts do not reach"):
         on(None, "node-a")
 

@@ -19,6 +19,7 @@ from torchspec.data.exact import ExactRows, Generated
 from torchspec.data.render import Renderer
 from torchspec.engines.engine import Generator, Sampling
 from torchspec.errors import UserError
+from torchspec.proxies import around, opener, through
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
 """HTTP codes after which the same request may succeed."""
@@ -118,11 +119,13 @@ class ServerAnswerer:
     def __init__(self, url: str, *, model: str, concurrency: int, retries: int = 5, timeout: float = 600.0, extra: Mapping[str, Any] | None = None) -> None:
         self._url, self._model, self._concurrency = url.rstrip("/"), model, concurrency
         self._retries, self._timeout, self._extra = retries, timeout, dict(extra or {})
-        self._stopped = threading.Event()
+        self._stopped, self._opener = threading.Event(), opener(url)
         try:
             served = [str(entry.get("id")) for entry in self._send("/models", None, timeout=20.0).get("data", [])]
         except (OSError, ValueError, http.client.HTTPException, TypeError, AttributeError, RecursionError) as error:
-            raise UserError("server", url, f"does not answer ({_said(error)})", "start it, or mend the address (it ends with /v1)") from error
+            raise UserError(
+                "server", url, f"does not answer{through(url)} ({_said(error)})", f"start it, or mend the address (it ends with /v1){around(url)}"
+            ) from error
         if model not in served:
             raise UserError("target", model, f"is not served by {url} (it has {', '.join(served) or 'nothing'})", "give the name that the server uses")
 
@@ -165,7 +168,7 @@ class ServerAnswerer:
                 passing, problem, wait = isinstance(error, OSError | http.client.HTTPException), _said(error), 0.0
             attempt += 1
             if not passing or attempt > self._retries or self._stopped.is_set():
-                return Reply(index, None, problem=f"the server gave no answer after {attempt} attempts ({problem})")
+                return Reply(index, None, problem=f"the server gave no answer{through(self._url)} after {attempt} attempts ({problem})")
             self._stopped.wait(min(max(wait, 0.5 * 2**attempt * random.uniform(0.5, 1.0)), _LONGEST_WAIT))
 
     def _send(self, path: str, body: dict[str, Any] | None, *, timeout: float) -> dict[str, Any]:
@@ -173,7 +176,7 @@ class ServerAnswerer:
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(self._url + path, None if body is None else json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        with self._opener.open(request, timeout=timeout) as response:
             answered = json.loads(response.read())
         if not isinstance(answered, dict):
             raise ValueError("the answer is no JSON object")

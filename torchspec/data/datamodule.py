@@ -33,6 +33,7 @@ from torchspec.data.settings import EngineName, check_engine, check_media, check
 from torchspec.data.staging import CudaStage
 from torchspec.engines.engine import EngineConfig, OnPolicy
 from torchspec.errors import UserError
+from torchspec.network import host_port
 from torchspec.ranks import told_to_end
 from torchspec.target import Target, TargetConfig
 from torchspec.transfer.record import Record, RecordSpec
@@ -285,7 +286,7 @@ class DraftDataModule(pl.LightningDataModule):
         self.endpoint = self.group.start()
         if self.engines.workers == 0:
             rank_zero_info(
-                f"no workers of our own (data.engines.workers: 0); start some: main.py worker --coordinator {self.endpoint.host}:{self.endpoint.port}"
+                f"no workers of our own (data.engines.workers: 0); start some: main.py worker --coordinator {host_port(self.endpoint.host, self.endpoint.port)}"
             )
 
     def setup(self, stage: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import xxhash
 
 from torchspec.errors import UserError
+from torchspec.proxies import through_to_hub
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 Given = str | Sequence[str] | Mapping[str, float]
@@ -118,7 +119,7 @@ def _load_hub(name: str, config_key: str) -> Any:
         raise UserError(
             config_key,
             name,
-            f"is no local file or folder, and no hub dataset that loads ({reason})",
+            f"is no local file or folder, and no hub dataset that loads{through_to_hub()} ({reason})",
             "check the path or the id (org/name:split), and the network",
         ) from error
 

@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from torchspec.engines.messages import MAX_FRAME, Message
+from torchspec.network import host_port
 
 _HEAD = struct.Struct("<II")
 SILENCE = 60.0
@@ -131,7 +132,7 @@ class Connection:
         try:
             self._socket = socket.create_connection(address, timeout=timeout)
         except OSError as error:
-            raise Closed(f"no connection to the coordinator at {address[0]}:{address[1]} ({error})") from error
+            raise Closed(f"no connection to the coordinator at {host_port(*address)} ({error})") from error
         self._socket.settimeout(None)
         notice_a_dead_host(self._socket)
         self._framer = Framer(expected)

@@ -27,6 +27,7 @@ from torchspec.engines.exchange import Exchange
 from torchspec.engines.ledger import Ledger
 from torchspec.engines.messages import ANSWERER
 from torchspec.engines.supervisor import Supervisor, WorkerProcess
+from torchspec.network import host_port
 from torchspec.transfer import StoreConfig, make_server
 from torchspec.transfer.spec import RecordSpec
 from torchspec.transfer.store import StoreServer
@@ -86,10 +87,10 @@ class Coordinator:
         try:
             server = await loop.create_server(self.exchange.connect, self.config["listen_host"], self.config["listen_port"])
         except OSError as error:
-            self.stop(f"cannot listen on {self.config['listen_host']}:{self.config['listen_port']} ({error.strerror})")
+            self.stop(f"cannot listen on {host_port(self.config['listen_host'], self.config['listen_port'])} ({error.strerror})")
             return 1
         port = server.sockets[0].getsockname()[1]
-        log.info("listening on %s:%d", self.config["listen_host"], port)
+        log.info("listening on %s", host_port(self.config["listen_host"], port))
         self._say({"port": port, "pid": os.getpid()})
         ticking = asyncio.create_task(self._ticks())
         try:

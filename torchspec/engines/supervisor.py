@@ -16,6 +16,7 @@ from pathlib import Path
 import torchspec
 from torchspec.engines.client import Endpoint
 from torchspec.engines.greeting import WORD_VARIABLE
+from torchspec.network import host_port
 from torchspec.processes import kill_group
 
 log = logging.getLogger("torchspec.supervisor")
@@ -52,7 +53,7 @@ class WorkerProcess:
         on_cpu = self.device == "cpu"
         environment["CUDA_VISIBLE_DEVICES"] = "" if on_cpu else self.device
         module = [sys.executable, "-m", "torchspec.engines.worker"]
-        options = ["--coordinator", f"{endpoint.host}:{endpoint.port}", "--name", self.name, "--device", "cpu" if on_cpu else "cuda:0"]
+        options = ["--coordinator", host_port(endpoint.host, endpoint.port), "--name", self.name, "--device", "cpu" if on_cpu else "cuda:0"]
         with self.log_file.open("ab") as output:
             self.process = subprocess.Popen(
                 [*module, *options], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True

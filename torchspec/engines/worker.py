@@ -25,6 +25,7 @@ from torchspec.engines.messages import ANSWERER, Answered, Beat, Cancel, Failed,
 from torchspec.engines.parent import die_with
 from torchspec.errors import UserError
 from torchspec.imports import heavy_imports
+from torchspec.network import host_port, split_host_port
 from torchspec.target import TargetConfig
 from torchspec.transfer.spec import RecordSpec
 
@@ -72,7 +73,7 @@ def work(host: str, port: int, *, token: str, name: str, device: str, word: str 
     try:
         welcome = greet(connection, token=token, role="worker", name=name, word=word)
     except Refused as error:
-        raise UserError("coordinator", f"{host}:{port}", str(error), "check address and token, and look at its log") from error
+        raise UserError("coordinator", host_port(host, port), str(error), "check address and token, and look at its log") from error
     plain = welcome.job
     job = Job(
         target=TargetConfig(**plain["target"]),
@@ -176,10 +177,10 @@ def serve(coordinator: str, *, token: str, name: str, device: str, word: str = "
         token, name, device, word: as of :func:`work`.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    host, _, port = coordinator.rpartition(":")
     code = 0
     try:
-        work(host, int(port), token=token, name=name, device=device, word=word)
+        host, port = split_host_port(coordinator, field="coordinator")
+        work(host, port, token=token, name=name, device=device, word=word)
     except Closed as error:
         log.error("%s", UserError("coordinator", coordinator, f"is gone ({error})", "start the run first, then its workers"))
         code = 2

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchspec.errors import UserError
 from torchspec.files import dumps
 from torchspec.paths import home
+from torchspec.proxies import through_to_hub
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = "pytorch_model.bin"
@@ -74,7 +75,7 @@ def locate_draft(source: str, *, revision: str | None = None) -> tuple[Path, Pat
         return Path(snapshot_download(source, revision=revision, allow_patterns=["config.json", "*.safetensors", INDEX, _PICKLED])), None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError("draft", source, f"cannot be fetched ({reason})", "check the hub id and the network, or give a directory") from error
+        raise UserError("draft", source, f"cannot be fetched{through_to_hub()} ({reason})", "check the hub id and the network, or give a directory") from error
 
 
 def read_description(folder: Path) -> dict[str, Any]:

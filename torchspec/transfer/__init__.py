@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchspec.errors import UserError
+from torchspec.network import bare, is_loopback
 from torchspec.transfer.sizes import parse_bytes, show_bytes
 from torchspec.transfer.store import Address, Store, StoreConfig, StoreError, StoreServer
 
@@ -79,13 +80,13 @@ def make_server(
     Raises:
         UserError: the kind cannot work here.
     """
-    kind, reason = _choose(config)
-    host = config.host or expected_host or "127.0.0.1"
+    host = bare(config.host or expected_host or "127.0.0.1")
+    kind, reason = _choose(config, host)
     if kind == "mooncake":
         from torchspec.transfer.mooncake_server import MooncakeServer
 
         return MooncakeServer(config, run=run, budget=budget, largest=largest, reason=reason, host=host, log_dir=log_dir)
-    if host != "localhost" and not host.startswith("127."):
+    if not is_loopback(host):
         problem = f"gives shared memory ({reason}), which serves one host, but others are to reach {host}"
         raise UserError("store.kind", config.kind, problem, "install Mooncake: make setup")
     from torchspec.transfer.shm_server import ShmServer
@@ -107,7 +108,7 @@ def selfcheck(config: StoreConfig) -> StoreFacts:
     return probe.selfcheck(config)
 
 
-def _choose(config: StoreConfig) -> tuple[str, str]:
+def _choose(config: StoreConfig, host: str) -> tuple[str, str]:
     """Backend and the reason for it."""
     if config.kind == "shm":
         return "shm", "store.kind is shm"
@@ -116,7 +117,7 @@ def _choose(config: StoreConfig) -> tuple[str, str]:
     from torchspec.transfer.mooncake import load
 
     try:
-        load()
+        load(host)
     except UserError as error:
         if config.kind == "mooncake" or config.master is not None:
             raise

@@ -77,14 +77,19 @@ _CODES = {
 _MISSING, _FULL, _UNREACHABLE = {-703, -704}, {-200}, {-101, -800, -900, -901}
 
 
-def load() -> ModuleType:
+def load(host: str = "") -> ModuleType:
     """Import ``mooncake.store`` (no torch comes with it), quietly.
+
+    Args:
+        host: address that this process will use: with an IPv6 one Mooncake must know before its first import, or its TCP uses IPv4 alone.
 
     Raises:
         UserError: the wheel or a system library is missing; the fix is the line that installs it.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    if ":" in host:
+        os.environ.setdefault("MC_USE_IPV6", "1")
     try:
         import mooncake.store
     except ModuleNotFoundError as error:
@@ -123,7 +128,7 @@ def connect(*, host: str, master: str, metadata: str, protocol: str, rdma_device
     Raises:
         StoreError: ``unreachable``: the master does not answer.
     """
-    module = load()
+    module = load(host)
     check_rdma(protocol)
     try:
         with socket.create_connection(split_host_port(master, field="store.master"), timeout=5):
@@ -155,14 +160,14 @@ class MooncakeStore:
         self._buffers: list[Tensor] = []
         self._registered: list[tuple[int, int]] = []  # [start, end) addresses
         self._stage: Tensor | None = None
-        module = load()
-        self._pinned = module.ReplicateConfig()
-        self._pinned.with_hard_pin = True  # never evicted: a full store says so instead
         master_host, master_port = split_host_port(address["master"], field="store.master")
         try:
             host = route_to(master_host, master_port)
         except OSError as error:
             raise StoreError("unreachable", "", f"Mooncake master {address['master']}: {error}") from error
+        module = load(host)
+        self._pinned = module.ReplicateConfig()
+        self._pinned.with_hard_pin = True  # never evicted: a full store says so instead
         self._connect = functools.partial(
             connect, host=host, master=address["master"], metadata=address["metadata"], protocol=address["protocol"], rdma_devices=address["rdma_devices"]
         )

@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from typing import IO, Any
 
 import torchspec
 from torchspec.errors import UserError
+from torchspec.network import addresses_of
 from torchspec.transfer import mooncake
 from torchspec.transfer.segment import START_SECONDS, SegmentJob
 from torchspec.transfer.store import Address, StoreConfig
@@ -102,7 +102,7 @@ class MooncakeServer:
         if config.master is not None:
             mooncake.split_host_port(config.master, field="store.master")
         try:
-            host = socket.gethostbyname(self._host)
+            host = addresses_of(self._host)[0]
         except OSError as error:
             raise UserError("store.host", self._host, f"cannot be resolved ({error})", "give an IP address of this machine") from error
         job = SegmentJob(

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from torchspec.errors import UserError
+from torchspec.network import free_port, host_port
 from torchspec.transfer import mooncake
 
 START_SECONDS = 30.0
@@ -66,11 +67,11 @@ def main() -> NoReturn:
     master: subprocess.Popen[bytes] | None = None
     clients: list[Any] = []
     try:
-        mooncake.load()
+        mooncake.load(job.host)
         address = job.master
         if address is None:
             master, port = start_master(job.host)
-            address = f"{job.host}:{port}"
+            address = host_port(job.host, port)
         for _ in range(job.parts):
             clients.append(
                 mooncake.connect(host=job.host, master=address, metadata=job.metadata, protocol=job.protocol, rdma_devices=job.rdma_devices, segment=job.nbytes)
@@ -118,13 +119,6 @@ def _watch(master: subprocess.Popen[bytes] | None, address: str, wake: int) -> i
         if master is not None and master.poll() is not None:
             print(f"master exited with code {master.returncode}", file=sys.stderr)
             return 1
-
-
-def free_port(host: str) -> int:
-    """A TCP port nobody listens on now; somebody may take it before it is used."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 def start_master(host: str, *, pick_port: Callable[[str], int] = free_port, abandon_seconds: int = 30) -> tuple[subprocess.Popen[bytes], int]:

@@ -17,7 +17,8 @@ from torchspec.engines.engine import Sampling
 from torchspec.engines.vllm.capture import CapturingEngine
 from torchspec.engines.vllm.options import answer_values
 from torchspec.errors import UserError
-from torchspec.network import route_to
+from torchspec.network import bare, route_to
+from torchspec.proxies import around, proxy_of, through
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -53,11 +54,11 @@ class RemoteVLLMEngine(CapturingEngine):
         self.token = os.environ.get(TOKEN_VARIABLE, "")
         if not self.token:
             raise UserError(TOKEN_VARIABLE, None, "is not set", "export the secret that the server was started with (its TORCHSPEC_TOKEN)")
-        self.report_host = str(arguments.get("report_host") or route_to(parts.hostname, parts.port or 80))
+        self.report_host = bare(str(arguments.get("report_host") or "")) or str(route_to(parts.hostname, parts.port or 80))
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)  # the server closes after 5
-        self._client = httpx.AsyncClient(base_url=url, timeout=_ANSWERS, limits=limits, headers=headers)
+        self._client = httpx.AsyncClient(base_url=url, timeout=_ANSWERS, limits=limits, headers=headers, **_way(url))
         model, version = self._facts(url, headers)
         self._model = str(model["id"])
         self.max_tokens = min(self.max_tokens, int(model.get("max_model_len") or self.max_tokens))
@@ -76,12 +77,17 @@ class RemoteVLLMEngine(CapturingEngine):
         deadline = time.monotonic() + self.job.config.start_timeout / 2
         while True:
             try:
-                with httpx.Client(base_url=url, timeout=10.0, headers=headers) as client:
+                with httpx.Client(base_url=url, timeout=10.0, headers=headers, **_way(url)) as client:
                     models = client.get("/v1/models").raise_for_status().json()["data"]
                     return models[0], str(client.get("/version").raise_for_status().json()["version"])
             except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
                 if time.monotonic() > deadline or (isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403)):
-                    raise UserError("data.engines.engine_args.url", url, f"does not answer as vLLM does ({error})", "start it: main.py vllm_command") from error
+                    raise UserError(
+                        "data.engines.engine_args.url",
+                        url,
+                        f"does not answer as vLLM does{through(url)} ({error})",
+                        f"start it: main.py vllm_command{around(url)}",
+                    ) from error
                 time.sleep(2.0)
 
     async def ask(self, ids: list[int], pictures: list[Picture], parameters: dict[str, Any], key: str, sampling: Sampling) -> dict[str, Any] | None:
@@ -106,7 +112,7 @@ class RemoteVLLMEngine(CapturingEngine):
                 reason = f"answers {answer.status_code}: {answer.text[:200]}"
             if last:
                 self._lost = True
-                raise ConnectionError(f"the server at {self._client.base_url} is gone ({reason})")
+                raise ConnectionError(f"the server at {self._client.base_url} is gone{through(str(self._client.base_url))} ({reason})")
             await asyncio.sleep(1.0)
         if answer.status_code != 200:
             raise BadAnswer(f"the server answered {answer.status_code}: {answer.text[:300]}")
@@ -132,3 +138,12 @@ class RemoteVLLMEngine(CapturingEngine):
         client, self._client = self._client, None
         if client is not None and self._thread.is_alive():
             asyncio.run_coroutine_threadsafe(client.aclose(), self._loop).result(5.0)
+
+
+def _way(url: str) -> dict[str, Any]:
+    """Options of an httpx client: the proxy by our rule, certificates as the environment says."""
+    import httpx
+
+    proxy = proxy_of(url)
+    certificates = {"verify": httpx.create_ssl_context()} if url.startswith("https:") else {}
+    return {"trust_env": False, "proxy": None if proxy is None else proxy.address, **certificates}

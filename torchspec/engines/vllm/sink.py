@@ -26,6 +26,7 @@ from torchspec.engines.messages import Challenge, Stop
 from torchspec.engines.record_writer import one_line, put_when_room, quick_handoffs, room_deadline
 from torchspec.engines.vllm.cache import HiddenStateCache
 from torchspec.engines.vllm.orders import REPORTER, Destination, Introduce, Wrote
+from torchspec.network import host_port
 from torchspec.transfer import open_store
 from torchspec.transfer.record import seal, views
 from torchspec.transfer.store import Store
@@ -283,7 +284,7 @@ def introduced(address: tuple[str, int], token: str) -> Connection:
     try:
         asked = reports.receive(_ANSWERS)
         if not isinstance(asked, Challenge):
-            raise Closed(f"{address[0]}:{address[1]} does not take reports")
+            raise Closed(f"{host_port(*address)} does not take reports")
         reports.send(Introduce(proof=prove(token, asked.nonce, REPORTER, REPORTER)))
     except (Closed, BadFrame) as error:
         reports.close()
