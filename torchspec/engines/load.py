@@ -109,9 +109,9 @@ def _whole_blocks() -> Iterator[None]:
     own = Fp8Dequantize._dequantize_one
 
     def dequantize_one(self: Any, quantized: Tensor, scales: Tensor, output_dtype: torch.dtype | None = None) -> Tensor:
-        block = getattr(self.hf_quantizer.quantization_config, "weight_block_size", None)
+        block: list[int] = list(getattr(self.hf_quantizer.quantization_config, "weight_block_size", None) or [])
         rows, columns = quantized.shape[-2:]
-        cut = block is not None and quantized.ndim == 2 and tuple(scales.shape) == (-(-rows // block[0]), -(-columns // block[1]))
+        cut = bool(block) and quantized.ndim == 2 and tuple(scales.shape) == (-(-rows // block[0]), -(-columns // block[1]))
         if not cut or quantized.dtype == torch.int8 or not (rows % block[0] or columns % block[1]):
             whole: Tensor = own(self, quantized, scales, output_dtype)
             return whole

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from torchspec.errors import UserError
-from torchspec.models.rope_parameters import check_rope, rope_of
+from torchspec.models.draft_defaults import default_rope, default_width, whole
+from torchspec.models.rope_parameters import check_rope
 from torchspec.paths import home
 from torchspec.target import Target
 
@@ -148,14 +149,14 @@ class DraftConfig:
             aux_layers: from ``Target.aux_layers``.
             changes: fields to set otherwise.
         """
-        config = target.hf_config
+        config = whole(target.hf_config)
         heads = int(config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         if not changes.get("qk_norm"):  # a target such as GLM-4.5 has 96 heads of a hidden size that 96 does not divide
             heads = _dividing(heads, of=int(changes.get("hidden_size", target.hidden_size)), by=kv_heads)
         described: dict[str, Any] = {
             "hidden_size": target.hidden_size,
-            "intermediate_size": int(getattr(config, "intermediate_size", None) or 4 * target.hidden_size),
+            "intermediate_size": default_width(config, hidden_size=target.hidden_size)[0],
             "num_heads": heads,
             "num_kv_heads": kv_heads,
             "head_dim": int(getattr(config, "head_dim", None) or target.hidden_size // int(config.num_attention_heads)),
@@ -163,8 +164,8 @@ class DraftConfig:
             "draft_vocab_size": target.vocab_size,
             "target_hidden_size": target.hidden_size,
             "aux_layers": tuple(aux_layers),
-            "rope_parameters": changes["rope_parameters"] if "rope_parameters" in changes else rope_of(config),
-            "max_position_embeddings": int(config.max_position_embeddings),
+            "rope_parameters": changes["rope_parameters"] if "rope_parameters" in changes else default_rope(config)[0],
+            "max_position_embeddings": _positions(config),
             "rms_norm_eps": float(getattr(config, "rms_norm_eps", None) or 1e-6),
         }
         mla = changes.get("mla", LatentSizes.of(config))
@@ -211,6 +212,12 @@ class DraftConfig:
 
 
 _ALIASES = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads", "num_hidden_layers": "num_layers"}
+
+
+def _positions(config: Any) -> int:
+    """Longest text of the target by any name; without one (ALiBi, recurrence) what drafts are served with at most."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
+    return next((int(value) for name in names if (value := getattr(config, name, None))), 131072)
 
 
 def _dividing(heads: int, *, of: int, by: int) -> int:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -26,6 +27,7 @@ from torchspec.models.averages import check_averaging, settle, swa_of
 from torchspec.models.checkpoint import read_entries, read_facts
 from torchspec.models.clipping import clip
 from torchspec.models.draft_config import DraftConfig
+from torchspec.models.draft_defaults import notes
 from torchspec.models.fp8 import Fp8
 from torchspec.models.losses import LossWeights
 from torchspec.models.metrics import StepSums, logs_now
@@ -160,9 +162,13 @@ class DraftModule(pl.LightningModule):
         self.setup(self.trainer.state.fn or "fit")  # the checkpoint's draft is this one
         device = self.trainer.strategy.root_device
         dtype = _DTYPES.get(self.compute_dtype) or working_dtype(torch.bfloat16, device)
+        config = self.draft_config
+        if self.start is None:
+            for line in notes(self.target, rope_parameters=config.rope_parameters, intermediate_size=config.intermediate_size):
+                rank_zero_info(line)
         with torch.device(device):  # whatever the strategy: random weights come from the same generator
             self.task = DraftTask.build(
-                self.draft_config,
+                config,
                 target=self.target,
                 vocabulary=self.vocabulary,
                 step_weights=self.step_weights,

@@ -27,6 +27,28 @@ _NOTHING = (("partial_rotary_factor", 1.0),)
 """Fields whose value says nothing."""
 
 
+def base_and_kind(config: Any) -> tuple[float | None, str]:
+    """Base and kind of a Transformers configuration's RoPE, wherever the version keeps them; a base of None where there is none."""
+    parameters = _written(config)
+    kind = parameters.get("type") or parameters.get("rope_type") or "default"
+    kind = "default" if kind == "mrope" else kind  # of text alone, every axis has the same position
+    base = parameters.get("rope_theta")
+    return None if base is None else float(base), kind
+
+
+def _written(config: Any) -> dict[str, Any]:
+    """What a configuration says, with the base among it."""
+    parameters = dict(getattr(config, "rope_parameters", None) or {})
+    if parameters and "rope_theta" not in parameters and all(isinstance(value, dict) for value in parameters.values()):
+        # one entry a layer type (Gemma-3): the draft attends to everything, as full-attention layers do
+        parameters = dict(parameters.get("full_attention") or next(iter(parameters.values())))
+    if not parameters:
+        parameters = dict(getattr(config, "rope_scaling", None) or {})
+    if parameters.get("rope_theta") is None:
+        parameters["rope_theta"] = getattr(config, "rope_theta", None)
+    return parameters
+
+
 def rope_of(config: Any, *, exact: bool = False) -> dict[str, Any]:
     """RoPE of a Transformers configuration, in the form of version 5, wherever the version keeps it.
 
@@ -37,20 +59,13 @@ def rope_of(config: Any, *, exact: bool = False) -> dict[str, Any]:
     Raises:
         UserError: when no base is found, or the draft cannot have the target's kind (longrope).
     """
-    parameters = dict(getattr(config, "rope_parameters", None) or {})
-    if parameters and "rope_theta" not in parameters and all(isinstance(value, dict) for value in parameters.values()):
-        # one entry a layer type (Gemma-3): the draft attends to everything, as full-attention layers do
-        parameters = dict(parameters.get("full_attention") or next(iter(parameters.values())))
-    if not parameters:
-        parameters = dict(getattr(config, "rope_scaling", None) or {})
-    if parameters.get("rope_theta") is None:
-        parameters["rope_theta"] = getattr(config, "rope_theta", None)
-    if parameters["rope_theta"] is None:
+    parameters = _written(config)
+    base, kind = base_and_kind(config)
+    if base is None:
         raise UserError(
             "data.target.path", getattr(config, "_name_or_path", ""), "has a configuration without a RoPE base", "give rope_parameters in model.draft"
         )
-    kind = parameters.pop("type", None) or parameters.get("rope_type") or "default"
-    kind = "default" if kind == "mrope" else kind  # of text alone, every axis has the same position
+    parameters.pop("type", None)
     if kind not in KINDS:
         raise UserError(
             "data.target.path",
@@ -63,7 +78,7 @@ def rope_of(config: Any, *, exact: bool = False) -> dict[str, Any]:
     if exact and left:
         raise UserError("draft", getattr(config, "_name_or_path", ""), f"has RoPE with {', '.join(sorted(left))}", "such a draft cannot be trained here")
     kept = {name: parameters[name] for name in sorted(required | optional) if parameters.get(name) is not None}
-    return {"rope_type": kind, "rope_theta": float(parameters["rope_theta"]), **kept}
+    return {"rope_type": kind, "rope_theta": base, **kept}
 
 
 def check_rope(parameters: dict[str, Any], *, latent: bool) -> None:
