@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,8 @@ def measure(
     facts = Target(TargetConfig(target, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code))
     try:
         facts.dtype  # noqa: B018 - reads the target's configuration
-        requests, skipped = read_requests(prompts, facts, limit=limit, messages_key=messages_key, template_args=template_args)
+        written = [Path(output).expanduser()] if output else []
+        requests, skipped = read_requests(prompts, facts, limit=limit, messages_key=messages_key, template_args=template_args, written=written)
     except UserError as error:
         if error.field.startswith("data.target."):  # the key of a training config; here it is an option of its own
             raise UserError(error.field.removeprefix("data.").removesuffix(".path"), error.value, error.problem, error.fix) from error
@@ -191,40 +192,51 @@ def _served_dtype(target: Target) -> Any:
 
 
 def read_requests(
-    prompts: str, target: Target, *, limit: int | None, messages_key: str | None = None, template_args: Mapping[str, Any] | None = None
+    prompts: str,
+    target: Target,
+    *,
+    limit: int | None,
+    messages_key: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
+    written: Sequence[Path] = (),
 ) -> tuple[list[list[int]], int]:
     """Token ids of each request, and how many rows had none; ``messages_key`` and ``template_args`` as those of training's data.
+
+    What of the rows is not used, and files of a folder that are not read, are said; ``written`` are outputs, which are no input.
 
     Raises:
         UserError: no such file, no usable row, or a target without a chat template.
     """
     from torchspec.data.conversations import RowError, parse
     from torchspec.data.render import Renderer
-    from torchspec.data.sources import find_sources, read_rows
+    from torchspec.data.sources import find_sources, read_rows, warn
+    from torchspec.data.unused import Unused
 
-    sources = find_sources(prompts, config_key="prompts")
+    sources, unused = find_sources(prompts, config_key="prompts", written=written), Unused()
     renderer = Renderer(target.tokenizer(), name=target.config.path, variables=template_args)
     requests: list[list[int]] = []
     bad, reason = 0, "it is empty"
-    for source in sources:
-        for text, place in read_rows(source, config_key="prompts"):
-            try:
-                row = parse(text, messages_key=messages_key, need_answer=False)
-                if row.input_ids is not None:
-                    first = (row.loss_mask or []).index(1) if 1 in (row.loss_mask or []) else len(row.input_ids)
-                    found = [row.input_ids[:first]] if first else []
-                else:
-                    answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
-                    found = [renderer.prompt(row, i) for i in answers or [len(row.messages)]]
-            except RowError as error:
-                bad, reason = bad + 1, f"{source.name}:{place} {error}"
-                continue
-            requests += found
-            if limit is not None and len(requests) >= limit:
-                return requests[:limit], bad
+    for source, text, place in ((one, *row) for one in sources for row in read_rows(one, config_key="prompts")):
+        try:
+            row = parse(text, messages_key=messages_key, need_answer=False)
+            unused.add(source.given, row.unused)
+            if row.input_ids is not None:
+                first = (row.loss_mask or []).index(1) if 1 in (row.loss_mask or []) else len(row.input_ids)
+                found = [row.input_ids[:first]] if first else []
+            else:
+                answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+                found = [renderer.prompt(row, i) for i in answers or [len(row.messages)]]
+        except RowError as error:
+            bad, reason = bad + 1, f"{source.name}:{place} {error}"
+            continue
+        requests += found
+        if limit is not None and len(requests) >= limit:
+            break
+    for line in unused.lines("prompts"):
+        warn(line)
     if not requests:
         raise UserError("prompts", prompts, f"holds no usable prompt ({reason})", 'give rows with "conversations", "messages" or "prompt"')
-    return requests, bad
+    return requests[:limit], bad
 
 
 def _cuda() -> bool:

@@ -54,7 +54,7 @@ def show_data(
     page = None if html is None else output_file(html, field="html", ours=is_page, what="page")
     options = DataOptions(max_length, messages_key=messages_key, supervise=supervise, media=media, template_args=template_args or {})
     found = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
-    rows = shown_rows(found, input, options=options, skip=skip, limit=limit)
+    rows = shown_rows(found, input, options=options, skip=skip, limit=limit, written=[] if page is None else [page])
     print(terminal(rows, color=color == "always" or (color == "auto" and sys.stdout.isatty())))
     if page is not None:
         write_page(page, rows, target=target)

@@ -101,9 +101,9 @@ def test_a_generated_answer_is_its_message_whichever_rows_came_before(name: str)
             if message["role"] == "assistant" and (shown := renderer(name).shown(upto)) is not None:
                 asked.append((upto, generated(name, shown)))
     first, last = ExactRows(renderer(name)), ExactRows(renderer(name))
-    answers = [first.message(one.messages[:-1], one.tools, ids, cut=False) for one, ids in asked]
-    assert answers == [last.message(one.messages[:-1], one.tools, ids, cut=False) for one, ids in reversed(asked)][::-1]
-    assert answers == [ExactRows(renderer(name)).message(one.messages[:-1], one.tools, ids, cut=False) for one, ids in asked]
+    answers = [first.message(Conversation(one.messages[:-1], one.tools), ids, cut=False) for one, ids in asked]
+    assert answers == [last.message(Conversation(one.messages[:-1], one.tools), ids, cut=False) for one, ids in reversed(asked)][::-1]
+    assert answers == [ExactRows(renderer(name)).message(Conversation(one.messages[:-1], one.tools), ids, cut=False) for one, ids in asked]
     for (one, ids), answer in zip(asked, answers, strict=True):
         given, text = one.messages[-1], tokenizer(name).decode(ids)
         if given.get("tool_calls") and any(call["function"]["name"] in text or call["id"] in text for call in given["tool_calls"]):

@@ -171,7 +171,7 @@ def test_what_is_wrong_with_a_row(text: str, said: str) -> None:
 
 @pytest.mark.parametrize("chunk", [3, 16, 1 << 20])
 def test_an_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr("torchspec.data.sources._CHUNK", chunk)
+    monkeypatch.setattr("torchspec.data.rows._CHUNK", chunk)
     rows = [{"id": i, "messages": [{"role": "user", "content": 'émigré 🦜 ] , [ \\ " ' * i}]} for i in range(20)]
     path = tmp_path / "a.json"
     path.write_text("\ufeff \n" + json.dumps(rows, indent=1, ensure_ascii=chunk == 3), encoding="utf-8")

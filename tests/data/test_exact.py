@@ -158,14 +158,14 @@ def test_a_call_is_no_words_whatever_came_before(name: str) -> None:
         for thought in (None, "we look"):
             shown = renderer(name).shown(Conversation((*messages, answer("", thought, call=True)), TOOLS))
             if shown is not None:
-                assert ExactRows(renderer(name)).message(messages, TOOLS, generated(name, shown), cut=False) is None, what
+                assert ExactRows(renderer(name)).message(Conversation(messages, TOOLS), generated(name, shown), cut=False) is None, what
 
 
 def test_a_row_without_shapes_leaves_the_next_ones_theirs() -> None:
     rows, said = ExactRows(renderer("phi-3")), generated("phi-3", renderer("phi-3").shown(WHAT["thinking"]) or "")
     picture = {"role": "user", "content": [{"type": "image"}]}
-    assert rows.message((picture,), None, said, cut=False) is None  # the template takes text alone
-    assert rows.message((user("one"),), None, said, cut=False) == WHAT["thinking"].messages[1]
+    assert rows.message(Conversation((picture,)), said, cut=False) is None  # the template takes text alone
+    assert rows.message(Conversation((user("one"),)), said, cut=False) == WHAT["thinking"].messages[1]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "glm-4.5", "deepseek-v3", "gpt-oss"])
@@ -177,5 +177,5 @@ def test_thinking_that_ends_in_another_way_is_thinking_still(name: str) -> None:
     close = "" if name == "gpt-oss" else "</think>"
     for after, words in (("", ""), ("\n", ""), (" so it is", "so it is")):
         ids = tokenizer(name)(opened + close + after + end, add_special_tokens=False)["input_ids"]
-        message = ExactRows(renderer(name)).message((user("one"),), None, ids, cut=False)
+        message = ExactRows(renderer(name)).message(Conversation((user("one"),)), ids, cut=False)
         assert message is not None and (message["content"].strip(), message["reasoning_content"]) == (words, "hm"), after

@@ -87,7 +87,7 @@ class EngineAnswerer:
             if not self._renderer.text_of(given.ids).strip():
                 yield Reply(index, None, tokens=len(given.ids), problem=f"got an empty answer to message {len(conversation.messages) - 1}")
                 continue
-            message = self._rows.message(conversation.messages, conversation.tools, given.ids, cut=given.finish == "length")
+            message = self._rows.message(conversation, given.ids, cut=given.finish == "length")
             yield Reply(
                 index,
                 message or {"role": "assistant", "content": self._renderer.decode(given.ids)},
@@ -157,6 +157,8 @@ class ServerAnswerer:
             **({"tools": conversation.tools} if conversation.tools else {}),
             **self._extra,
         }
+        if conversation.template_args:
+            body["chat_template_kwargs"] = {**self._extra.get("chat_template_kwargs", {}), **conversation.template_args}
         attempt = 0
         while True:
             try:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from torchspec.data.dataset import Summary
 from torchspec.data.sources import Source, read_rows
 from torchspec.data.tokenise import ImageRow, Tokenise
+from torchspec.data.unused import Unused
 from torchspec.errors import UserError
 from torchspec.transfer.keys import key_of
 
@@ -47,6 +48,8 @@ class Progress:
     digests: list[str] = field(default_factory=list)
     """XXH3 of the tokens and masks of each shard."""
     ends: list[int] = field(default_factory=list)
+    unused: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Rows by source and by key that nothing was read from."""
 
     @classmethod
     def read(cls, folder: Path) -> Progress:
@@ -159,6 +162,7 @@ def _map(rows: Any, tokenise: Tokenise, num_proc: int | None, scratch: Path) -> 
             "problem": datasets.Value("string"),
             "images": datasets.Value("string"),
             "blobs": datasets.List(datasets.Value("large_binary")),
+            "unused": datasets.List(datasets.Value("string")),
         }
     )
     with _quiet():
@@ -211,6 +215,10 @@ class _Writer:
         bounds = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
         supervised = np.diff(np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(mask, dtype=np.int64)])[bounds])
         keep = good & (supervised >= self.least)
+        counted = Unused(self.progress.unused)
+        for number, keys in zip(source, table.column("unused").to_pylist(), strict=True):
+            counted.add(self.sources[number].given, keys)
+        self.progress.unused = counted.counts
         for row in np.flatnonzero(~good):
             self.files["bad_rows.jsonl"].write(json.dumps({"place": self._place(source[row], line[row]), "problem": problems[row]}).encode() + b"\n")
         if ids.size and int(ids.max()) >= self.vocab_size:

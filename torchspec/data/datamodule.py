@@ -30,6 +30,7 @@ from torchspec.data.loader import LoaderConfig, LoaderStats, PackLoader, Pass
 from torchspec.data.prepare import DataOptions
 from torchspec.data.progress import batches_in_epoch, check_cursor, check_limit, check_trainer, cursor, drop_schedules, set_progress
 from torchspec.data.settings import EngineName, check_engine, check_media, check_sizes, validation_sets
+from torchspec.data.sources import check_outside
 from torchspec.data.staging import CudaStage
 from torchspec.engines.engine import EngineConfig, OnPolicy
 from torchspec.errors import UserError
@@ -241,6 +242,9 @@ class DraftDataModule(pl.LightningDataModule):
         trainer = self._trainer
         check_trainer(trainer, packs_per_step=self.packs_per_step)
         training = trainer.state.fn == TrainerFn.FITTING
+        if self.tee is not None:
+            for given in self.corpus.sources.values():
+                check_outside(self.tee, given or [], field="data.tee")
         if training:
             self.corpus.samples("train")
             policy = self.corpus.on_policy

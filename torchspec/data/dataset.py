@@ -36,7 +36,7 @@ from torchspec.data.tokenise import ImageRow
 from torchspec.engines.messages import Image, Sample
 from torchspec.images import temporal_positions
 
-FORMAT = 6
+FORMAT = 7
 """Goes up when rendering, masks or files change: older entries are then built anew."""
 _CHUNK = 1 << 20
 """Tokens looked at in one go when a whole data set is counted."""
@@ -120,6 +120,11 @@ class TokenizedDataset:
         if self._image_ends is not None and self._meta["image_positions"] != "index":
             content += f"/{self._meta['image_positions']}"
         return content if self._rows is None else f"{content}/{hashlib.sha256(self._rows.tobytes()).hexdigest()[:16]}"
+
+    @property
+    def unused(self) -> dict[str, dict[str, int]]:
+        """Keys of rows that nothing was read from: of each source that the user named, in how many rows."""
+        return dict(self._meta["unused"])
 
     @property
     def tokenizer(self) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,12 +54,11 @@ class ExactRows:
         self._fingerprint = tokenizer_fingerprint(renderer.tokenizer)
         self._shapes: dict[tuple[Any, ...], tuple[list[_Shape], list[str]]] = {}
 
-    def message(self, before: Sequence[Message], tools: list[dict[str, Any]] | None, ids: list[int], *, cut: bool) -> Message | None:
+    def message(self, asked: Conversation, ids: list[int], *, cut: bool) -> Message | None:
         """Generated ids as a message for what follows in the conversation.
 
         Args:
-            before: messages that it answers.
-            tools: of the conversation.
+            asked: the conversation that it answers.
             ids: generated.
             cut: a length limit ended it.
 
@@ -68,7 +67,7 @@ class ExactRows:
         """
         renderer = self._renderer
         text = renderer.decode(ids[:-1] if ids and renderer.ends(ids[-1]) else ids)
-        shapes, calls = self._shapes_of(before, tools)
+        shapes, calls = self._shapes_of(asked)
         if "\ufffd" in text or any(call in text for call in calls):
             return None
         for shape in shapes:
@@ -121,18 +120,19 @@ class ExactRows:
                 return {}
         return {"input_ids": whole, "loss_mask": mask.tolist(), "tokenizer": self._fingerprint}
 
-    def _shapes_of(self, before: Sequence[Message], tools: list[dict[str, Any]] | None) -> tuple[list[_Shape], list[str]]:
+    def _shapes_of(self, conversation: Conversation) -> tuple[list[_Shape], list[str]]:
         """Ways in which answers are shown here, with thinking first, and what calls begin with behind their thinking (nothing where there are no tools)."""
+        before, tools = conversation.messages, conversation.tools
         asked = max((i for i, message in enumerate(before) if message["role"] == "user"), default=0)
         since = tuple((str(m["role"]), bool(m.get("tool_calls")), m["role"] == "assistant" and bool(reasoning_of(m))) for m in before[asked:])
-        key = (bool(tools), str(before[0]["role"]), since)
+        key = (bool(tools), str(before[0]["role"]), since, json.dumps(dict(conversation.template_args), sort_keys=True))
         if key in self._shapes:
             return self._shapes[key]
         shapes, begins = [], []
         call = {"id": f"functions.{_NAME}:0", "type": "function", "function": {"name": _NAME, "arguments": {"x": "x"}}}
         for thought in (_THOUGHT, None):
             message: Message = {"role": "assistant", "content": _WORDS, **({"reasoning_content": thought} if thought else {})}
-            shown = self._renderer.shown(Conversation((*before, message), tools)) or ""
+            shown = self._renderer.shown(replace(conversation, messages=(*before, message))) or ""
             head, there, tail = shown.partition(_WORDS)
             tail = self._renderer.before_control(tail)
             middle = None
@@ -141,7 +141,8 @@ class ExactRows:
                 there = there if found and middle else ""
             if there:
                 shapes.append(_Shape(head, middle, tail if tail.strip() else ""))
-            calling = self._renderer.shown(Conversation((*before, {**message, "content": "", "tool_calls": [call]}), tools)) if tools else None
+            called = replace(conversation, messages=(*before, {**message, "content": "", "tool_calls": [call]}))
+            calling = self._renderer.shown(called) if tools else None
             begin, named, _ = (calling or "").partition(_NAME)
             begin = begin[alike(begin, shown) :].strip()  # behind what an answer in words begins with as well
             if named and begin and _THOUGHT not in begin:

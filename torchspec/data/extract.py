@@ -20,6 +20,7 @@ from torchspec.data.dataset import TokenizedDataset
 from torchspec.data.group_start import group_config
 from torchspec.data.loader import LoaderConfig, LoaderStats, PackLoader, Pass
 from torchspec.data.plan import Plan
+from torchspec.data.sources import check_outside
 from torchspec.errors import UserError
 from torchspec.transfer.shards import ShardWriter
 from torchspec.transfer.sizes import parse_bytes
@@ -73,6 +74,8 @@ def extract(data: DraftDataModule, output: Path, *, part: str = "1/1", shard_siz
     if data.records is not None or data.corpus.on_policy is not None:
         field = "data.engine" if data.records is not None else "data.on_policy"
         raise UserError(field, data.engine, "leaves nothing to extract", "use the configuration of a run that captures given conversations")
+    for given in data.corpus.sources.values():
+        check_outside(output, given or [], field="output")
     writer = ShardWriter(output, data.spec, part=f"part{number}of{parts}", shard_bytes=parse_bytes(shard_size, field="shard_size"), fp8=fp8)
     started, records, there, failed, tokens = time.monotonic(), 0, 0, 0, 0
     stages = ["train", *data.validation_stages]

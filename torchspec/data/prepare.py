@@ -16,7 +16,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,8 +30,9 @@ from torchspec.data.conversations import Conversation, RowError, parse
 from torchspec.data.dataset import FORMAT, Summary, TokenizedDataset
 from torchspec.data.render import Renderer, special_ids, tokenizer_fingerprint
 from torchspec.data.served import LOOKED_AT, check_served
-from torchspec.data.sources import Given, Source, read_rows, weighted_sources
+from torchspec.data.sources import Given, Source, read_rows, warn, weighted_sources
 from torchspec.data.tokenise import Tokenise
+from torchspec.data.unused import Unused
 from torchspec.errors import UserError
 from torchspec.images import VisionTower
 
@@ -71,6 +72,7 @@ def prepare(
     num_proc: int | None = None,
     served: Served | None = None,
     no_tokenizer: UserError | None = None,
+    say: Callable[[str], None] = warn,
 ) -> TokenizedDataset:
     """The tokenised data set of some sources, from the cache where it is there.
 
@@ -88,11 +90,12 @@ def prepare(
         num_proc: processes; None takes the cores there are (at most 8) for large inputs.
         served: what the tokenizer must agree with on the first conversations.
         no_tokenizer: why there is none, for rows that need one.
+        say: takes a line a source about files and keys that are not used.
 
     Raises:
         UserError: missing or empty sources, too many bad rows, a tokenizer that does not fit the target.
     """
-    pairs = weighted_sources(given, config_key=config_key)
+    pairs = weighted_sources(given, config_key=config_key, say=say)
     sources = [source for source, _ in pairs]
     key = _key(sources, options, tokenizer, vocab_size, end_ids, tower, served)
     try:
@@ -126,6 +129,8 @@ def prepare(
     summary = dataset.summary
     if summary.bad > max_bad_fraction * summary.rows:
         raise _too_many_bad(dataset.folder, summary, max_bad_fraction, config_key)
+    for line in Unused(dataset.unused).lines(config_key):
+        say(line)
     weights = [weight for _, weight in pairs]
     if all(weight == 1.0 for weight in weights):
         return dataset
@@ -308,6 +313,7 @@ def _finish(folder: Path, progress: Progress, sources: Sequence[Source], tokeniz
         "content": f"xxh3:{xxhash.xxh3_128_hexdigest(''.join(progress.digests).encode())}",
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "end_ids": progress.ends,
+        "unused": progress.unused,
         "image_positions": image_positions,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))

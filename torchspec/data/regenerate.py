@@ -12,24 +12,25 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torchspec.data.answerers import Answerer, EngineAnswerer, ServerAnswerer
-from torchspec.data.conversations import Conversation, RowError, parse
+from torchspec.data.conversations import MESSAGE_KEYS, Conversation, RowError, parse
 from torchspec.data.exact import Generated
 from torchspec.data.outputs import check_device, output_file
 from torchspec.data.render import Renderer
-from torchspec.data.sources import find_sources, read_rows
+from torchspec.data.sources import find_sources, read_rows, warn
+from torchspec.data.unused import Unused
 from torchspec.engines.engine import Generator, Sampling
 from torchspec.errors import UserError
 from torchspec.files import dumps, lines_with, refuse_foreign
 from torchspec.target import Dtype, Target, TargetConfig
 
-_REPLACED = ("conversations", "messages", "prompt", "text", "finish", "sampling", "input_ids", "loss_mask", "tokenizer")
-"""Fields of a row that are written anew, or left out."""
+_REPLACED = (*MESSAGE_KEYS, "text", "finish", "finish_reason", "sampling", "input_ids", "loss_mask", "labels", "attention_mask", "tokenizer")
+"""Fields of a row that are written anew, or left out, beside those that its messages come from."""
 _OWNED = {
     "model": "--target",
     "messages": "--input",
@@ -90,6 +91,11 @@ class _Row:
             self.kept |= message["role"] == "assistant"
             self.messages.append(message)
         return self.messages[-1]["role"] != "assistant" and self.finish == "stop"
+
+    def written(self) -> list[dict[str, Any]]:
+        """Its messages for the output: given answers that were context only are so again."""
+        context = [i for i in self.given.context if i < len(self.messages) and self._has_result(i)]
+        return [{**message, "weight": 0} if i in context else message for i, message in enumerate(self.messages)]
 
     def _has_result(self, at: int) -> bool:
         """Whether message ``at`` calls a tool and the row goes on with what it gave."""
@@ -160,7 +166,7 @@ def regenerate(
     path = output_file(output, field="output")
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     # what is wrong is found before a model is loaded
-    find_sources(input, config_key="input")
+    find_sources(input, config_key="input", written=_outputs(path), say=lambda line: None)
     made = made_with(target, sampling, engine=engine, revision=revision, dtype=dtype, engine_args=engine_args, template_args=template_args)
     _open_output(path, made)
     if server is not None:
@@ -215,10 +221,11 @@ def answer_file(
     from tqdm import tqdm
 
     done = _open_output(output, made)
-    failed_file = output.with_name(output.name + ".failed.jsonl")
+    _, failed_file = _outputs(output)
     refuse_foreign(failed_file, lines_with("id", "place", "problem"), field="output", what="list of failed rows")
+    unused = Unused()
+    source, total = _rows(input, messages_key, limit, written=_outputs(output), unused=unused)
     failed_file.unlink(missing_ok=True)
-    source, total = _rows(input, messages_key, limit)
     skipped = tokens = cut = answered = failed = exact = 0
     started = time.monotonic()
     with output.open("ab") as sink, tqdm(total=total, desc="answering", unit="row", smoothing=0.05) as bar:
@@ -232,7 +239,7 @@ def answer_file(
 
         def write(row: _Row) -> None:
             nonlocal answered, cut, exact
-            finished = {**row.fields, "id": row.id, "finish": row.finish, "conversations": row.messages, "sampling": made}
+            finished = {**row.fields, "id": row.id, "finish": row.finish, "conversations": row.written(), "sampling": made}
             if row.generated and (ids := answerer.as_ids(finished, row.generated, kept=row.kept)):
                 exact += 1
                 finished |= ids
@@ -270,7 +277,7 @@ def answer_file(
                 else:
                     write(row)
             pending = []
-            questions = [Conversation(messages=tuple(row.messages), tools=row.given.tools) for row in asked]
+            questions = [Conversation(tuple(row.messages), row.given.tools, template_args=row.given.template_args) for row in asked]
             for reply in answerer.answer(questions, sampling) if questions else ():
                 row = asked[reply.index]
                 tokens += reply.tokens
@@ -286,12 +293,21 @@ def answer_file(
                     write(row)
                 else:
                     pending.append(row)
+    for line in unused.lines("input"):
+        warn(line)
     return RegenerateReport(answered, skipped, failed, tokens, time.monotonic() - started, cut, exact)
 
 
-def _rows(input: str, messages_key: str | None, limit: int | None) -> tuple[Iterator[_Row | tuple[str, str, str]], int | None]:
+def _outputs(output: Path) -> tuple[Path, Path]:
+    """The files that are written: answers, and rows without one."""
+    return output, output.with_name(output.name + ".failed.jsonl")
+
+
+def _rows(
+    input: str, messages_key: str | None, limit: int | None, *, written: Sequence[Path], unused: Unused
+) -> tuple[Iterator[_Row | tuple[str, str, str]], int | None]:
     """Rows to answer, or (id, place, problem) of those that cannot be, and about how many rows there are, where that is known."""
-    sources = find_sources(input, config_key="input")
+    sources = find_sources(input, config_key="input", written=written)
     every = itertools.islice(((source, line, text) for source in sources for text, line in read_rows(source, config_key="input")), limit)
     first = next(every, None)
     if first is None:
@@ -307,7 +323,8 @@ def _rows(input: str, messages_key: str | None, limit: int | None) -> tuple[Iter
                 conversation = parse(text, messages_key=messages_key, need_answer=False)
                 if not conversation.messages:
                     raise RowError("has tokens or text instead of messages")
-                fields = {k: v for k, v in json.loads(text).items() if k not in (*_REPLACED, messages_key)}
+                fields = {k: v for k, v in json.loads(text).items() if k not in (*_REPLACED, messages_key) and k not in conversation.columns}
+                unused.add(source.given, conversation.unused)
             except RowError as error:
                 yield "", place, str(error)
                 continue

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -100,7 +100,7 @@ class Renderer:
         Raises:
             RowError: when the template refuses them.
         """
-        before = Conversation(messages=conversation.messages[:upto], tools=conversation.tools)
+        before = replace(conversation, messages=conversation.messages[:upto])
         return self._encode(self.template.text(before.messages, before.tools, generate=True, variables=self.template.variables(before)))
 
     def asked(self, conversation: Conversation) -> list[int]:
@@ -155,7 +155,7 @@ class Renderer:
         return text[spans[-1].begin : spans[-1].stop] if spans else None
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Ids and mask of a conversation of messages, or of text.
+        """Ids and mask of a conversation of messages, or of text. Answers that the row marks as context are not supervised.
 
         Raises:
             RowError: when the template refuses the conversation or drops its answers.
@@ -170,13 +170,15 @@ class Renderer:
         starts, ends = _spans(np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2))
         mask = np.zeros(ids.shape[0], dtype=np.uint8)
         for span in spans:
+            if span.message in conversation.context:
+                continue
             first = int(np.searchsorted(starts, span.begin, side="left"))
             last = max(first, int(np.searchsorted(ends, span.stop, side="right")))
             last = self._end(ids, starts, ends, first, last, text, span)
             if span.message in conversation.cut:
                 last = self._end_of_words(ids, ends, first, last, text[span.begin :], span.begin, conversation.messages[span.message])
             mask[first:last] = 1
-        if not mask.any() and not _all_empty(conversation):
+        if not mask.any() and not _nothing_to_train(conversation, spans):
             raise RowError(self._why_unsupervised(conversation, text))
         return Rendered(ids, mask)
 
@@ -219,9 +221,12 @@ class Renderer:
         return f"shows no answer as the target generates it: its text does not go on from the generation prompt before message {last}"
 
 
-def _all_empty(conversation: Conversation) -> bool:
-    answers = [message for message in conversation.messages if message["role"] == "assistant"]
-    return bool(answers) and all(not words_of(message).strip() and not message.get("tool_calls") for message in answers)
+def _nothing_to_train(conversation: Conversation, spans: Sequence[Span]) -> bool:
+    """Whether it is the row itself that leaves nothing: its answers are empty, or context only where they are shown as generated."""
+    answers = [(i, message) for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    if any(span.message in conversation.context for span in spans) or (answers and all(i in conversation.context for i, _ in answers)):
+        return True
+    return bool(answers) and all(not words_of(message).strip() and not message.get("tool_calls") for _, message in answers)
 
 
 def _spans(offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -55,6 +55,8 @@ class Shown:
     tokens: int = 0
     cut: int = 0
     """Tokens beyond max_length."""
+    unused: tuple[str, ...] = ()
+    """Keys of the row that nothing was read from."""
 
     @property
     def supervised(self) -> int:
@@ -67,10 +69,11 @@ class Shown:
         if self.problem:
             return f"{self.place} {self.problem}"
         cut = f", {self.cut} more cut off by max_length" if self.cut else ""
-        return f"{self.place}: {self.tokens} tokens{cut}, {self.supervised} supervised"
+        unused = f"; keys that are not used: {', '.join(self.unused)}" if self.unused else ""
+        return f"{self.place}: {self.tokens} tokens{cut}, {self.supervised} supervised{unused}"
 
 
-def shown_rows(target: Target, given: Given, *, options: DataOptions, skip: int, limit: int) -> list[Shown]:
+def shown_rows(target: Target, given: Given, *, options: DataOptions, skip: int, limit: int, written: Sequence[Path] = ()) -> list[Shown]:
     """Rows of the sources as they would be trained.
 
     Args:
@@ -79,6 +82,7 @@ def shown_rows(target: Target, given: Given, *, options: DataOptions, skip: int,
         options: as of the run.
         skip: rows left out at the beginning.
         limit: rows shown.
+        written: outputs, which are no input.
 
     Raises:
         UserError: unreadable sources, a target that cannot render, or no row at that place.
@@ -86,7 +90,7 @@ def shown_rows(target: Target, given: Given, *, options: DataOptions, skip: int,
     tokenizer = target.tokenizer()
     ends = target.end_ids()
 
-    sources = find_sources(given, config_key="input")
+    sources = find_sources(given, config_key="input", written=written)
 
     @cache
     def tokenise() -> Tokenise:  # rows of tokens need no renderer
@@ -122,7 +126,7 @@ def _shown(place: str, row: bytes, source: int, *, tokenise: Callable[[], Tokeni
         if made.problem:
             return Shown(place, made.problem)
     kept = made.ids.tolist()
-    return Shown(place, "", tuple(_pieces(kept, made.mask.tolist(), tokenizer)), tokens=len(kept), cut=made.length - len(kept))
+    return Shown(place, "", tuple(_pieces(kept, made.mask.tolist(), tokenizer)), tokens=len(kept), cut=made.length - len(kept), unused=given.unused)
 
 
 def _pieces(ids: list[int], mask: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:

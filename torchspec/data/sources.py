@@ -1,32 +1,33 @@
-"""Where rows come from: files, folders, hub datasets; and how they are read without holding more than a piece of them.
+"""Where rows come from: files, folders, hub data sets.
 
-A source is a file (.jsonl, .json as an array or as lines, .parquet, .arrow), a folder of them, or a hub dataset ``org/name`` or ``org/name:split``. Several
+A source is a file (``files.KINDS``), a folder of them (``folder:split`` where it has several), or a hub data set ``org/name`` or ``org/name:split``. Several
 may be mixed: a table of source → how many times each of its conversations is trained an epoch. Reading only finds the rows and says where each one is;
-``conversations.parse`` judges them.
+``conversations.parse`` judges them. Whatever reads rows for a command reads them through this.
 """
 
 from __future__ import annotations
 
-import base64
-import json
+import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from torchspec.data.files import READABLE, identity, kind_of, list_folder, of_split
+from torchspec.data.rows import BROKEN, Rows, file_rows, plain_rows
 from torchspec.errors import UserError
 from torchspec.proxies import through_to_hub
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 Given = str | Sequence[str] | Mapping[str, float]
 """What a user may write for data: one source, several, or several with weights."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.:+\[\]%-]+)?")
 _CHUNK = 1 << 22
-_BOM = b"\xef\xbb\xbf"
+warn: Callable[[str], None] = logging.getLogger(__name__).warning
+"""Says what is not read, where a command has nothing of its own to say it with."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Source:
     """Changes when the content does: XXH3 of a file's bytes, or the hub dataset's own fingerprint."""
     lines: int | None = None
     """About how many rows there are, for the progress bar; None where finding out means reading it all."""
+    compression: str = ""
+    """gz, bz2, xz or zst."""
+    given: str = ""
+    """What the user named: the file, or the folder that it was found in."""
 
     @property
     def folder(self) -> Path:
@@ -48,54 +53,105 @@ class Source:
         return Path.cwd() if self.kind == "hub" else Path(self.name).expanduser().resolve().parent
 
 
-def find_sources(given: Given, *, config_key: str) -> list[Source]:
+def find_sources(given: Given, *, config_key: str, written: Sequence[Path] = (), say: Callable[[str], None] = warn) -> list[Source]:
     """The sources that the user named.
 
     Args:
         given: a file, folder or hub id (with ``:split``, default train), or several.
         config_key: the config key, for errors.
+        written: outputs of the command: left out of folders, refused as a source themselves.
+        say: takes a line a folder about what in it is not read.
 
     Raises:
-        UserError: when one does not exist, or a folder holds nothing readable.
+        UserError: when one does not exist, is there twice, or a folder holds nothing readable.
     """
-    return [source for source, _ in weighted_sources(given, config_key=config_key)]
+    return [source for source, _ in weighted_sources(given, config_key=config_key, written=written, say=say)]
 
 
-def weighted_sources(given: Given, *, config_key: str) -> list[tuple[Source, float]]:
+def weighted_sources(given: Given, *, config_key: str, written: Sequence[Path] = (), say: Callable[[str], None] = warn) -> list[tuple[Source, float]]:
     """:func:`find_sources` with the weight of each (1 where none is given).
 
     Raises:
         UserError: also for a weight that is not above 0, or has no end.
     """
-    named = {given: 1.0} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else [(name, 1.0) for name in given]
-    pairs = list(named.items()) if isinstance(named, dict) else named
+    pairs = _named(given)
     if not pairs:
         raise UserError(config_key, given, "is empty", "give a conversation file, a folder of them, or a hub dataset id")
     for name, weight in pairs:
         if not 0 < weight < math.inf:
             raise UserError(f"{config_key}.{name}", weight, "is no weight", "use a number above 0: how many times an epoch its conversations are trained")
-    return [(source, float(weight)) for name, weight in pairs for source in _find(name, config_key)]
+    found = [(source, float(weight)) for name, weight in pairs for source in _find(name, config_key, written, say)]
+    seen: dict[tuple[int, int] | str, Source] = {}
+    for source, _ in found:
+        key = source.name if source.kind == "hub" else identity(Path(source.name).expanduser()) or source.name
+        if key in seen:
+            also = f" (as {seen[key].name})" if seen[key].name != source.name else ""
+            raise UserError(config_key, source.name, f"is named twice{also}", "name it once; a weight trains it more often ({name: 2})")
+        seen[key] = source
+    return found
 
 
-def _find(name: str, config_key: str) -> list[Source]:
+def _named(given: Given) -> list[tuple[str, float]]:
+    if isinstance(given, str):
+        return [(given, 1.0)]
+    return list(given.items()) if isinstance(given, Mapping) else [(name, 1.0) for name in given]
+
+
+def check_outside(output: Path, given: Given, *, field: str) -> None:
+    """Refuse an output folder inside a folder that it is made from: its files would be read as rows.
+
+    Args:
+        output: there or not.
+        given: what it is made from.
+        field: of the output.
+
+    Raises:
+        UserError: naming both.
+    """
+    met = identity(next(path for path in (output, *output.absolute().parents) if path.exists()))
+    for name, _ in _named(given):
+        path = _folder_of(name)[0]
+        if path.is_dir() and met in list_folder(path).seen:
+            raise UserError(field, str(output), f"lies in its own input {name}", "give a folder outside of it")
+
+
+def _folder_of(name: str) -> tuple[Path, str | None]:
+    """(path, split) of what a user wrote: ``folder:split`` where the folder is there, and nothing is there under the whole name."""
     path = Path(name).expanduser()
+    before, colon, split = name.rpartition(":")
+    if colon and split and not path.exists() and Path(before).expanduser().exists():
+        return Path(before).expanduser(), split
+    return path, None
+
+
+def _find(name: str, config_key: str, written: Sequence[Path], say: Callable[[str], None]) -> list[Source]:
+    path, split = _folder_of(name)
     if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise UserError(config_key, name, f"is a {path.suffix or 'suffix-less'} file", f"give one of {', '.join(SUFFIXES)}")
-        return [_file_source(path, name)]
+        if split is not None:
+            raise UserError(config_key, name, "names a split of a file", f"leave out :{split}; folders and hub data sets have splits")
+        if kind_of(path.name) is None:
+            raise UserError(config_key, name, f"is a {''.join(path.suffixes[-2:]) or 'suffix-less'} file", f"give one of {READABLE}")
+        if identity(path) in [identity(output) for output in written]:
+            raise UserError(config_key, name, "is also the output", "give another output")
+        return [_file_source(path, name, name)]
     if path.is_dir():
-        only = ".arrow" if (path / "dataset_info.json").is_file() and (path / "state.json").is_file() else None
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in SUFFIXES and only in (None, p.suffix) and not p.name.startswith("."))
-        if not files:
-            raise UserError(config_key, name, f"is a folder without any {', '.join(SUFFIXES)} file", "check the folder")
-        return [_file_source(p, str(p)) for p in files]
-    if path.suffix in SUFFIXES or not _HUB_ID.fullmatch(name):
+        listing = list_folder(path, written=written)
+        told = listing.told()
+        if not listing.files:
+            raise UserError(config_key, name, f"is a folder without anything to read{told and f' ({told})'}", f"give one with {READABLE}")
+        files = of_split(listing, split, name=name if split is None else name.rpartition(":")[0], config_key=config_key)
+        if told:
+            say(f"{config_key}: {name}: {told}")
+        return [_file_source(file, str(file), name) for file in files]
+    if path.is_symlink():
+        raise UserError(config_key, name, "is a link that leads nowhere", "mend the link, or give the file")
+    if kind_of(path.name) is not None or not _HUB_ID.fullmatch(name):
         raise UserError(config_key, name, "does not exist", "check the path; it is taken relative to the folder the command runs in")
     dataset = _load_hub(name, config_key)
-    return [Source(name, "hub", str(dataset._fingerprint), len(dataset))]
+    return [Source(name, "hub", str(dataset._fingerprint), len(dataset), given=name)]
 
 
-def _file_source(path: Path, name: str) -> Source:
+def _file_source(path: Path, name: str, given: str) -> Source:
     digest = xxhash.xxh3_128()
     lines = 0
     try:
@@ -105,7 +161,9 @@ def _file_source(path: Path, name: str) -> Source:
                 lines += chunk.count(b"\n")
     except OSError as error:
         raise UserError("data", name, f"cannot be read ({error.strerror})", "check its permissions") from error
-    return Source(name, path.suffix[1:], f"xxh3:{digest.hexdigest()}", lines if path.suffix == ".jsonl" else None)
+    kind, compression = kind_of(path.name) or ("", "")
+    known = kind == "jsonl" and not compression
+    return Source(name, kind, f"xxh3:{digest.hexdigest()}", lines if known else None, compression, given)
 
 
 def _load_hub(name: str, config_key: str) -> Any:
@@ -136,7 +194,7 @@ def encoded_images(dataset: Any) -> Any:
     return dataset
 
 
-def read_rows(source: Source, *, config_key: str) -> Iterator[tuple[bytes, int]]:
+def read_rows(source: Source, *, config_key: str) -> Rows:
     """Every row as JSON text with its place: the line of a text file (from 1), or the row's number (from 1).
 
     Nothing is judged here: broken JSON lines come through as they are.
@@ -144,91 +202,26 @@ def read_rows(source: Source, *, config_key: str) -> Iterator[tuple[bytes, int]]
     Raises:
         UserError: when a file as a whole is unreadable.
     """
-    if source.kind == "hub":
-        yield from _numbered(_load_hub(source.name, config_key))
-        return
-    path = Path(source.name).expanduser()
-    if source.kind == "json" and _starts_with_bracket(path):
-        yield from _array(path, source.name, config_key)
-    elif source.kind in ("json", "jsonl"):
-        with path.open("rb") as handle:
-            for line, text in enumerate(handle, start=1):
-                text = text.removeprefix(_BOM).strip()
-                if text:
-                    yield text, line
-    else:
-        try:
-            yield from _numbered(_parquet(path) if source.kind == "parquet" else _arrow(path))
-        except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-            raise UserError(
-                config_key, source.name, f"cannot be read as {source.kind} ({str(error).splitlines()[0][:160]})", "mend or convert the file"
-            ) from error
-
-
-def _numbered(rows: Any) -> Iterator[tuple[bytes, int]]:
-    for number, row in enumerate(rows, start=1):
-        yield json.dumps(row, default=_plain, ensure_ascii=False).encode("utf-8", "surrogatepass"), number
-
-
-def _plain(value: Any) -> str:
-    """What JSON has no form for: bytes (images) as base64, the rest as text."""
-    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
-
-
-def _starts_with_bracket(path: Path) -> bool:
-    with path.open("rb") as handle:
-        return handle.read(4096).removeprefix(_BOM).lstrip().startswith(b"[")
-
-
-def _array(path: Path, name: str, config_key: str) -> Iterator[tuple[bytes, int]]:
-    """Elements of one JSON array, of which a few megabytes are held at a time."""
-    decoder = json.JSONDecoder()
+    rows = _hub_rows(source.name, config_key) if source.kind == "hub" else file_rows(Path(source.name).expanduser(), source.kind, source.compression)
     number = 0
-    try:
-        with path.open(encoding="utf-8-sig") as handle:
-            text = handle.read(_CHUNK)
-            at = text.index("[") + 1
-            while True:
-                while at < len(text) and (text[at].isspace() or (text[at] == "," and number)):
-                    at += 1
-                if text[at : at + 1] == "]":
-                    return
-                try:
-                    end = decoder.raw_decode(text, at)[1]
-                    whole = end < len(text)  # a number at the end may go on in the next piece
-                except ValueError:
-                    whole = False
-                if whole:
-                    number += 1
-                    yield text[at:end].encode("utf-8", "surrogatepass"), number
-                    at = end
-                    continue
-                more = handle.read(max(_CHUNK, len(text)))
-                if not more:
-                    decoder.raw_decode(text, at)  # says what is wrong
-                    raise ValueError("the array has no end")
-                text, at = text[at:] + more, 0
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise UserError(config_key, name, f"is no valid JSON after row {number} ({error})", "mend the file") from error
-
-
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
-
-
-def _arrow(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-
-    with pa.memory_map(str(path)) as memory:
+    while True:
         try:
-            reader = pa.ipc.open_stream(memory)
-            batches: Any = iter(reader)
-        except pa.ArrowInvalid:
-            file = pa.ipc.open_file(memory)
-            batches = (file.get_batch(i) for i in range(file.num_record_batches))
-        for batch in batches:
-            yield from batch.to_pylist()
+            row, number = next(rows)
+        except StopIteration:
+            return
+        except UserError:
+            raise
+        except BROKEN as error:
+            what = f"{source.kind}.{source.compression}".removesuffix(".")
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise UserError(config_key, source.name, f"cannot be read as {what} (after row {number}: {reason})", "mend or convert the file") from error
+        yield row, number
+
+
+def _hub_rows(name: str, config_key: str) -> Iterator[tuple[bytes, int]]:
+    """As tables, which neither decode images nor fill in what a row lacks."""
+    number = 0
+    for table in _load_hub(name, config_key).with_format("arrow").iter(batch_size=1024):
+        for row in plain_rows(table):
+            number += 1
+            yield row, number

@@ -32,7 +32,7 @@ class ChatTemplate:
     Args:
         tokenizer: the target's tokenizer.
         name: path or id of the target, for errors.
-        variables: given to the template as they are (``data.template_args``), over what is chosen here.
+        variables: given to the template as they are (``data.template_args``), over what is chosen here; what a row says goes over both.
 
     Raises:
         UserError: without a chat template.
@@ -68,13 +68,13 @@ class ChatTemplate:
         self._calls_as_text = not self._takes_calls({"x": "x"}) and self._takes_calls('{"x": "x"}')
 
     def variables(self, conversation: Conversation) -> dict[str, Any]:
-        """What the template is told for this conversation: whether the answers to the last question think, and what the user gave."""
+        """What the template is told for this conversation: whether the answers to the last question think, what the user gave, and what the row says."""
         chosen = dict(self._fixed)
         if self._switches and conversation.messages and conversation.messages[-1]["role"] == "assistant":
             asked = max((i for i, message in enumerate(conversation.messages) if message["role"] == "user"), default=-1)
             thinks = any(reasoning_of(message) for message in conversation.messages[asked + 1 :] if message["role"] == "assistant")
             chosen.update(dict.fromkeys(self._switches, thinks))
-        return chosen | self._given
+        return chosen | self._given | dict(conversation.template_args)
 
     def text(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, *, generate: bool, variables: Mapping[str, Any]) -> str:
         """The text of messages, with the generation prompt behind it or not.

@@ -52,6 +52,8 @@ class Tokenised:
     blobs: tuple[bytes, ...] = ()
     """Encoded images of those that have no path."""
     problem: str = ""
+    unused: tuple[str, ...] = ()
+    """Keys of the row that nothing was read from."""
 
 
 class Tokenise:
@@ -91,6 +93,7 @@ class Tokenise:
             "problem": [row.problem for row in done],
             "images": [json.dumps([list(vars(image).values()) for image in row.images]) if row.images else "" for row in done],
             "blobs": [list(row.blobs) for row in done],
+            "unused": [list(row.unused) for row in done],
         }
 
     def row(self, row: bytes, source: int) -> Tokenised:
@@ -107,7 +110,8 @@ class Tokenise:
                 rendered = self.renderer.render(conversation)
             if self.tower is not None:
                 return self._with_images(rendered, conversation, source, self.tower)
-            return Tokenised(rendered.ids[: self.max_length], rendered.mask[: self.max_length], rendered.ids.shape[0])
+            ids, mask = rendered.ids[: self.max_length], rendered.mask[: self.max_length]
+            return Tokenised(ids, mask, rendered.ids.shape[0], unused=conversation.unused)
         except RowError as error:
             return _bad(error)
         except UserError:
@@ -136,7 +140,7 @@ class Tokenise:
             if not image.path:
                 blobs.append(image.encoded)
                 offset += len(image.encoded)
-        return Tokenised(expanded.ids[:end], expanded.mask[:end], total, tuple(rows), tuple(blobs))
+        return Tokenised(expanded.ids[:end], expanded.mask[:end], total, tuple(rows), tuple(blobs), unused=conversation.unused)
 
 
 def _bad(error: RowError) -> Tokenised:

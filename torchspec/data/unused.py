@@ -1,0 +1,60 @@
+"""Keys of rows that nothing here has a use for: counted while rows are read, and told by name in one line a source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+METADATA = frozenset(
+    "id ids _id uid uuid idx index row_id conversation_id prompt_id question_id message_id source sources dataset dataset_name subset split category "
+    "categories task task_type task_name topic domain language lang model model_name generator license url hash timestamp created created_at date version tags "
+    "meta metadata __index_level_0__ turn num_turns".split()
+)
+"""Names that say where a row is from, not what it means; of messages as well."""
+_NAMED = 20
+"""Names told in one line."""
+
+
+class Unused:
+    """Counts of rows by source and key.
+
+    Args:
+        counts: of an earlier part of the work.
+    """
+
+    def __init__(self, counts: Mapping[str, Mapping[str, int]] | None = None) -> None:
+        self.counts = {source: dict(keys) for source, keys in (counts or {}).items()}
+
+    def add(self, source: str, keys: Iterable[str]) -> None:
+        """Count the keys of one row that are not used.
+
+        Args:
+            source: as the user named it.
+            keys: as a row has them; of messages ``messages[].key``.
+        """
+        for key in keys:
+            counted = self.counts.setdefault(source, {})
+            counted[key] = counted.get(key, 0) + 1
+
+    def lines(self, config_key: str) -> list[str]:
+        """A line a source that has any."""
+        return [f"{config_key}: {source}: {_told(keys)}" for source, keys in self.counts.items()]
+
+
+def _told(keys: Mapping[str, int]) -> str:
+    ordered = sorted(keys, key=lambda key: (-keys[key], key))
+    plain = [key for key in ordered if key.rpartition(".")[2] not in METADATA]
+    known = [key for key in ordered if key not in plain]
+    parts = []
+    if plain:
+        parts.append(f"keys that are not used: {_some([f'{key} ({keys[key]} row{_s(keys[key])})' for key in plain])}")
+    if known:
+        parts.append(f"metadata that is not used: {_some(known)}")
+    return "; ".join(parts)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
