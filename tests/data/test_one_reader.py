@@ -167,7 +167,7 @@ def test_keys_that_are_not_used_are_named_once_a_source(target: Path, tmp_path: 
     made = corpus(target, tmp_path, ODD, said)
     made.dataset("train")
     made.dataset("train")
-    named = f"warning: data.train: {tmp_path / 'train.jsonl'}: {LINE}"
+    named = f"data.train: {tmp_path / 'train.jsonl'}: {LINE}"
     assert [line for line in said if "not used" in line] == [named]
     monkeypatch.setattr(prepared, "_build", lambda *a: pytest.fail("built again"))
     corpus(target, tmp_path, ODD, said).dataset("train")

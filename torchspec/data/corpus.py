@@ -103,7 +103,7 @@ class Corpus:
                 num_proc=self._num_proc,
                 served=self.target.served if self.tokenizer is not None else None,
                 no_tokenizer=self._no_tokenizer,
-                say=lambda line: self._say(f"warning: {line}"),
+                say=self._say,
             )
             self._say(f"{stage}: {self._data[stage].summary}")
         return self._data[stage]
