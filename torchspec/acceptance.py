@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from torchspec.processes import kill_group
 from torchspec.reasons import last_error_in, says_nothing
 from torchspec.target import Dtype, Target, TargetConfig
 
-OWNED = ("model", "revision", "trust_remote_code", "tokenizer", "speculative_config", "disable_log_stats", "dtype", "seed")
+OWNED = frozenset("model revision trust_remote_code tokenizer skip_tokenizer_init language_model_only speculative_config disable_log_stats dtype seed".split())
 """Engine options that the measurement sets itself."""
 REPORT = json_with("acceptance_length", "acceptance_rates", "vllm_version")
 """Knows a report of :func:`measure`."""
@@ -106,14 +107,22 @@ def measure(
         "engine_args": {
             "model": target,
             "revision": revision,
-            "trust_remote_code": trust_remote_code,
+            "trust_remote_code": facts.custom_model,
+            "skip_tokenizer_init": True,  # requests are ids; a tokenizer is what a processor would be needed for as well
             "dtype": str(_served_dtype(facts)).removeprefix("torch."),
             "max_model_len": min(longest, max(map(len, fitting)) + max_new_tokens + num_speculative_tokens + 1),
             "seed": seed,
+            **({"language_model_only": True} if facts.takes_images else {}),  # prompts are text: no tower, no processor
             **(engine_args or {}),
         },
         "requests": fitting,
-        "sampling": {"temperature": temperature, "max_tokens": max_new_tokens, "seed": seed if temperature > 0 else None},
+        "sampling": {
+            "temperature": temperature,
+            "max_tokens": max_new_tokens,
+            "seed": seed if temperature > 0 else None,
+            "stop_token_ids": facts.end_ids(),
+            "detokenize": False,
+        },
     }
     if not _cuda() and (getattr(facts.hf_config, "kv_lora_rank", None) is not None or _is_latent(draft)):
         from torchspec.engines.vllm.options import right_operators_for_latent_attention
@@ -209,11 +218,16 @@ def read_requests(
     """
     from torchspec.data.conversations import RowError, parse
     from torchspec.data.render import Renderer
+    from torchspec.data.served import LOOKED_AT, check_served
     from torchspec.data.sources import find_sources, read_rows, warn
     from torchspec.data.unused import Unused
 
     sources, unused = find_sources(prompts, config_key="prompts", written=written), Unused()
-    renderer = Renderer(target.tokenizer(), name=target.config.path, variables=template_args)
+
+    @cache
+    def renderer() -> Renderer:  # rows of tokens need none
+        return Renderer(target.tokenizer(), name=target.config.path, variables=template_args)
+
     requests: list[list[int]] = []
     bad, reason = 0, "it is empty"
     for source, text, place in ((one, *row) for one in sources for row in read_rows(one, config_key="prompts")):
@@ -225,7 +239,11 @@ def read_requests(
                 found = [row.input_ids[:first]] if first else []
             else:
                 answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
-                found = [renderer.prompt(row, i) for i in answers or [len(row.messages)]]
+                found = [renderer().prompt(row, i) for i in answers or [len(row.messages)]]
+                if len(requests) < LOOKED_AT:
+                    check_served(renderer(), target.served, [row], name=target.config.path)
+            if (largest := max(map(max, filter(None, found)), default=0)) >= target.vocab_size:
+                raise RowError(f"has token {largest}, and the target's vocabulary has {target.vocab_size}")
         except RowError as error:
             bad, reason = bad + 1, f"{source.name}:{place} {error}"
             continue
@@ -265,7 +283,7 @@ def _check(draft: str, *, num_speculative_tokens: int, max_new_tokens: int, limi
         from torchspec.engines.vllm.options import refuse_random_on_cpu
 
         refuse_random_on_cpu(temperature, device="cuda" if _cuda() else "cpu", field="temperature")
-    for key in OWNED:
+    for key in sorted(OWNED):
         if key in (engine_args or {}):
             raise UserError(f"engine_args.{key}", (engine_args or {})[key], "is set by the measurement itself", "use the option of the command")
     path = Path(draft)

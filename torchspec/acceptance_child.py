@@ -65,7 +65,7 @@ def main() -> None:
             raise
     sampling = vllm.SamplingParams(**job["sampling"])
     requests = [{"prompt_token_ids": ids} for ids in job["requests"]]
-    llm.generate(requests[:1], vllm.SamplingParams(temperature=0.0, max_tokens=8), use_tqdm=False)  # allocators and lazy kernels warm up
+    llm.generate(requests[:1], vllm.SamplingParams(temperature=0.0, max_tokens=8, detokenize=False), use_tqdm=False)  # allocators and lazy kernels warm up
     if hasattr(llm, "reset_prefix_cache"):
         llm.reset_prefix_cache()
     events.write('{"ready": true}\n')

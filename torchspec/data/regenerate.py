@@ -22,7 +22,8 @@ from torchspec.data.conversations import MESSAGE_KEYS, Conversation, RowError, p
 from torchspec.data.exact import Generated
 from torchspec.data.outputs import check_device, output_file
 from torchspec.data.render import Renderer
-from torchspec.data.sources import find_sources, read_rows, warn
+from torchspec.data.served import LOOKED_AT, check_served
+from torchspec.data.sources import Source, find_sources, read_rows, warn
 from torchspec.data.unused import Unused
 from torchspec.engines.engine import Generator, Sampling
 from torchspec.errors import UserError
@@ -166,7 +167,7 @@ def regenerate(
     path = output_file(output, field="output")
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     # what is wrong is found before a model is loaded
-    find_sources(input, config_key="input", written=_outputs(path), say=lambda line: None)
+    sources = find_sources(input, config_key="input", written=_outputs(path), say=lambda line: None)
     made = made_with(target, sampling, engine=engine, revision=revision, dtype=dtype, engine_args=engine_args, template_args=template_args)
     _open_output(path, made)
     if server is not None:
@@ -174,8 +175,10 @@ def regenerate(
         answerer: Answerer = ServerAnswerer(server, model=target, concurrency=batch_size, extra=extra)
     else:
         config = TargetConfig(target, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-        tokenizer, ends = Target(config).tokenizer(), Target(config).end_ids()
+        facts = Target(config)
+        tokenizer, ends = facts.tokenizer(), facts.end_ids()
         trained = Renderer(tokenizer, name=target, end_ids=ends)
+        check_served(trained, facts.served, _first_conversations(sources, messages_key), name=target)
         renderer = Renderer(tokenizer, name=target, end_ids=ends, variables=template_args) if template_args else trained
         generator = _generator(engine, config, batch_size=batch_size, device=device, engine_args=engine_args or {})
         answerer = EngineAnswerer(generator, renderer, trained)
@@ -301,6 +304,16 @@ def answer_file(
 def _outputs(output: Path) -> tuple[Path, Path]:
     """The files that are written: answers, and rows without one."""
     return output, output.with_name(output.name + ".failed.jsonl")
+
+
+def _first_conversations(sources: Sequence[Source], messages_key: str | None) -> Iterator[Conversation]:
+    """Those that show whether the tokenizer is the served one."""
+    for source in sources:
+        for text, _ in itertools.islice(read_rows(source, config_key="input"), LOOKED_AT):
+            try:
+                yield parse(text, messages_key=messages_key, need_answer=False)
+            except RowError:
+                continue  # said when its turn comes
 
 
 def _rows(
