@@ -30,7 +30,6 @@ def main() -> None:
     events = os.fdopen(int(sys.argv[1]), "w", buffering=1)
     job = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process: one process to end, nothing to serialise
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
     with heavy_imports():
@@ -40,6 +39,12 @@ def main() -> None:
 
     arguments = dict(job["engine_args"])
     on_cpu = current_platform.is_cpu()
+    # The engine in this process: one process to end, nothing to serialise. But what vLLM 0.32 imports for some vision-language models (numba) breaks the
+    # search through all modules with which its CPU build replaces kernels: then in a fresh one.
+    apart = on_cpu and arguments.get("language_model_only", False)
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1" if apart else "0")
+    if apart:
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if on_cpu:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         arguments.setdefault("enforce_eager", True)
