@@ -24,7 +24,7 @@ ARGUMENTS, VARIABLES = 16384, 65536
 """Bytes that a waiting process has for the command line and the environment of what it becomes, as /proc shows them."""
 _PR_SET_CHILD_SUBREAPER = 36
 _READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH", "PYTORCH_", "PYTHON", "LD_", "KMP_", "MKL_", "OPENBLAS_", "XDG_", "TRITON_", "USE_")
-_READ_LATER = ("PYTHONPATH", "PYTHONUNBUFFERED", "TORCHSPEC_", "TORCHELASTIC_")
+_READ_LATER = ("PYTHONPATH", "PYTHONUNBUFFERED", "TORCHSPEC_", "TORCHELASTIC_", "TORCH_NCCL_")
 """A variable that libraries read while they are imported must be the waiting process's own; PYTHONPATH is looked at more closely."""
 
 _execute: Any = subprocess.Popen._execute_child  # type: ignore[attr-defined]

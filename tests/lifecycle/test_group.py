@@ -232,12 +232,14 @@ def test_a_killed_owner_leaves_nothing(target: Path, tmp_path: Path, moment: str
     token = secrets.token_hex(8)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     code = OWNER.replace("{budget}", str(SMALL))
-    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(target), token, moment], stdout=subprocess.PIPE, env=environment, text=True)
+    owner = subprocess.Popen(
+        [sys.executable, "-m", "tests.forks.code", code, str(tmp_path), str(target), token, moment], stdout=subprocess.PIPE, env=environment, text=True
+    )
     try:
         assert owner.stdout is not None and owner.stdout.readline() == "here\n"
         below = children(owner.pid)
         assert any("torchspec.engines.coordinator" in _words(p) for p in below)
-        engines = [p for p in below if _words(p)[1:2] == ["-m"]]
+        engines = [p for p in below if _words(p)[2:3] and _words(p)[2].startswith("torchspec.")]
         owner.kill()
         owner.wait()
         left = still_running(engines, timeout=15)

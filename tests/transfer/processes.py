@@ -23,7 +23,7 @@ class Script:
 
     def __init__(self, code: str, *args: Any) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *map(json.dumps, args)],
+            [sys.executable, "-m", "tests.forks.code", code, *map(json.dumps, args)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
