@@ -191,9 +191,10 @@ def worker(coordinator: str, name: str | None = None, device: str = "auto") -> N
 
     Args:
         coordinator: HOST:PORT, as the run prints it.
-        name: unique among the run's workers; empty makes one from host and process.
+        name: by which logs call it; empty makes one from host, process and chance.
         device: auto, cpu, or a CUDA device such as cuda:0.
     """
+    import secrets
     import socket
 
     from torchspec.engines.worker import serve
@@ -206,7 +207,7 @@ def worker(coordinator: str, name: str | None = None, device: str = "auto") -> N
         import torch
 
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    serve(coordinator, token=token, name=name or f"{socket.gethostname()}-{os.getpid()}", device=device)
+    serve(coordinator, token=token, name=name or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}", device=device)
 
 
 def doctor(store: Literal["auto", "mooncake", "shm"] = "auto") -> int:

@@ -31,6 +31,8 @@ from torchspec.target import TargetConfig
         (EngineConfig, "data.engines.", "start_timeout", [0.0, -1.0, math.inf, math.nan]),
         (EngineConfig, "data.engines.", "lease_timeout", [0.0, math.nan]),
         (EngineConfig, "data.engines.", "silence_timeout", [0.0]),
+        (EngineConfig, "data.engines.", "no_worker_timeout", [0.0, -1.0, math.inf, math.nan]),
+        (EngineConfig, "data.engines.", "min_workers", [-1, 2]),
         (EngineConfig, "data.engines.", "max_failed_fraction", [-0.1, 1.5, math.nan]),
         (Sampling, "", "max_new_tokens", [0]),
         (Sampling, "", "temperature", [-1.0, math.nan, math.inf]),

@@ -83,6 +83,7 @@ def test_a_worker_by_hand_and_the_draft_served_after_training(world: dict[str, P
     worker = start("worker", "--coordinator", address, "--device", "cpu")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
+    assert "joined (host " in output and " left " not in output and set(metrics(tmp_path, "engines/alive")) == {1.0}, output
     said, _ = worker.communicate(timeout=30)
     assert worker.returncode == 0, said
     served = json.loads((tmp_path / "vllm_acceptance.json").read_text())

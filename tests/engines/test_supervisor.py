@@ -1,4 +1,4 @@
-"""Ending a worker's process group leaves none of its shared memory behind."""
+"""Worker processes: ending a group leaves none of its shared memory behind, and what a log says last is said without bars and older runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from torchspec.engines.supervisor import WorkerProcess
+from torchspec.engines.supervisor import WorkerProcess, keep_one_before
 
 PARENT = """
 import multiprocessing, sys, time
@@ -48,3 +48,21 @@ def test_shared_memory_of_a_group_that_is_ended_is_gone(ended: str, tmp_path: Pa
     worker.reap()
     assert not [file for file in files if file.exists()]
     process.stdout.close()
+
+
+def test_the_end_of_a_log_is_of_the_process_that_ended(tmp_path: Path) -> None:
+    log = tmp_path / "worker-0.log"
+    older = "ValueError: of the process before\n"
+    log.write_text(older + "ValueError: no memory\n" + "Loading:  50%|##   | 1/2\rLoading: 100%|####| 2/2\n" + "".join(f"line {i}\n" for i in range(20)))
+    worker = WorkerProcess("worker-0", "cpu", log, log_from=len(older))
+    assert worker.last_lines() == "ValueError: no memory | " + " | ".join(f"line {i}" for i in range(8, 20))
+    assert WorkerProcess("worker-0", "cpu", tmp_path / "none").last_lines() == "(no log)"
+
+
+def test_a_run_begins_its_log_and_keeps_the_one_before(tmp_path: Path) -> None:
+    log = tmp_path / "worker-0.log"
+    for words in ("first", "second", "third"):
+        keep_one_before(log)
+        assert not log.exists()
+        log.write_text(words)
+    assert (tmp_path / "worker-0.log.before").read_text() == "second" and len(list(tmp_path.iterdir())) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -20,11 +21,25 @@ import psutil
 import pytest
 import torch
 
-from tests.engines.parts import MAX_LENGTH, Rank, alive, children, group_config, of_run, random_packs, save_tiny, still_running, store_files, wait_until
+from tests.engines.parts import (
+    MAX_LENGTH,
+    Rank,
+    alive,
+    children,
+    group_config,
+    of_run,
+    random_packs,
+    save_tiny,
+    spec_of,
+    still_running,
+    store_files,
+    wait_until,
+)
 from torchspec.engines.client import Endpoint, TrainerClient
 from torchspec.engines.group import EngineGroup, GroupConfig
 from torchspec.engines.messages import Damaged, Pack, Sample
 from torchspec.errors import GroupStopped, UserError
+from torchspec.target import TargetConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = 3 * 66_000
@@ -282,16 +297,23 @@ def test_close_is_quick_while_a_child_of_the_owner_holds_the_pipe(make: Callable
     os.waitpid(child, 0)
 
 
-def test_a_target_that_does_not_load_shows_the_end_of_the_log(make: Callable[..., EngineGroup], target: Path, tmp_path: Path) -> None:
+def test_what_the_user_can_mend_in_a_worker_reaches_him_as_it_was(make: Callable[..., EngineGroup], target: Path, tmp_path: Path) -> None:
+    """Field, value, problem and fix, at the client and at the owner; neither the log nor an earlier run's words."""
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text((target / "config.json").read_text())
     group = make()
     group.config = replace(group.config, target=replace(group.config.target, path=str(broken)))
+    group.config.log_dir.mkdir()
+    (group.config.log_dir / "worker-0.log").write_text("words of an earlier run\n")
     client = TrainerClient(group.start(), "rank-0")
-    with pytest.raises(GroupStopped, match=r"worker-0 ended with code 2 before it was ready; its log ends: .*data\.target\.path.*does not load"):
+    with pytest.raises(UserError) as refused:
         client.poll(60.0)
-    assert "does not load" in wait_until(lambda: _stopped(group), timeout=10, what="the news")
+    assert (refused.value.field, repr(refused.value.value)) == ("data.target.path", repr(str(broken))) and "does not load" in refused.value.problem
+    with pytest.raises(UserError, match="^" + re.escape(str(refused.value)) + "$"):
+        wait_until(lambda: _stopped(group), timeout=10, what="the news")
+    assert "does not load" in log_of(group, "worker-0") and "earlier" not in log_of(group, "worker-0")
+    assert (group.config.log_dir / "worker-0.log.before").read_text() == "words of an earlier run\n"
 
 
 def test_a_start_that_takes_too_long_is_ended(make: Callable[..., EngineGroup]) -> None:
@@ -398,6 +420,13 @@ def test_a_killed_mooncake_stops_the_run_within_seconds(make: Callable[..., Engi
     assert time.monotonic() - started < 10.0
 
 
+def test_a_run_that_nobody_joins_ends_where_that_is_bounded(make: Callable[..., EngineGroup]) -> None:
+    group = make(engines={"workers": 0, "no_worker_timeout": 1.0})
+    client = TrainerClient(group.start(), "rank-0")
+    with pytest.raises(GroupStopped, match=r"no worker alive for 1 s, which is data\.engines\.no_worker_timeout"):
+        client.poll(10.0)
+
+
 def test_a_port_that_is_taken_is_said(make: Callable[..., EngineGroup]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -435,6 +464,30 @@ def test_a_worker_by_hand_does_not_take_the_name_of_one_that_is_loading(make: Ca
     rank = Rank(endpoint, group.config.spec, random_packs(3))
     rank.take_all()
     assert rank.client.ask()["restarts"] == 0
+    rank.close()
+
+
+def test_a_late_worker_of_another_target_is_refused_and_the_run_goes_on(make: Callable[..., EngineGroup], target: Path, tmp_path: Path) -> None:
+    """The target's configuration is changed on the disk while the run is on; the user of either side reads one line."""
+    own = shutil.copytree(target, tmp_path / "copy")
+    group = make(budget=SMALL)
+    group.config = replace(group.config, target=TargetConfig(str(own)), spec=spec_of(own))
+    said: list[str] = []
+    group._say = said.append
+    endpoint = group.start()
+    rank = Rank(endpoint, group.config.spec, random_packs(6))
+    rank.take()
+    assert said == [f"worker worker-0 joined (host {socket.gethostname()}): 1 alive"]
+    config = (own / "config.json").read_text()
+    (own / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert (own / "config.json").read_text() != config
+    worker = hand_started(endpoint, token=endpoint.token)
+    words, _ = worker.communicate(timeout=60)
+    assert worker.returncode == 2 and b"refused this worker: it would write other records than this run needs: target is" in words.splitlines()[-1], words
+    wait_until(lambda: len(said) > 1, timeout=10, what="the line")
+    assert "worker by-hand (127.0.0.1) is refused, the run goes on without it: it would write other records" in said[1] and len(said) == 2
+    rank.take_all()
+    group.check()
     rank.close()
 
 

@@ -21,6 +21,9 @@ from torchspec.files import dumps, json_with, spare_name, write
 from torchspec.models.metrics import logs_now
 from torchspec.run_record import or_without
 
+_NAMES = {"engines_alive": "engines/alive"}
+"""Of metrics that are not called as in ``pipeline.json``."""
+
 
 class PipelineMetrics(Clocked):
     """Log the pipeline's rates and name its bottleneck."""
@@ -62,7 +65,7 @@ class PipelineMetrics(Clocked):
         if not stepped or not logs_now(trainer):
             return
         self._last = self.measure(trainer)
-        pl_module.log_dict({f"pipeline/{name}": value for name, value in self._last.items()}, rank_zero_only=True)
+        pl_module.log_dict({_NAMES.get(name, f"pipeline/{name}"): value for name, value in self._last.items()}, rank_zero_only=True)
         pl_module.log("tokens/s", self._last["tokens_per_s"], prog_bar=True, logger=False, rank_zero_only=True)
 
     def measure(self, trainer: pl.Trainer) -> dict[str, float]:
@@ -85,6 +88,7 @@ class PipelineMetrics(Clocked):
             values["engine_idle_for_credit_s"] = sum(w["idle_for_credit_s"] for w in workers)
             values["bytes_in_flight"] = state["bytes_alive"]
             values["bytes_budget"] = state["budget"]
+            values["engines_alive"] = sum(w["alive"] and not w["answers"] for w in workers)
             values["worker_restarts"] = state["restarts"]
             values["samples_failed"] = state["failed"]
             drafts, accepted = (sum(w[what] for w in workers) for what in ("drafts", "accepted"))

@@ -11,7 +11,6 @@ makes the plan and takes the group's address from rank 0; the loaders stream; ``
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -48,8 +47,6 @@ if TYPE_CHECKING:
 
 _ENGINES = EngineConfig()
 _STORE = StoreConfig()
-_LONG_START = 5.0
-"""Seconds without a first batch before the log says what is waited for."""
 
 
 class DraftDataModule(pl.LightningDataModule):
@@ -169,8 +166,6 @@ class DraftDataModule(pl.LightningDataModule):
         self._validations = 0
         self._restored: dict[str, Any] | None = None
         self._refusal: Exception | None = None
-        self._started = 0.0
-        self._said_waiting = False
 
     # -- what callbacks and the module read
 
@@ -285,8 +280,7 @@ class DraftDataModule(pl.LightningDataModule):
             local_ranks=_cpu_ranks(self._trainer),
             main_address=_main_address(self._trainer),
         )
-        self.group = EngineGroup(config)
-        self._started = time.monotonic()
+        self.group = EngineGroup(config, say=rank_zero_info)
         self.endpoint = self.group.start()
         if self.engines.workers == 0:
             rank_zero_info(
@@ -385,14 +379,9 @@ class DraftDataModule(pl.LightningDataModule):
         return Pass(plan, self._validations, 0, int(min(loop.max_batches[number] * trainer.world_size, len(plan))))
 
     def _check_group(self) -> None:
-        """Raise when the group is gone; says once what a long start is waiting for."""
-        if self.group is None:
-            return
-        self.group.check()
-        nothing_yet = not any(loader.stats.packs for loader in self._loaders.values())
-        if nothing_yet and not self._said_waiting and time.monotonic() - self._started > _LONG_START:
-            self._said_waiting = True
-            rank_zero_info(f"waiting for the first states: engine workers are loading the target (logs in {self.group.config.log_dir})")
+        """Raise when the group is gone."""
+        if self.group is not None:
+            self.group.check()
 
     def transfer_batch_to_device(self, batch: PackedBatch, device: torch.device, dataloader_idx: int) -> PackedBatch:
         return batch if device.type == "cpu" else batch.to(device)

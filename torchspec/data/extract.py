@@ -7,6 +7,7 @@ several calls, on several machines that share the folder.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def extract(data: DraftDataModule, output: Path, *, part: str = "1/1", shard_siz
             log_dir=output / "logs",
             local_ranks=0,
         )
-        data.group = EngineGroup(config)
+        data.group = EngineGroup(config, say=lambda line: tqdm.write(line, file=sys.stderr))
         try:
             data.endpoint = data.group.start()
             total = sum(int(chosen.lengths.sum()) for _, chosen in wanted)

@@ -28,7 +28,7 @@ from torchspec.engines.messages import (
     ToTrainer,
     Welcome,
 )
-from torchspec.errors import GroupStopped
+from torchspec.errors import GroupStopped, UserError
 
 __all__ = ["Endpoint", "GroupStopped", "TrainerClient"]
 
@@ -43,7 +43,7 @@ class Endpoint:
 
 
 class TrainerClient:
-    """See the module. Every method raises :class:`GroupStopped` when the group has ended.
+    """See the module. Every method raises :class:`GroupStopped` when the group has ended, ``UserError`` where the user can mend why.
 
     Args:
         endpoint: from ``EngineGroup.start``.
@@ -117,7 +117,7 @@ class TrainerClient:
         try:
             self._connection.send(message)
         except (Closed, BadFrame) as error:
-            raise GroupStopped(self._last_words(str(error))) from error
+            raise self._last_words(GroupStopped(str(error))) from error
 
     def _receive(self, timeout: float) -> bool:
         try:
@@ -125,7 +125,7 @@ class TrainerClient:
         except (Closed, BadFrame) as error:
             raise GroupStopped(str(error)) from error
         if isinstance(message, Stop):
-            raise GroupStopped(message.error or "the engine group has ended")
+            raise _reason(message)
         if isinstance(message, PackReady):
             if not self._opening:
                 self._ready.append(message)
@@ -135,12 +135,17 @@ class TrainerClient:
             self._answers.append(message)
         return message is not None
 
-    def _last_words(self, otherwise: str) -> str:
+    def _last_words(self, otherwise: GroupStopped) -> GroupStopped | UserError:
         """What the coordinator said before it closed, if it is still in the socket."""
         try:
             while (message := self._connection.receive(0.2)) is not None:
                 if isinstance(message, Stop):
-                    return message.error or otherwise
+                    return _reason(message) if message.error else otherwise
         except (Closed, BadFrame):
             pass
         return otherwise
+
+
+def _reason(stop: Stop) -> GroupStopped | UserError:
+    """Why the group ended, as an error."""
+    return UserError.of(stop.user) if stop.user else GroupStopped(stop.error or "the engine group has ended")

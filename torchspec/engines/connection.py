@@ -213,12 +213,13 @@ class Peer(asyncio.Protocol):
         self._on_message = on_message
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
-        self.name = "?"
+        self.name = self.host = "?"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self.name = str(transport.get_extra_info("peername"))
+        peername = transport.get_extra_info("peername")
+        self.name, self.host = str(peername), str(peername[0])
         notice_a_dead_host(transport.get_extra_info("socket"))
         if self._on_made is not None:
             self._on_made(self)

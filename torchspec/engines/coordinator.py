@@ -21,12 +21,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from torchspec.engines.attendance import Attendance
 from torchspec.engines.cleaner import Cleaner
 from torchspec.engines.client import Endpoint
 from torchspec.engines.exchange import Exchange
 from torchspec.engines.ledger import Ledger
 from torchspec.engines.messages import ANSWERER
-from torchspec.engines.supervisor import Supervisor, WorkerProcess
+from torchspec.engines.supervisor import Supervisor, WorkerProcess, keep_one_before
+from torchspec.errors import UserError
 from torchspec.network import host_port
 from torchspec.transfer import StoreConfig, make_server
 from torchspec.transfer.spec import RecordSpec
@@ -51,6 +53,7 @@ class Coordinator:
         self.config = config
         self.engines: dict[str, Any] = config["engines"]
         self.error: str | None = None
+        self.user: list[str] | None = None
         self.finished = asyncio.Event()
         self.now = time.monotonic()
         """The clock; see the module."""
@@ -69,8 +72,27 @@ class Coordinator:
         devices = {f"worker-{i}": device for i, device in enumerate(config["devices"])}
         devices |= {f"{ANSWERER}-{i}": device for i, device in enumerate(config["answer_devices"])}
         processes = [WorkerProcess(name, device, log_dir / f"{name}.log") for name, device in devices.items()]
-        self.supervisor = Supervisor(processes, limits=self.engines, on_end=lambda name: self.exchange.worker_ended(name), on_fatal=self.stop)
-        self.exchange = Exchange(config, ledger, spec=config["spec"], now=lambda: self.now, workers=self.supervisor, stop=self.stop)
+        self.attendance = Attendance(
+            (name for name in devices if not name.startswith(ANSWERER)),
+            (name for name in devices if name.startswith(ANSWERER)),
+            min_workers=self.engines["min_workers"],
+            timeout=self.engines["no_worker_timeout"],
+            say=self._record,
+            stop=self.stop,
+        )
+        self.supervisor = Supervisor(
+            processes, limits=self.engines, on_end=lambda name, how: self.exchange.worker_ended(name, how), on_given_up=self.attendance.given_up
+        )
+        self.exchange = Exchange(
+            config,
+            ledger,
+            spec=config["spec"],
+            now=lambda: self.now,
+            workers=self.supervisor,
+            attendance=self.attendance,
+            say=self.note,
+            stop=self.stop,
+        )
         self._largest = spec.nbytes(config["max_length"])
         self._say = say
         self._store: StoreServer | None = None
@@ -92,6 +114,8 @@ class Coordinator:
         port = server.sockets[0].getsockname()[1]
         log.info("listening on %s", host_port(self.config["listen_host"], port))
         self._say({"port": port, "pid": os.getpid()})
+        self.attendance.logs = f"logs in {self.config['log_dir']}"
+        self.attendance.joins = f"more may join by main.py worker --coordinator {host_port(self.config['listen_host'], port)}"
         ticking = asyncio.create_task(self._ticks())
         try:
             self.supervisor.start(Endpoint(self.config["listen_host"], port, self.config["token"]), now=self.now)
@@ -100,7 +124,7 @@ class Coordinator:
         finally:
             ticking.cancel()
             server.close()
-            self.exchange.close(self.error or "")
+            self.exchange.close(self.error or "", self.user)
             await asyncio.sleep(0)  # let the last words out
             self.supervisor.close()
             if self._cleaner is not None:
@@ -124,6 +148,9 @@ class Coordinator:
             )
             self._store = store
             await asyncio.to_thread(store.start)
+        except UserError as error:
+            self.stop(str(error), error.words)
+            return
         except Exception as error:
             self.stop(f"the store did not start: {error}")
             return
@@ -135,12 +162,27 @@ class Coordinator:
         )
         self.exchange.store_is_up(store.address, self._cleaner)
 
-    def stop(self, error: str) -> None:
-        """End the group; clients are told why. The first reason counts."""
+    def note(self, line: str) -> None:
+        """A line for the user."""
+        if not self.finished.is_set():
+            self._say({"note": line})
+
+    def _record(self, line: str) -> None:
+        """The same of what nothing else has logged."""
+        log.info("%s", line)
+        self.note(line)
+
+    def stop(self, error: str, user: list[str] | None = None) -> None:
+        """End the group; clients are told why. The first reason counts.
+
+        Args:
+            error: the reason, one line.
+            user: the words of a ``UserError``, where it is one.
+        """
         if self.error is None:
-            self.error = error
+            self.error, self.user = error, user
             log.error("stopping: %s", error)
-            self._say({"error": error})
+            self._say({"error": error, "user": user})
         self.finished.set()
 
     def _broken(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -214,6 +256,7 @@ def main() -> None:
     config = json.loads(_first_line())
     log_dir = Path(config["log_dir"])
     log_dir.mkdir(parents=True, exist_ok=True)
+    keep_one_before(log_dir / "coordinator.log")
     logging.basicConfig(filename=log_dir / "coordinator.log", level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
         code = asyncio.run(_serve(config))

@@ -50,26 +50,43 @@ class EngineConfig:
     allow_unknown_version: bool = False
     """Run with a vLLM that is not listed in docs/engines.md."""
     start_timeout: float = 600.0
-    """Seconds for a worker to say ready; then the run stops with the last lines of its log."""
+    """Seconds for a worker to say ready; then it is given up, with the last lines of its log."""
     lease_timeout: float = 300.0
     """Seconds for a lease before its sample goes to another attempt."""
     silence_timeout: float = 30.0
     """Seconds without a heartbeat before a worker counts as dead."""
     max_restarts: int = 3
-    """Restarts of one worker before the run stops."""
+    """Restarts of one worker before it is given up (``min_workers``)."""
+    min_workers: int = 1
+    """Workers that must be left. A run that starts workers itself ends when those of them that can still be started or serve, and those started by hand, are
+    fewer: one that is bad from the start, or was restarted ``max_restarts`` times, is left out. 0 goes on without any, waiting for others to join."""
+    no_worker_timeout: float | None = None
+    """Seconds with fewer than ``min_workers`` workers alive (or none), and none of this run's starting, before the run ends; None waits without end.
+    That there is none is said after 10 s and every minute."""
     max_attempts: int = 3
     """Attempts at one sample before it is given up and listed in failed_samples.jsonl."""
     max_failed_fraction: float = 0.01
     """Share of an epoch's samples that may be given up before the run stops."""
 
     def __post_init__(self) -> None:
-        for name, least in (("workers", 0), ("batch_tokens", 1), ("batch_samples", 1), ("threads", 1), ("max_restarts", 0), ("max_attempts", 1)):
+        for name, least in (
+            ("workers", 0),
+            ("batch_tokens", 1),
+            ("batch_samples", 1),
+            ("threads", 1),
+            ("max_restarts", 0),
+            ("min_workers", 0),
+            ("max_attempts", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"data.engines.{name}", value, f"is below {least}", f"use {least} or more")
-        for name in ("start_timeout", "lease_timeout", "silence_timeout"):
-            if not 0.0 < getattr(self, name) < math.inf:
+        for name in ("start_timeout", "lease_timeout", "silence_timeout", "no_worker_timeout"):
+            if getattr(self, name) is not None and not 0.0 < getattr(self, name) < math.inf:
                 raise UserError(f"data.engines.{name}", getattr(self, name), "is no time to wait", "give seconds, more than 0")
+        if 0 < self.workers < self.min_workers:
+            problem = f"is more than data.engines.workers={self.workers}"
+            raise UserError("data.engines.min_workers", self.min_workers, problem, "lower it (those that join by hand count as well once they are there)")
         if not 0.0 <= self.max_failed_fraction <= 1.0:
             raise UserError("data.engines.max_failed_fraction", self.max_failed_fraction, "is no share", "use a number from 0 to 1")
 

@@ -5,18 +5,18 @@ Everything here runs in the coordinator's event loop and never waits. ``coordina
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from torchspec.engines import books, greeting
+from torchspec.engines.attendance import Attendance
 from torchspec.engines.cleaner import Cleaner, LateKeys
 from torchspec.engines.connection import Peer
+from torchspec.engines.desk import Desk, Workers
 from torchspec.engines.ledger import Ledger, ProtocolError
 from torchspec.engines.messages import (
-    ANSWERER,
     Acknowledge,
     Answer,
     Ask,
@@ -34,10 +34,11 @@ from torchspec.engines.messages import (
     Report,
     Stop,
     Submit,
+    Unfit,
     Welcome,
     Work,
 )
-from torchspec.engines.views import Client, WorkerView, mismatch
+from torchspec.engines.views import Client, WorkerView
 from torchspec.transfer.store import Address
 
 log = logging.getLogger("torchspec.coordinator")
@@ -45,23 +46,13 @@ _HELLO = 10.0
 """Seconds for a client to say who it is."""
 _PULSE = 5.0
 """Seconds between two signs of life for clients."""
+_TOLD, _MOST_TOLD = 60.0, 100
+"""Seconds in which the same is said once of workers that are not let in, and how much of it."""
 _FROM: dict[str, Any] = {
     "trainer": OpenStage | Submit | Acknowledge | Reissue | CloseStage | NewDraft | Ask,
-    "worker": Ready | Pull | Report | Beat,
+    "worker": Ready | Unfit | Pull | Report | Beat,
     "observer": Ask,
 }
-
-
-class Workers(Protocol):
-    """The worker processes of this host (``Supervisor``)."""
-
-    restarts: int
-
-    def owns(self, name: str) -> bool: ...
-    def word(self, name: str) -> str: ...
-    def ready(self, name: str) -> None: ...
-    def disconnected(self, name: str, *, now: float) -> None: ...
-    def kill(self, name: str, why: str) -> None: ...
 
 
 class Exchange:
@@ -73,31 +64,51 @@ class Exchange:
         spec: what the trainer expects of every record.
         now: the coordinator's clock, seconds.
         workers: processes of this host; others are connected and no more.
+        attendance: told which workers come and go.
+        say: takes a line for the user.
         stop: ends the group, with the reason.
     """
 
     def __init__(
-        self, config: dict[str, Any], ledger: Ledger, *, spec: dict[str, Any], now: Callable[[], float], workers: Workers, stop: Callable[[str], None]
+        self,
+        config: dict[str, Any],
+        ledger: Ledger,
+        *,
+        spec: dict[str, Any],
+        now: Callable[[], float],
+        workers: Workers,
+        attendance: Attendance,
+        say: Callable[[str], object],
+        stop: Callable[[str], object],
     ) -> None:
         self.config = config
         self.ledger = ledger
-        self.views: dict[str, WorkerView] = {}
+        self._late = LateKeys(config["engines"]["lease_timeout"])
+        self.desk = Desk(
+            config, ledger, spec=spec, now=now, workers=workers, attendance=attendance, say=say, on_late=lambda keys: self._late.add(keys, now=now())
+        )
         self._spec = spec
         self._engines: dict[str, Any] = config["engines"]
         self._now = now
         self._supervisor = workers
+        self._say = say
         self._stop = stop
         self._audits = os.environ.get("TORCHSPEC_AUDIT") == "1"
-        self._draft: NewDraft | None = None
         self._store: Address | None = None
         self._cleaner: Cleaner | None = None
         self._clients: dict[Peer, Client] = {}
         self._ranks: dict[tuple[int, str], Peer] = {}
         """Connection of each (rank, stage)."""
-        self._late = LateKeys(self._engines["lease_timeout"])
+        self._told: dict[tuple[str, str], float] = {}
+        """When the user was told last of a worker that was not let in, by host and reason."""
         self._next_pulse = 0.0
         self._seen_call, self._stuck_s = 0, 0.0
         """The cleaner's call of the last tick, and how long it has been going on."""
+
+    @property
+    def views(self) -> dict[str, WorkerView]:
+        """Of every connected worker."""
+        return self.desk.views
 
     # -- coming and going
 
@@ -112,10 +123,16 @@ class Exchange:
             if client.role:
                 self._welcome(peer, client)
 
-    def close(self, error: str) -> None:
-        """Tell every client, and end the connections."""
-        for peer in list(self._clients):
-            peer.send(Stop(error=error))
+    def close(self, error: str, user: list[str] | None = None) -> None:
+        """Tell every client, and end the connections.
+
+        Args:
+            error: why, one line; "" in order.
+            user: the words of a ``UserError``, where it is one.
+        """
+        clients, self._clients = self._clients, {}  # who leaves from now on is no news
+        for peer, client in clients.items():
+            peer.send(Stop(error=error, user=(user or []) if client.role else []))
             peer.close()
 
     def _made(self, peer: Peer) -> None:
@@ -131,7 +148,7 @@ class Exchange:
                 case "":
                     self._hello(peer, client, message)
                 case "worker":
-                    self._from_worker(peer, client, message)
+                    self.desk.received(peer, message)
                 case _:
                     self._from_trainer(peer, client, message)
             self.settle()
@@ -149,54 +166,50 @@ class Exchange:
         problem = greeting.problem_of(message, client.challenge.nonce, self.config["token"], word=word)
         if problem is None and message.role not in _FROM:
             problem = f"unknown role {message.role!r}"
-        if problem is None and message.role == "worker" and message.name in self.views:
-            problem = f"a worker named {message.name} is connected already"
+        if problem is None and message.role == "worker":
+            problem = self.desk.problem(message.name)
         if problem is not None:
             log.warning("refused %s (%.40r): %s", peer.name, message.name, problem)
+            if message.role == "worker":
+                self._tell(f"worker {message.name[:40]!r} ({peer.host}) is refused, the run goes on without it: {problem}", peer.host, problem)
             self._drop(peer, f"the coordinator refused the connection: {problem}")
             return
         client.role, peer.name = message.role, message.name
         peer.accept(_FROM[client.role])
         if client.role == "worker":
-            self.views[peer.name] = WorkerView(peer, last_beat=self._now())
+            peer.name = self.desk.admit(peer, message.name)
         if self._store is not None:
             self._welcome(peer, client)
 
+    def _tell(self, line: str, host: str, problem: str) -> None:
+        """Say it, unless the same was said of that host within a minute: strangers may knock as often as they like."""
+        now = self._now()
+        self._told = {key: when for key, when in self._told.items() if now - when < _TOLD}
+        if (host, problem) not in self._told and len(self._told) < _MOST_TOLD:
+            self._told[host, problem] = now
+            self._say(line)
+
     def _welcome(self, peer: Peer, client: Client) -> None:
         assert self._store is not None
-        job = {name: self.config[name] for name in ("target", "engine", "engines", "max_length", "on_policy", "images")} if client.role == "worker" else {}
-        if peer.name.startswith(ANSWERER) and self._supervisor.owns(peer.name):  # those that only answer are started here alone
-            job |= {"engine": ANSWERER, "engines": {**self._engines, "engine_args": self.config["on_policy"]["answer_args"]}}
+        job = self.desk.job(peer.name) if client.role == "worker" else {}
         peer.send(Welcome(run=self.config["run"], incarnation=self.config["incarnation"], store=self._store, spec=self._spec, job=job))
 
     def _lost(self, peer: Peer) -> None:
         client = self._clients.pop(peer, None)
         if client is None:
             return
-        view = self.views.get(peer.name) if client.role == "worker" else None
-        if view is not None and view.peer is peer:
-            del self.views[peer.name]
-            if self._supervisor.owns(peer.name):
-                self._supervisor.disconnected(peer.name, now=self._now())  # its leases go back when it has ended and can write no more
-            else:
-                self._leave(peer.name, "was lost")
+        if client.role == "worker":
+            self.desk.lost(peer)
         for (rank, stage), connected in list(self._ranks.items()):
             if connected is peer:
                 del self._ranks[rank, stage]
                 self.ledger.leave_stage(rank, stage)
         self.settle()
 
-    def worker_ended(self, name: str) -> None:
+    def worker_ended(self, name: str, how: str) -> None:
         """A worker process of this host is reaped: it can write nothing more."""
-        view = self.views.pop(name, None)
-        if view is not None:
-            view.peer.close()
-        self._leave(name, "died")
+        self.desk.ended(name, how)
         self.settle()
-
-    def _leave(self, name: str, how: str) -> None:
-        """What a worker held goes to others."""
-        self._late.add(self.ledger.leave(name, f"{name} {how}"), now=self._now())
 
     # -- messages
 
@@ -214,10 +227,7 @@ class Exchange:
             case OpenStage():
                 self._open_stage(peer, client, m)
             case NewDraft():
-                self._draft = m
-                for view in self.views.values():
-                    if view.answers:
-                        view.peer.send(m)
+                self.desk.new_draft(m)
             case CloseStage():
                 ledger.close_stage(client.rank, m.stage, m.epoch)
             case Ask():
@@ -236,38 +246,6 @@ class Exchange:
         client.rank = m.rank
         self._ranks[m.rank, m.stage] = peer
         peer.send(Opened(stage=m.stage, epoch=m.epoch))
-
-    def _from_worker(self, peer: Peer, client: Client, m: Any) -> None:
-        view = self.views[peer.name]
-        match m:
-            case Report() if view.ready:
-                for done in m.finished:
-                    self.ledger.finish(peer.name, done.lease, done.nbytes, done.rows)
-                for prompt in m.answered:
-                    self.ledger.answered(peer.name, prompt.lease, prompt.ids)
-                for lost in m.failed:
-                    log.warning("%s failed lease %d: %s", peer.name, lost.lease, lost.reason)
-                    self.ledger.fail(peer.name, lost.lease, lost.reason, retry=lost.retry)
-            case Pull() if view.ready:
-                view.pull = m
-            case Beat():
-                view.beat, view.last_beat = m, self._now()
-            case Ready() if not view.ready:
-                self._ready(peer, view, m)
-            case _:
-                raise ProtocolError(f"{type(m).__name__} from {peer.name} {'after' if view.ready else 'before'} it was ready")
-
-    def _ready(self, peer: Peer, view: WorkerView, m: Ready) -> None:
-        problem = mismatch(m, self._spec, max_length=self.config["max_length"])
-        if problem is not None:
-            self._stop(f"{peer.name} {problem}")
-            return
-        log.info("%s ready: %s", peer.name, json.dumps(m.info))
-        view.ready, view.answers, view.last_beat = True, m.answers, self._now()
-        self.ledger.join(peer.name, m.max_tokens, answers=m.answers)
-        if m.answers and self._draft is not None:
-            peer.send(self._draft)
-        self._supervisor.ready(peer.name)
 
     # -- consequences
 
@@ -319,16 +297,7 @@ class Exchange:
             for peer, client in self._clients.items():
                 if client.role:
                     peer.send(Pulse())
-        held_back = self.ledger.waits_for_credit
-        for view in self.views.values():
-            if view.pull is not None:
-                view.idle_for_credit_s += elapsed * held_back
-                view.idle_for_packs_s += elapsed * (not held_back)
-        for name, count in self.ledger.overdue(now).items():
-            self._end_worker(name, f"{count} leases past data.engines.lease_timeout={self._engines['lease_timeout']:g} s")
-        for name, view in list(self.views.items()):
-            if view.ready and not self._supervisor.owns(name) and now - view.last_beat > self._engines["silence_timeout"]:
-                self._end_worker(name, f"silent for more than {self._engines['silence_timeout']:g} s (data.engines.silence_timeout)")
+        self.desk.tick(now, elapsed)
         if self._cleaner is not None:
             if keys := self._late.due(now):
                 self._cleaner.delete(keys)
@@ -337,10 +306,3 @@ class Exchange:
             self._seen_call = going_on
             if self._stuck_s > self._engines["silence_timeout"]:
                 self._stop(f"the store has not answered a deletion for {self._stuck_s:.0f} s (data.engines.silence_timeout)")
-
-    def _end_worker(self, name: str, why: str) -> None:
-        if self._supervisor.owns(name):
-            self._supervisor.kill(name, f"{why}: killed")
-        elif name in self.views:
-            log.error("%s: %s: connection ended", name, why)
-            self.views[name].peer.abort()

@@ -27,6 +27,10 @@ class Refused(Exception):
     """The coordinator said no, and why; or it has ended."""
 
 
+class Over(Refused):
+    """The run has ended, in order."""
+
+
 def challenge() -> Challenge:
     """A new one for each connection."""
     return Challenge(nonce=secrets.token_bytes(32))
@@ -81,5 +85,5 @@ def _next(connection: Connection, kind: type[_First]) -> _First:
         if isinstance(message, kind):
             return message
         if isinstance(message, Stop):
-            raise Refused(message.error or "the engine group has ended")
+            raise Refused(message.error) if message.error else Over("the engine group has ended")
     raise Refused(f"the coordinator did not answer within {PATIENCE:.0f} s")

@@ -7,15 +7,16 @@ its stdin is the lifeline: when this process goes, however it goes, the coordina
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
-import select
 import subprocess
 import sys
-import time
+import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torchspec
 from torchspec.engines.client import Endpoint, GroupStopped
@@ -29,6 +30,7 @@ from torchspec.transfer.store import StoreConfig
 
 __all__ = ["Endpoint", "EngineGroup", "GroupConfig", "GroupStopped"]
 
+log = logging.getLogger(__name__)
 _LISTENS = 60.0
 """Seconds for the coordinator to listen; it imports little."""
 _ENDS = 20.0
@@ -120,19 +122,25 @@ class EngineGroup:
 
     Args:
         config: of the group.
+        say: takes a line for the user, in a thread of the group's: workers that join and leave.
     """
 
-    def __init__(self, config: GroupConfig) -> None:
+    def __init__(self, config: GroupConfig, *, say: Callable[[str], object] = log.info) -> None:
         self.config = config
+        self._say = say
         self._process: subprocess.Popen[bytes] | None = None
-        self._said = b""
-        self._error: str | None = None
+        self._listener: threading.Thread | None = None
+        self._port: int | None = None
+        self._error: GroupStopped | UserError | None = None
+        self._news = threading.Event()
+        """Set when it listens, or has ended."""
 
     def start(self) -> Endpoint:
         """Start the coordinator; returns as soon as it listens (store and engines go on loading).
 
         Raises:
             GroupStopped: it ended or did not listen in time.
+            UserError: it ended for a reason that the user can mend.
         """
         line = self.config.to_json()
         root = str(Path(torchspec.__file__).resolve().parent.parent)
@@ -140,54 +148,54 @@ class EngineGroup:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "torchspec.engines.coordinator"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
         )
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._listener = threading.Thread(target=self._listen, args=(self._process.stdout,), name="coordinator's words", daemon=True)
+        self._listener.start()
         try:
             self._process.stdin.write(line.encode() + b"\n")
             self._process.stdin.flush()
-            said = self._listen(time.monotonic() + _LISTENS)
+            self._news.wait(_LISTENS)
+            if self._port is None:
+                self.check()
+                raise GroupStopped(f"the coordinator did not listen within {_LISTENS:.0f} s; see {self.config.log_dir / 'coordinator.log'}")
         except BaseException:
             self.close()
             raise
-        return Endpoint(self.config.listen_host, said["port"], self.config.token)
+        return Endpoint(self.config.listen_host, self._port, self.config.token)
 
-    def _listen(self, deadline: float) -> dict[str, Any]:
-        """The coordinator's first words."""
-        while True:
-            for words in self._words(max(0.0, deadline - time.monotonic())):
-                if "port" in words:
-                    return words
-            self.check()
-            if time.monotonic() >= deadline:
-                raise GroupStopped(f"the coordinator did not listen within {_LISTENS:.0f} s; see {self.config.log_dir / 'coordinator.log'}")
-
-    def _words(self, timeout: float) -> list[dict[str, Any]]:
-        """JSON lines that it said since the last call."""
-        assert self._process is not None and self._process.stdout is not None
-        output: IO[bytes] = self._process.stdout
-        if output.closed or not select.select([output], [], [], timeout)[0]:
-            return []
-        self._said += os.read(output.fileno(), 65536)
-        *lines, self._said = self._said.split(b"\n")
-        words = [json.loads(line) for line in lines if line.startswith(b"{")]
-        for said in words:
-            self._error = said.get("error", self._error)
-        return words
+    def _listen(self, output: IO[bytes]) -> None:
+        """Take what it says, JSON lines, until it ends; a thread of its own, so that the coordinator never waits for a trainer that computes."""
+        for line in output:
+            if not line.startswith(b"{"):
+                continue
+            said = json.loads(line)
+            if "note" in said:
+                self._say(said["note"])
+            if "port" in said:
+                self._port = said["port"]
+            if "error" in said and self._error is None:
+                self._error = UserError.of(said["user"]) if said.get("user") else GroupStopped(said["error"])
+            self._news.set()
+        self._news.set()
 
     def check(self) -> None:
         """Raise when the group has ended.
 
         Raises:
             GroupStopped: with the coordinator's last words.
+            UserError: the same, where the user can mend it.
         """
-        if self._process is None:
+        process = self._process
+        if process is None:
             raise GroupStopped("the engine group is closed")
-        self._words(0.0)
-        code = self._process.poll()
+        code = process.poll()
         if self._error is None and code is not None:
-            self._words(0.2)
-            self._error = self._error or f"the coordinator ended with code {code}; see {self.config.log_dir / 'coordinator.log'}"
+            assert self._listener is not None
+            self._listener.join(0.5)  # its last words
+            ended = GroupStopped(f"the coordinator ended with code {code}; see {self.config.log_dir / 'coordinator.log'}")
+            self._error = self._error or ended
         if self._error is not None:
-            raise GroupStopped(self._error)
+            raise self._error
 
     def close(self) -> None:
         """End the group and whatever it left. Idempotent."""
@@ -205,5 +213,8 @@ class EngineGroup:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        process.stdout.close()
+        assert self._listener is not None
+        self._listener.join(1.0)
+        if not self._listener.is_alive():  # else a child of its holds the pipe open, and this thread would wait for it
+            process.stdout.close()
         remove_leftovers(self.config.store, run=self.config.run)

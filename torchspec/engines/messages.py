@@ -4,7 +4,7 @@ A frame is a 4-byte little-endian length, a 4-byte number and one MessagePack ma
 a frame out of order is refused and the connection closed. The coordinator speaks first (:class:`Challenge`), a client answers with :class:`Hello`.
 
     trainer  -> Hello OpenStage Submit Acknowledge Reissue CloseStage NewDraft Ask   <- Challenge Welcome Opened PackReady Answer Pulse Stop
-    worker   -> Hello Ready Pull Report Beat                                         <- Challenge Welcome Work Cancel NewDraft Pulse Stop
+    worker   -> Hello Ready Unfit Pull Report Beat                                   <- Challenge Welcome Work Cancel NewDraft Pulse Stop
     observer -> Hello Ask                                                            <- Challenge Welcome Answer Pulse Stop
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-PROTOCOL = 3
+PROTOCOL = 4
 ANSWERER = "vllm_answers"
 """The engine of workers that only answer; their names begin with it."""
 MAX_FRAME = 64 * 2**20
@@ -218,16 +218,23 @@ class NewDraft(Message, frozen=True, kw_only=True):
 
 
 class Ready(Message, frozen=True, kw_only=True):
-    """The engine is up. The coordinator compares ``spec`` with the run's expectation and stops the run where they differ."""
+    """The engine is up. The coordinator compares ``spec`` with the run's expectation and refuses the worker where they differ."""
 
     spec: dict[str, Any]
     """``RecordSpec.to_dict`` of what this engine will write."""
     info: dict[str, Any]
-    """engine, versions, device, process id, num_layers."""
+    """engine, versions, device, host, process id, num_layers."""
     max_tokens: int
     """Longest sample it takes."""
     answers: bool = False
     """It answers prompts and writes no records (``spec`` is then empty)."""
+
+
+class Unfit(Message, frozen=True, kw_only=True):
+    """This worker cannot serve, for a reason that the user can mend; it ends."""
+
+    words: list[str]
+    """``UserError.words``."""
 
 
 class Pull(Message, frozen=True, kw_only=True):
@@ -324,12 +331,19 @@ class Answer(Message, frozen=True, kw_only=True):
     state: dict[str, Any]
 
 
-class Stop(Message, frozen=True, kw_only=True):
-    """The connection ends. ``error`` is empty for a normal end, else one line for the user."""
+class Stop(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """The connection ends. ``error`` is empty for a normal end, else one line for the user.
+
+    With defaults left out its form is that of every protocol so far: a client of another version can read why it is refused.
+    """
 
     error: str = ""
+    refused: bool = False
+    """The run goes on, without this worker."""
+    user: list[str] = []
+    """``UserError.words`` of the same, where the user can mend it."""
 
 
-ToCoordinator = Hello | Ask | OpenStage | Submit | Acknowledge | Reissue | CloseStage | NewDraft | Ready | Pull | Report | Beat
+ToCoordinator = Hello | Ask | OpenStage | Submit | Acknowledge | Reissue | CloseStage | NewDraft | Ready | Unfit | Pull | Report | Beat
 ToTrainer = Challenge | Welcome | Opened | PackReady | Answer | Pulse | Stop
 ToWorker = Challenge | Welcome | Work | Cancel | NewDraft | Pulse | Stop

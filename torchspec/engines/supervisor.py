@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -10,14 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torchspec
 from torchspec.engines.client import Endpoint
 from torchspec.engines.greeting import WORD_VARIABLE
+from torchspec.errors import UserError
 from torchspec.network import host_port
 from torchspec.processes import kill_group
+from torchspec.reasons import last_error_in, without_bars
 
 log = logging.getLogger("torchspec.supervisor")
 _LAST_LINES = 12
@@ -40,6 +43,17 @@ class WorkerProcess:
     restarts: int = 0
     next_start: float = 0.0
     kill_at: float | None = None
+    given_up: bool = False
+    """It is not started again."""
+    refused: str = ""
+    """Why what this process would do is of no use to the run: another one would be no better."""
+    late: str = ""
+    """Why it was killed before it was ready."""
+    user: list[str] = field(default_factory=list)
+    """``UserError.words`` of why it cannot serve, where it said so."""
+    seen_dead: bool = False
+    log_from: int = 0
+    """Where in the log the process that was started last begins."""
     word: str = ""
     """Of the process that was started last, random: it proves its name with it (``greeting.py``)."""
 
@@ -54,12 +68,15 @@ class WorkerProcess:
         environment["CUDA_VISIBLE_DEVICES"] = "" if on_cpu else self.device
         module = [sys.executable, "-m", "torchspec.engines.worker"]
         options = ["--coordinator", host_port(endpoint.host, endpoint.port), "--name", self.name, "--device", "cpu" if on_cpu else "cuda:0"]
+        if not self.restarts:
+            keep_one_before(self.log_file)
         with self.log_file.open("ab") as output:
+            self.log_from = output.tell()
             self.process = subprocess.Popen(
                 [*module, *options], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
             )
         self.started = now
-        self.ready, self.kill_at = False, None
+        self.ready, self.kill_at, self.seen_dead, self.refused, self.late, self.user = False, None, False, "", "", []
         log.info("%s started: pid %d, device %s, log %s", self.name, self.process.pid, self.device, self.log_file)
 
     def kill(self) -> None:
@@ -83,15 +100,26 @@ class WorkerProcess:
         return delay
 
     def last_lines(self) -> str:
-        """The end of its log, on one line."""
+        """The end of what its process wrote into the log, on one line, without progress bars; first, where it is not among it, the last error by name."""
         try:
             with self.log_file.open("rb") as handle:
                 handle.seek(0, os.SEEK_END)
-                handle.seek(max(0, handle.tell() - 8192))
-                lines = handle.read().decode(errors="replace").splitlines()
+                handle.seek(max(self.log_from, handle.tell() - 65536))
+                lines = without_bars(handle.read().decode(errors="replace"))
         except OSError:
             return "(no log)"
-        return " | ".join(line.strip() for line in lines[-_LAST_LINES:] if line.strip()) or "(log is empty)"
+        last = lines[-_LAST_LINES:]
+        error = last_error_in(lines)
+        if error is not None and not any(error in line for line in last):
+            last.insert(0, error)
+        return " | ".join(last) or "(log is empty)"
+
+
+def keep_one_before(log_file: Path) -> None:
+    """A run's log begins empty; what an earlier run wrote under its name is kept once, under ``.before``."""
+    with contextlib.suppress(OSError):
+        if log_file.stat().st_size:
+            log_file.replace(log_file.with_name(f"{log_file.name}.before"))
 
 
 class Supervisor:
@@ -100,16 +128,23 @@ class Supervisor:
     Args:
         processes: one a worker, not started.
         limits: of the engines: start_timeout, silence_timeout, max_restarts.
-        on_end: called with a worker's name when its process has ended (and is reaped: it can write nothing more).
-        on_fatal: called with the reason when the run cannot go on.
+        on_end: called with a worker's name, and how, when its process has ended (and is reaped: it can write nothing more).
+        on_given_up: called then with the name of one that will not be started again, the reason, and the words of a ``UserError`` where it is one.
     """
 
-    def __init__(self, processes: list[WorkerProcess], *, limits: Mapping[str, float], on_end: Callable[[str], None], on_fatal: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        processes: list[WorkerProcess],
+        *,
+        limits: Mapping[str, float],
+        on_end: Callable[[str, str], None],
+        on_given_up: Callable[[str, str, list[str] | None], None],
+    ) -> None:
         self.processes = processes
         self.restarts = 0
         self._limits = limits
         self._on_end = on_end
-        self._on_fatal = on_fatal
+        self._on_given_up = on_given_up
         self._endpoint: Endpoint | None = None
 
     def start(self, endpoint: Endpoint, *, now: float) -> None:
@@ -132,6 +167,19 @@ class Supervisor:
             if process.name == name:
                 process.ready = process.was_ready = True
 
+    def unfit(self, name: str, words: list[str]) -> None:
+        """The worker has said why it cannot serve, and ends."""
+        for process in self.processes:
+            if process.name == name:
+                process.user = words
+
+    def refuse(self, name: str, why: str) -> None:
+        """What the worker would do is of no use: end it, and start no other in its place."""
+        for process in self.processes:
+            if process.name == name:
+                process.refused = why
+        self.kill(name, f"refused, {why}: killed")
+
     def disconnected(self, name: str, *, now: float) -> None:
         """The worker's connection ended. It is ending, we hope, and has a moment to write down why."""
         for process in self.processes:
@@ -153,21 +201,24 @@ class Supervisor:
             beats: time of the last heartbeat of each connected worker.
         """
         for process in self.processes:
+            if process.given_up:
+                continue
             if process.process is None:
                 if self._endpoint is not None and now >= process.next_start:
                     process.start(self._endpoint, now=now)
                 continue
             code = process.process.poll()
             if code is not None:
-                self._ended(process, code, now)
+                if process.seen_dead:  # by now its last words, which it sent over its connection, have been read
+                    self._ended(process, code, now)
+                process.seen_dead = True
             elif process.kill_at is not None and now >= process.kill_at:
                 self.kill(process.name, "connection lost: killed")
             elif process.ready and now - beats.get(process.name, now) > self._limits["silence_timeout"]:
                 self.kill(process.name, f"silent for more than {self._limits['silence_timeout']:.0f} s (data.engines.silence_timeout): killed")
             elif not process.ready and now - process.started > self._limits["start_timeout"]:
-                process.kill()
-                problem = f"{process.name} was not ready after data.engines.start_timeout={self._limits['start_timeout']:g} s"
-                self._on_fatal(f"{problem}; its log ends: {process.last_lines()}")
+                process.late = f"{process.name} was not ready after data.engines.start_timeout={self._limits['start_timeout']:g} s"
+                self.kill(process.name, f"{process.late}: killed")
 
     def close(self) -> None:
         """Kill and reap every worker."""
@@ -180,13 +231,20 @@ class Supervisor:
 
     def _ended(self, process: WorkerProcess, code: int, now: float) -> None:
         process.kill()  # what is left of its group
-        self._on_end(process.name)
         how = f"signal {-code}" if code < 0 else f"code {code}"
-        if not process.was_ready:
-            self._on_fatal(f"{process.name} ended with {how} before it was ready; its log ends: {process.last_lines()}")
-        elif process.restarts >= self._limits["max_restarts"]:
-            problem = f"{process.name} ended with {how} after {process.restarts} restarts (data.engines.max_restarts)"
-            self._on_fatal(f"{problem}; its log ends: {process.last_lines()}")
+        self._on_end(process.name, f"ended with {how}")
+        ending = process.late or f"{process.name} ended with {how}"
+        if process.refused or not process.was_ready or process.restarts >= self._limits["max_restarts"]:
+            process.given_up = True
+            if process.refused:
+                reason = process.refused
+            elif process.was_ready:
+                reason = f"{ending} after {process.restarts} restarts (data.engines.max_restarts); its log ends: {process.last_lines()}"
+            else:
+                reason = f"{ending}{'' if process.late else ' before it was ready'}; its log ends: {process.last_lines()}"
+            user = process.user if not process.refused and process.user else None
+            log.error("%s is not started again: %s", process.name, reason)
+            self._on_given_up(process.name, str(UserError.of(user)) if user else reason, user)
         else:
             delay = process.back_off(now)
             self.restarts += 1

@@ -28,9 +28,15 @@ class WorkerView:
 
     peer: Peer
     last_beat: float
+    since: float = 0.0
+    """When it came."""
     ready: bool = False
     answers: bool = False
     """It answers prompts and writes no records."""
+    told: bool = False
+    """The user knows already why it ends."""
+    ending: str = ""
+    """Why we ended it."""
     pull: Pull | None = None
     beat: Beat = field(default_factory=lambda: Beat(samples=0, tokens=0, busy_s=0.0, write_s=0.0))
     idle_for_credit_s: float = 0.0

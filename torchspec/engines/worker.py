@@ -7,10 +7,12 @@ own sends a heartbeat a second. It ends when the connection does; started by a c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import importlib
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -18,10 +20,27 @@ import traceback
 from dataclasses import asdict
 from typing import NoReturn
 
-from torchspec.engines.connection import SILENCE, Closed, Connection
+import torchspec
+from torchspec.engines.connection import SILENCE, BadFrame, Closed, Connection
 from torchspec.engines.engine import Engine, EngineConfig, Job, OnPolicy, TakesDrafts
-from torchspec.engines.greeting import WORD_VARIABLE, Refused, greet
-from torchspec.engines.messages import ANSWERER, Answered, Beat, Cancel, Failed, Finished, NewDraft, Pull, Ready, Report, Stop, ToWorker, Work
+from torchspec.engines.greeting import WORD_VARIABLE, Over, Refused, greet
+from torchspec.engines.messages import (
+    ANSWERER,
+    Answered,
+    Beat,
+    Cancel,
+    Failed,
+    Finished,
+    NewDraft,
+    Pull,
+    Ready,
+    Report,
+    Stop,
+    ToWorker,
+    Unfit,
+    Welcome,
+    Work,
+)
 from torchspec.engines.parent import die_with
 from torchspec.errors import UserError
 from torchspec.imports import heavy_imports
@@ -61,33 +80,74 @@ def work(host: str, port: int, *, token: str, name: str, device: str, word: str 
     Args:
         host, port: where it listens.
         token: of the run.
-        name: unique among the run's workers.
+        name: by which logs call it.
         device: torch device, cpu or cuda:0.
         word: of a worker that the coordinator started (``greeting.WORD_VARIABLE``); "" by hand.
 
     Raises:
-        UserError: refused, or the engine cannot be built.
+        UserError: refused, of another version, or the engine cannot be built (then the run's user is told as well).
         Closed: the coordinator is gone.
     """
     connection = Connection((host, port), ToWorker, silence=SILENCE)
+    where = host_port(host, port)
     try:
         welcome = greet(connection, token=token, role="worker", name=name, word=word)
+        try:
+            _serve_run(connection, _job_of(welcome, device=device), str(welcome.job["engine"]))
+        except UserError as error:
+            _tell(connection, error)
+            raise
+        except Closed:
+            if not _was_stopped(connection):
+                raise
+    except Over:
+        log.info("the run has ended")
     except Refused as error:
-        raise UserError("coordinator", host_port(host, port), str(error), "check address and token, and look at its log") from error
+        raise UserError("coordinator", where, str(error), "check address, token and version, and look at its log") from error
+    except TurnedDown as error:
+        fix = "give this host the target, the types and the versions of the run"
+        raise UserError("coordinator", where, f"refused this worker: it {error}", fix) from error
+    except BadFrame as error:
+        raise UserError("coordinator", where, f"does not speak as a coordinator of this version ({error})", "install the same version everywhere") from error
+    finally:
+        connection.close()
+
+
+class TurnedDown(Exception):
+    """The run goes on without this worker; the message says what it would do wrong."""
+
+
+def _job_of(welcome: Welcome, *, device: str) -> Job:
+    """What to build the engine from.
+
+    Raises:
+        UserError: the run is of another version of this program.
+    """
     plain = welcome.job
-    job = Job(
-        target=TargetConfig(**plain["target"]),
-        spec=RecordSpec.from_dict(welcome.spec),
-        store=welcome.store,
-        config=EngineConfig(**plain["engines"]),
-        max_length=plain["max_length"],
-        device=device,
-        on_policy=OnPolicy(**plain["on_policy"]) if plain["on_policy"] else None,
-        images=plain["images"],
-    )
+    theirs = plain.get("version")
+    if theirs != torchspec.__version__:
+        raise UserError("torchspec", torchspec.__version__, f"is another version than the run's ({theirs})", "install the same version on every host")
+    try:
+        return Job(
+            target=TargetConfig(**plain["target"]),
+            spec=RecordSpec.from_dict(welcome.spec),
+            store=welcome.store,
+            config=EngineConfig(**plain["engines"]),
+            max_length=plain["max_length"],
+            device=device,
+            on_policy=OnPolicy(**plain["on_policy"]) if plain["on_policy"] else None,
+            images=plain["images"],
+        )
+    except (TypeError, KeyError) as error:  # of an unknown or a missing option
+        problem = f"does not know all that this run asks for ({error})"
+        raise UserError("torchspec", torchspec.__version__, problem, "install the same commit on every host") from error
+
+
+def _serve_run(connection: Connection, job: Job, kind: str) -> None:
+    """Build the engine, say that it is ready, and work until the run ends."""
     faulthandler.enable()  # what crashes below Python leaves the threads' stacks in the worker's log
     with heavy_imports():
-        engine = build(plain["engine"], job)
+        engine = build(kind, job)
     stopped = threading.Event()
     try:
         started = time.monotonic()
@@ -95,13 +155,46 @@ def work(host: str, port: int, *, token: str, name: str, device: str, word: str 
         log.info("engine up after %.1f s: %s", time.monotonic() - started, info)
         answers = isinstance(engine, TakesDrafts)
         spec = {} if answers else engine.spec.to_dict()
-        connection.send(Ready(spec=spec, info={**info, "pid": os.getpid()}, max_tokens=engine.max_tokens, answers=answers))
+        info = {**info, "host": socket.gethostname(), "pid": os.getpid()}
+        connection.send(Ready(spec=spec, info=info, max_tokens=engine.max_tokens, answers=answers))
         threading.Thread(target=_beat, args=(connection, engine, stopped), name="heartbeat", daemon=True).start()
         _loop(connection, engine)
     finally:
         stopped.set()
         engine.close()
-        connection.close()
+
+
+def _tell(connection: Connection, error: UserError) -> None:
+    """Let the coordinator know why this worker ends, so that the user of the run does."""
+    with contextlib.suppress(Closed):
+        connection.send(Unfit(words=error.words))
+
+
+def _was_stopped(connection: Connection) -> bool:
+    """Whether the coordinator said that the run is over before it closed the connection: while the engine loaded, nobody listened.
+
+    Raises:
+        TurnedDown: as of :func:`_stop`.
+    """
+    try:
+        while (message := connection.receive(0.2)) is not None:
+            if isinstance(message, Stop):
+                _stop(message)
+                return True
+    except Closed:
+        pass
+    return False
+
+
+def _stop(message: Stop) -> None:
+    """The coordinator ends this worker.
+
+    Raises:
+        TurnedDown: it alone; the run goes on.
+    """
+    if message.refused:
+        raise TurnedDown(message.error)
+    log.info("the coordinator ended the run%s", f": {message.error}" if message.error else "")
 
 
 def _beat(connection: Connection, engine: Engine, stopped: threading.Event) -> None:
@@ -127,7 +220,7 @@ def _loop(connection: Connection, engine: Engine) -> None:
         message = connection.receive(0.0 if held else _POLL)
         while message is not None:
             if isinstance(message, Stop):
-                log.info("the coordinator ended the run%s", f": {message.error}" if message.error else "")
+                _stop(message)
                 return
             if isinstance(message, Work):
                 engine.submit(message.leases)

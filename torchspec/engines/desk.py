@@ -1,0 +1,222 @@
+"""Where workers come and go: under which name one is known, whether what it would write is what the run needs, and what happens when it cannot serve.
+
+A worker of ours is the supervisor's: it is ended, and started again or not. One that somebody else started is no more than a connection: it is told why it is
+of no use, the user is told as well, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torchspec
+from torchspec.engines.attendance import Attendance
+from torchspec.engines.connection import Peer
+from torchspec.engines.ledger import Ledger, ProtocolError
+from torchspec.engines.messages import ANSWERER, Beat, NewDraft, Pull, Ready, Report, Stop, Unfit
+from torchspec.engines.views import WorkerView, mismatch
+from torchspec.errors import UserError
+
+log = logging.getLogger("torchspec.coordinator")
+
+
+class Workers(Protocol):
+    """The worker processes of this host (``Supervisor``)."""
+
+    restarts: int
+
+    def owns(self, name: str) -> bool: ...
+    def word(self, name: str) -> str: ...
+    def ready(self, name: str) -> None: ...
+    def unfit(self, name: str, words: list[str]) -> None: ...
+    def refuse(self, name: str, why: str) -> None: ...
+    def disconnected(self, name: str, *, now: float) -> None: ...
+    def kill(self, name: str, why: str) -> None: ...
+
+
+class Desk:
+    """See the module.
+
+    Args:
+        config: of the group (``GroupConfig.to_json``), decoded.
+        ledger: the rules.
+        spec: what the trainer expects of every record.
+        now: the coordinator's clock, seconds.
+        workers: processes of this host.
+        attendance: told who comes and goes.
+        say: takes a line for the user.
+        on_late: called with keys that a worker which left may still be writing.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        ledger: Ledger,
+        *,
+        spec: dict[str, Any],
+        now: Callable[[], float],
+        workers: Workers,
+        attendance: Attendance,
+        say: Callable[[str], object],
+        on_late: Callable[[list[str]], None],
+    ) -> None:
+        self.views: dict[str, WorkerView] = {}
+        """Of every connected worker, by the name under which it is known here."""
+        self.draft: NewDraft | None = None
+        self._config = config
+        self._engines: dict[str, Any] = config["engines"]
+        self._ledger = ledger
+        self._spec = spec
+        self._now = now
+        self._supervisor = workers
+        self._attendance = attendance
+        self._say = say
+        self._on_late = on_late
+
+    def problem(self, name: str) -> str | None:
+        """Why nobody can come in under this name; None when one can."""
+        if not name.isprintable() or not 0 < len(name) <= 128:
+            return "its name is no printable word"
+        if self._supervisor.owns(name) and name in self.views:
+            return f"a worker named {name} is connected already"
+        return None
+
+    def admit(self, peer: Peer, name: str) -> str:
+        """The name under which it is known: its own, or one made of it, where the connection of an earlier one is not given up yet."""
+        free, number = name, 1
+        while free in self.views or (number > 1 and self._supervisor.owns(free)):
+            number += 1
+            free = f"{name}.{number}"
+        self.views[free] = WorkerView(peer, last_beat=self._now(), since=self._now())
+        return free
+
+    def job(self, name: str) -> dict[str, Any]:
+        """What it builds its engine from."""
+        job = {part: self._config[part] for part in ("target", "engine", "engines", "max_length", "on_policy", "images")}
+        if name.startswith(ANSWERER) and self._supervisor.owns(name):  # those that only answer are started here alone
+            job |= {"engine": ANSWERER, "engines": {**self._engines, "engine_args": self._config["on_policy"]["answer_args"]}}
+        return {**job, "version": torchspec.__version__}
+
+    def new_draft(self, draft: NewDraft) -> None:
+        """For those that answer, now and later."""
+        self.draft = draft
+        for view in self.views.values():
+            if view.answers:
+                view.peer.send(draft)
+
+    def received(self, peer: Peer, m: Any) -> None:
+        """A message of a worker.
+
+        Raises:
+            ProtocolError: it comes at a time when no honest worker sends it.
+        """
+        view = self.views[peer.name]
+        match m:
+            case Report() if view.ready:
+                for done in m.finished:
+                    self._ledger.finish(peer.name, done.lease, done.nbytes, done.rows)
+                for prompt in m.answered:
+                    self._ledger.answered(peer.name, prompt.lease, prompt.ids)
+                for lost in m.failed:
+                    log.warning("%s failed lease %d: %s", peer.name, lost.lease, lost.reason)
+                    self._ledger.fail(peer.name, lost.lease, lost.reason, retry=lost.retry)
+            case Pull() if view.ready:
+                view.pull = m
+            case Beat():
+                view.beat, view.last_beat = m, self._now()
+            case Ready() if not view.ready:
+                self._ready(peer, view, m)
+            case Unfit():
+                self._unfit(peer, view, m)
+            case _:
+                raise ProtocolError(f"{type(m).__name__} from {peer.name} {'after' if view.ready else 'before'} it was ready")
+
+    def lost(self, peer: Peer) -> None:
+        """Its connection has ended."""
+        view = self.views.get(peer.name)
+        if view is None or view.peer is not peer:
+            return
+        del self.views[peer.name]
+        if self._supervisor.owns(peer.name):
+            self._supervisor.disconnected(peer.name, now=self._now())  # its leases go back when it has ended and can write no more
+            return
+        if not view.ready and not view.told:
+            log.error("%s was lost before it was ready", peer.name)
+            self._say(f"worker {peer.name} ({peer.host}) ended before it was ready; what it printed says why")
+        self._leave(peer.name, "was lost", view.ending or "its connection ended")
+
+    def ended(self, name: str, how: str) -> None:
+        """The process of one of ours is reaped: it can write nothing more."""
+        view = self.views.pop(name, None)
+        if view is not None:
+            view.peer.close()
+        self._leave(name, "died", how)
+
+    def tick(self, now: float, elapsed: float) -> None:
+        """Look at everything that time changes."""
+        held_back = self._ledger.waits_for_credit
+        for name, view in list(self.views.items()):
+            if view.pull is not None:
+                view.idle_for_credit_s += elapsed * held_back
+                view.idle_for_packs_s += elapsed * (not held_back)
+            if self._supervisor.owns(name):
+                continue  # the supervisor looks at those
+            if view.ready and now - view.last_beat > self._engines["silence_timeout"]:
+                self._end(name, f"silent for more than {self._engines['silence_timeout']:g} s (data.engines.silence_timeout)")
+            elif not view.ready and not view.told and now - view.since > self._engines["start_timeout"]:
+                self._refuse(view.peer, view, f"was not ready after data.engines.start_timeout={self._engines['start_timeout']:g} s")
+        for name, count in self._ledger.overdue(now).items():
+            self._end(name, f"{count} leases past data.engines.lease_timeout={self._engines['lease_timeout']:g} s")
+        self._attendance.tick(elapsed)
+
+    def _ready(self, peer: Peer, view: WorkerView, m: Ready) -> None:
+        problem = mismatch(m, self._spec, max_length=self._config["max_length"])
+        if problem is not None:
+            self._refuse(peer, view, problem)
+            return
+        log.info("%s ready: %s", peer.name, json.dumps(m.info))
+        view.ready, view.answers, view.last_beat = True, m.answers, self._now()
+        self._ledger.join(peer.name, m.max_tokens, answers=m.answers)
+        if m.answers and self.draft is not None:
+            peer.send(self.draft)
+        self._supervisor.ready(peer.name)
+        host = str(m.info.get("host", peer.host))
+        self._attendance.joined(peer.name, host if host.isprintable() else peer.host)
+
+    def _refuse(self, peer: Peer, view: WorkerView, why: str) -> None:
+        """What it would do is of no use to this run."""
+        log.error("refused worker %s (%s): it %s", peer.name, peer.host, why)
+        view.told = True
+        if self._supervisor.owns(peer.name):
+            self._supervisor.refuse(peer.name, f"{peer.name} {why}")
+        else:
+            self._say(f"worker {peer.name} ({peer.host}) is refused, the run goes on without it: it {why}")
+            peer.send(Stop(error=why, refused=True))
+            peer.close()
+
+    def _unfit(self, peer: Peer, view: WorkerView, m: Unfit) -> None:
+        if len(m.words) != 4:
+            raise ProtocolError(f"Unfit from {peer.name} with {len(m.words)} words")
+        view.told = True
+        problem = " ".join(str(UserError.of(m.words)).split())
+        log.error("%s cannot serve: %s", peer.name, problem)
+        if self._supervisor.owns(peer.name):
+            self._supervisor.unfit(peer.name, m.words)
+        else:
+            view.ending = "it cannot go on"
+            self._say(f"worker {peer.name} ({peer.host}) cannot serve, the run goes on without it: {problem}")
+
+    def _leave(self, name: str, how: str, why: str) -> None:
+        """What a worker held goes to others."""
+        self._on_late(self._ledger.leave(name, f"{name} {how}"))
+        self._attendance.left(name, why)
+
+    def _end(self, name: str, why: str) -> None:
+        if self._supervisor.owns(name):
+            self._supervisor.kill(name, f"{why}: killed")
+        elif name in self.views:
+            log.error("%s: %s: connection ended", name, why)
+            self.views[name].ending = why
+            self.views[name].peer.abort()
