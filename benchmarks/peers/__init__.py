@@ -1,0 +1,1 @@
+"""Other trainers on our data, for comparisons at equal tokens."""
