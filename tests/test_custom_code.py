@@ -97,3 +97,14 @@ def test_code_that_may_not_run_is_said(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="of type own_llama, which Transformers .* does not have"):
         Target(TargetConfig(target.config.path)).full_hf_config  # noqa: B018
+
+
+def test_vllm_runs_no_code_where_classes_are_native(tmp_path: Path) -> None:
+    from torchspec.engines.engine import EngineConfig
+    from torchspec.engines.vllm.options import model_arguments
+
+    native = write(tmp_path / "native", code=OLD, model_type="minimax_m2", architectures=["MiniMaxM2ForCausalLM"])
+    own = write(tmp_path / "own", code=OWN, model_type="own_llama", architectures=["OwnForCausalLM"])
+
+    for target, expected in ((native, False), (own, True)):
+        assert model_arguments(target, EngineConfig(), max_length=64, device="cpu")["trust_remote_code"] is expected

@@ -43,7 +43,7 @@ def export(
         tokenizer: also write the target's tokenizer and generation settings.
         target_name: hub id to name the target by, where it is a local copy.
         revision: branch, tag or commit of a hub id.
-        trust_remote_code: run modelling code that ships with the target.
+        trust_remote_code: allow code that ships with the target to run, where Transformers lacks the classes, and for the tokenizer.
     """
     from torchspec.models.export import ExportOptions, export_checkpoint
 
@@ -88,7 +88,7 @@ def import_draft(
         target_name: hub id to name the target by, where it is a local copy.
         draft_revision: branch, tag or commit of the draft's hub id.
         revision: branch, tag or commit of the target's hub id.
-        trust_remote_code: run modelling code that ships with the target.
+        trust_remote_code: allow code that ships with the target to run, where Transformers lacks the classes, and for the tokenizer.
     """
     from torchspec.models.export import ExportOptions, export_draft
     from torchspec.models.import_draft import complete
@@ -136,7 +136,7 @@ def acceptance(
         compare: also serve without the draft, for the speed-up.
         revision: branch, tag or commit of a target that is a hub id.
         dtype: auto, bfloat16, float16 or float32, as data.target.dtype.
-        trust_remote_code: run modelling code that ships with the target.
+        trust_remote_code: allow code that ships with the target to run, where Transformers lacks the classes, and for the tokenizer.
         messages_key: column of the messages, as data.messages_key.
         template_args: variables for the chat template, as data.template_args, such as {"enable_thinking": false}.
         seed: of the sampling.
@@ -170,7 +170,7 @@ def vllm_command(target: str, aux_layers: list[int] | None = None, revision: str
         target: hub id or directory of the target, as the server sees it.
         aux_layers: hidden-state indices of the draft; empty takes the default of model.aux_layers.
         revision: branch, tag or commit of a hub id.
-        trust_remote_code: run modelling code that ships with the target.
+        trust_remote_code: allow code that ships with the target to run, where Transformers lacks the classes, and for the tokenizer.
     """
     from torchspec.engines.vllm.options import serve_command
 

@@ -41,7 +41,7 @@ def show_data(
         media: as data.media.
         template_args: as data.template_args.
         revision: branch, tag or commit of a hub id.
-        trust_remote_code: run modelling code that ships with the target.
+        trust_remote_code: allow code that ships with the target to run, where Transformers lacks the classes, and for the tokenizer.
     """
     from torchspec.data.outputs import output_file
     from torchspec.data.prepare import DataOptions
@@ -87,7 +87,7 @@ def vocabulary(
         template_args: as data.template_args.
         max_bad_fraction: as data.max_bad_fraction.
         revision: branch, tag or commit of a hub id.
-        trust_remote_code: run modelling code that ships with the target.
+        trust_remote_code: allow code that ships with the target to run, where Transformers lacks the classes, and for the tokenizer.
     """
     from torchspec.data.corpus import count_tokens
     from torchspec.data.outputs import output_file
@@ -151,7 +151,7 @@ def regenerate(
         revision: branch, tag or commit of a hub id.
         dtype: auto, bfloat16, float16 or float32.
         device: auto, cpu, or a CUDA device such as cuda:0.
-        trust_remote_code: run modelling code that ships with the target.
+        trust_remote_code: allow code that ships with the target to run, where Transformers lacks the classes, and for the tokenizer.
         engine: transformers, vllm (much faster where it runs), or server (any OpenAI-compatible one; its key comes from OPENAI_API_KEY).
         engine_args: engine arguments of vLLM, as they are; with a server, added to every request.
         server: address of the server's interface, such as http://127.0.0.1:8000/v1.

@@ -172,7 +172,12 @@ def _processor(target: Target) -> Any:
         level = logging.get_verbosity()
         logging.set_verbosity_error()  # without torchvision it says at length that it uses Pillow
         try:
-            return AutoImageProcessor.from_pretrained(config.path, revision=config.revision, trust_remote_code=config.trust_remote_code)
+            try:
+                return AutoImageProcessor.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
+            except (OSError, ValueError, ImportError):
+                if not config.trust_remote_code:
+                    raise
+                return AutoImageProcessor.from_pretrained(config.path, revision=config.revision, trust_remote_code=True)
         finally:
             logging.set_verbosity(level)
     except (OSError, ValueError, ImportError) as error:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tests.e2e.runs import wait_for
 from tests.house.random_draft import save_random_draft
 from tests.tiny import save_conversations, save_target
+from tests.tiny_vl import save_vl_target
 from torchspec import acceptance
 from torchspec.acceptance import measure, read_requests, table
 from torchspec.errors import UserError
@@ -219,3 +220,33 @@ def test_latent_attention_is_served_with_the_right_operators(
     with pytest.raises(JobSeen) as seen:
         measure(str(served), str(draft), prompts=str(prompts), engine_args={"compilation_config": {"level": 0}})
     assert seen.value.args[0] == {"level": 0} | ({} if latent == "neither" else {"custom_ops": ["none"]})
+
+
+@pytest.mark.parametrize("family", ["text", "qwen2_5_vl"])
+def test_a_multimodal_target_is_asked_for_text_alone(
+    family: str, target: Path, draft: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No tower is loaded and no processor asked for; a tokenizer, which one would need, is not either: prompts are ids."""
+
+    class JobSeen(Exception):
+        pass
+
+    def see(job: dict[str, Any], *_: object) -> dict[str, Any]:
+        raise JobSeen(job)
+
+    monkeypatch.setattr("torchspec.acceptance._serve", see)
+    asked = target if family == "text" else save_vl_target(tmp_path / "vl", family)
+    (asked / "preprocessor_config.json").unlink(missing_ok=True)
+    with pytest.raises(JobSeen) as seen:
+        measure(str(asked), str(draft), prompts=str(prompts), trust_remote_code=True)
+    arguments, sampling = seen.value.args[0]["engine_args"], seen.value.args[0]["sampling"]
+    assert arguments.get("language_model_only", False) is (family != "text")
+    assert (arguments["skip_tokenizer_init"], arguments["trust_remote_code"], sampling["detokenize"]) == (True, False, False)
+    assert sampling["stop_token_ids"] == Target(TargetConfig(str(asked))).end_ids() != []
+
+
+def test_a_prompt_beyond_the_vocabulary_is_a_bad_row(target: Path, tmp_path: Path) -> None:
+    size = Target(TargetConfig(str(target))).vocab_size
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"input_ids": [5, last, 6], "loss_mask": [0, 0, 1]}) + "\n" for last in (size - 1, size)))
+    assert read_requests(str(file), Target(TargetConfig(str(target))), limit=None) == ([[5, size - 1]], 1)

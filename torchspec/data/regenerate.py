@@ -140,7 +140,7 @@ def regenerate(
         revision: branch, tag or commit of a hub id.
         dtype: auto, bfloat16, float16 or float32.
         device: auto, cpu, or a CUDA device.
-        trust_remote_code: run modelling code that ships with the target.
+        trust_remote_code: allow code that ships with the target to run, where Transformers lacks the classes, and for the tokenizer.
         engine: transformers, vllm or server.
         engine_args: of vLLM, passed on; of a server, added to every request.
         server: address of an OpenAI-compatible interface.

@@ -111,7 +111,7 @@ def model_arguments(target: Target, config: EngineConfig, *, max_length: int | N
         **config.engine_args,
         "model": target.config.path,
         "revision": target.config.revision,
-        "trust_remote_code": target.config.trust_remote_code,
+        "trust_remote_code": target.custom_model or (images and target.config.trust_remote_code),  # of a processor and its tokenizer
         "dtype": str(working_dtype(target.dtype, device)).removeprefix("torch."),
         "skip_tokenizer_init": not images,  # vLLM finds the places of images with the tokenizer
     }
