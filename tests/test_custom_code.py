@@ -101,10 +101,13 @@ def test_code_that_may_not_run_is_said(tmp_path: Path) -> None:
 
 def test_vllm_runs_no_code_where_classes_are_native(tmp_path: Path) -> None:
     from torchspec.engines.engine import EngineConfig
-    from torchspec.engines.vllm.options import model_arguments
+    from torchspec.engines.vllm.options import model_arguments, serve_command
 
     native = write(tmp_path / "native", code=OLD, model_type="minimax_m2", architectures=["MiniMaxM2ForCausalLM"])
     own = write(tmp_path / "own", code=OWN, model_type="own_llama", architectures=["OwnForCausalLM"])
 
     for target, expected in ((native, False), (own, True)):
+        assert ("--trust-remote-code" in serve_command(target, (1, 2))) is expected
         assert model_arguments(target, EngineConfig(), max_length=64, device="cpu")["trust_remote_code"] is expected
+    (tmp_path / "native" / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}))
+    assert "--trust-remote-code" in serve_command(native, (1, 2))  # that server has a tokenizer

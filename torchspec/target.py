@@ -19,7 +19,7 @@ from torchspec.fingerprint import of_directory, of_hub_cache
 from torchspec.paths import home
 from torchspec.proxies import through_to_hub
 from torchspec.stored import StoredTensors
-from torchspec.tokenizer import Loaded, Served, load_tokenizer
+from torchspec.tokenizer import Loaded, Served, described_tokenizer, file_names, load_tokenizer, own_class
 from torchspec.transfer.spec import RecordSpec
 
 if TYPE_CHECKING:
@@ -197,6 +197,11 @@ class Target:
             UserError: see :meth:`tokenizer`.
         """
         return self._loaded_tokenizer.served
+
+    @property
+    def custom_tokenizer(self) -> bool:
+        """Whether it ships tokenizer code, which a server runs."""
+        return own_class(described_tokenizer(self.config, file_names(self.config))) is not None
 
     @cached_property
     def _loaded_tokenizer(self) -> Loaded:

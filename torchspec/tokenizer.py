@@ -75,7 +75,7 @@ def load_tokenizer(config: TargetConfig, hf_config: PretrainedConfig) -> Loaded:
 
     names = file_names(config)
     try:
-        described = json.loads((folder_of(config) / "tokenizer_config.json").read_text()) if "tokenizer_config.json" in names else {}
+        described = described_tokenizer(config, names)
         if is_mistral(names):
             found = load_mistral(config, hf_config, names)
         elif (reference := own_class(described)) is not None or "tiktoken.model" in names:
@@ -90,6 +90,12 @@ def load_tokenizer(config: TargetConfig, hf_config: PretrainedConfig) -> Loaded:
     if not found.tokenizer.chat_template and "chat_template.json" in names:  # a processor's; servers fall back to it
         found.tokenizer.chat_template = json.loads((folder_of(config) / "chat_template.json").read_text())["chat_template"]
     return found
+
+
+def described_tokenizer(config: TargetConfig, names: frozenset[str]) -> dict[str, Any]:
+    """The target's tokenizer_config.json; empty where it has none."""
+    described: dict[str, Any] = json.loads((folder_of(config) / "tokenizer_config.json").read_text()) if "tokenizer_config.json" in names else {}
+    return described
 
 
 def file_names(config: TargetConfig) -> frozenset[str]:

@@ -203,7 +203,7 @@ def serve_command(target: Target, aux_layers: tuple[int, ...]) -> str:
     arguments = capture_arguments(target, aux_layers)
     words = ["vllm", "serve", target.config.path]
     words += ["--revision", target.config.revision] if target.config.revision else []
-    words += ["--trust-remote-code"] if target.config.trust_remote_code else []
+    words += ["--trust-remote-code"] if target.config.trust_remote_code and (target.custom_model or target.custom_tokenizer) else []
     words += ["--dtype", str(target.dtype).removeprefix("torch."), "--no-enable-prefix-caching"]
     words += ["--speculative-config", json.dumps(arguments["speculative_config"]), "--kv-transfer-config", json.dumps(arguments["kv_transfer_config"])]
     return f"{TOKEN_VARIABLE}=SECRET {shlex.join(words)}"
