@@ -233,7 +233,7 @@ def read_requests(
     for source, text, place in ((one, *row) for one in sources for row in read_rows(one, config_key="prompts")):
         try:
             row = parse(text, messages_key=messages_key, need_answer=False)
-            unused.add(source.given, row.unused)
+            unused.add(source.given, row.unused if row.input_ids is not None else renderer.unused(row))
             if row.input_ids is not None:
                 first = (row.loss_mask or []).index(1) if 1 in (row.loss_mask or []) else len(row.input_ids)
                 found = [row.input_ids[:first]] if first else []
@@ -252,6 +252,8 @@ def read_requests(
             break
     for line in unused.lines("prompts"):
         warn(line)
+    if bad and requests:
+        warn(f"prompts: {bad} rows cannot be used, the last of them {reason}")
     if not requests:
         raise UserError("prompts", prompts, f"holds no usable prompt ({reason})", 'give rows with "conversations", "messages" or "prompt"')
     return requests[:limit], bad

@@ -57,6 +57,9 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "prompt and completion": ({"prompt": "u", "completion": "a"}, [USER, SAY]),
     "trl": ({"prompt": [SYSTEM, USER], "completion": [SAY]}, [SYSTEM, USER, SAY]),
     "nemotron": ({"input": [USER], "output": "a", "system_prompt": "s", "category": "math"}, [SYSTEM, USER, SAY]),
+    "pairs": ({"system": "s", "conversation": [{"human": "u", "assistant": "a"}] * 2}, [SYSTEM, USER, SAY, USER, SAY]),
+    "cohere": ({"messages": [{"role": "User", "content": "u"}, {"role": "Chatbot", "content": "a"}]}, [USER, SAY]),
+    "an empty list of messages beside a question": ({"messages": [], "prompt": "u", "response": "a"}, [USER, SAY]),
     "developer": ({"messages": [{"role": "developer", "content": "s"}, USER, SAY]}, [{"role": "developer", "content": "s"}, USER, SAY]),
 }
 
@@ -145,6 +148,9 @@ def test_what_a_row_tells_the_template() -> None:
         assert parsed({"messages": [USER, SAY], "chat_template_kwargs": value}).template_args == {"enable_thinking": False}
     assert parsed({"messages": [USER, SAY], "enable_thinking": False}).template_args == {"enable_thinking": False}
     assert parsed({"messages": [USER, SAY], "enable_thinking": "yes"}).unused == ("enable_thinking",)
+    found = parsed({"messages": [USER, SAY], "thinking": True, "reasoning_effort": "high"})
+    assert found.template_args == {"thinking": True, "reasoning_effort": "high"} and not found.unused
+    assert parsed({"messages": [USER, SAY], "thinking": "hm"}).unused == ("thinking",)
     assert "which differ" in refused({"messages": [USER, SAY], "enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}})
     assert "sets add_generation_prompt" in refused({"messages": [USER, SAY], "chat_template_kwargs": {"add_generation_prompt": True}})
     assert "is a list, not an object" in refused({"messages": [USER, SAY], "chat_template_kwargs": [1]})

@@ -211,6 +211,23 @@ def test_records_and_lists_of_failures_in_a_folder_are_no_rows(tmp_path: Path) -
     assert "records/ (records of hidden states)" in said[0] and "a.jsonl.failed.jsonl" in said[0]
 
 
+def test_files_that_may_be_one_are_named(tmp_path: Path) -> None:
+    text = put(tmp_path / "a.jsonl", "1").read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text))
+    (tmp_path / "copy.jsonl").write_bytes(text)
+    put(tmp_path / "a.b.jsonl", "2")
+    said: list[str] = []
+    assert ids(tmp_path, said) == ["2", "1", "1", "1"]
+    assert said == [f"data.train: {tmp_path}: all of these are read: a.jsonl, copy.jsonl (the same bytes); a.jsonl, a.jsonl.gz (one name)"]
+
+
+def test_a_cache_in_a_folder_is_no_data(tmp_path: Path) -> None:
+    put(tmp_path / "a.jsonl")
+    put(tmp_path / "cache" / "0123" / "bad_rows.jsonl")
+    (tmp_path / "cache" / "0123" / "tokens.i32").touch()
+    assert ids(tmp_path) == ["a.jsonl"]
+
+
 def test_kinds_of_names() -> None:
     assert kind_of("a.b.JSON.GZ") == ("json", "gz") and kind_of("x.ndjson") == ("jsonl", "")
     assert [kind_of(name) for name in ("a.gz", "a.parquet.gz", "jsonl", "a.zip", "a.jsonl.lz4")] == [None] * 5

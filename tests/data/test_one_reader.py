@@ -99,6 +99,18 @@ def test_what_a_row_tells_the_template_is_obeyed_over_the_options(tmp_path: Path
     assert rendered({"enable_thinking": False})[0].endswith("<think>\n\n</think>\n\n")
 
 
+def test_what_the_template_never_looks_at_is_named(target: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    row = {"messages": [ASK, SAY], "tools": [{"name": "f"}], "enable_thinking": False}
+    corpus(target, tmp_path, [row], said).dataset("train")
+    assert any(line.endswith("keys that are not used: chat_template_kwargs.enable_thinking (1 row), tools (1 row)") for line in said)
+    conversation = parse(json.dumps(row).encode())
+    assert (
+        renderer("qwen3").unused(conversation) == ("tools",)
+        and renderer("llama-3").template.ignored(parse(json.dumps({"messages": [ASK, SAY]}).encode())) == ()
+    )
+
+
 def test_rows_reach_a_server_with_what_they_say(server: Any, tmp_path: Path) -> None:  # noqa: F811
     tool = {"name": "find", "parameters": {"type": "object"}}
     source = put(
@@ -150,6 +162,8 @@ def test_regenerate_does_not_answer_its_own_output(target: Path, tmp_path: Path)
     assert counts == [2, 2, 2, 2] and (tmp_path / "data" / "out.jsonl.failed.jsonl").is_file()
     with pytest.raises(UserError, match="is also the output"):
         answered(target, str(tmp_path / "data" / "out.jsonl"), tmp_path / "link" / "out.jsonl")
+    with pytest.raises(UserError, match="under the name of another kind of file"):
+        regenerate(str(target), input=str(tmp_path / "data"), output=str(tmp_path / "out.jsonl.gz"))
 
 
 # -- what is not used is named

@@ -19,7 +19,9 @@ SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction"
 QUESTION_KEYS = ("prompt", "instruction", "query", "question", "input")
 """Columns that ask: text, or messages (TRL's conversational prompts); ``input`` beside ``instruction`` goes on with it (Alpaca)."""
 ANSWER_KEYS = ("completion", "response", "output", "answer")
-TEMPLATE_KEYS = ("chat_template_kwargs", "enable_thinking")
+SWITCHES: dict[str, type] = {"enable_thinking": bool, "thinking": bool, "reasoning_effort": str}
+"""Columns that are variables of chat templates, where they hold this type (as requests to a server have them)."""
+TEMPLATE_KEYS = ("chat_template_kwargs", *SWITCHES)
 TOOL_KEYS = ("tools", "functions")
 _OURS = frozenset(
     "messages conversation conversations tools tokenize chat_template add_generation_prompt continue_final_message return_dict return_tensors "
@@ -51,7 +53,8 @@ def find_turns(row: dict[str, Any], *, messages_key: str | None, need_answer: bo
     """
     there = [key for key in ((messages_key,) if messages_key else MESSAGE_KEYS) if row.get(key) is not None]
     if messages_key is None:  # a column of such a name that is no list is another's, where a list is there; a lone conversation may be a name
-        there = [key for key in there if _is_list(row[key]) and row[key]] or [key for key in there if key != "conversation"][:1]
+        full = [key for key in there if _is_list(row[key]) and row[key]]
+        there = full or [key for key in there if key != "conversation" and (row[key] or not says(_question(row)))][:1]
     if messages_key and there and _is_answer(row[messages_key]):
         found = _asked(row, messages_key)
     elif there:
@@ -118,6 +121,10 @@ def _asked(row: dict[str, Any], answer_key: str | None, *, need_answer: bool = T
     for key, answer in list(answers.items())[:1]:
         turns += [{"role": "assistant", "content": answer}] if isinstance(answer, str) else _listed(answer, key)
     return Turns(next(iter(answers), first), turns, frozenset(columns))
+
+
+def _question(row: dict[str, Any]) -> Any:
+    return next((row[key] for key in QUESTION_KEYS if _talks(row.get(key))), None)
 
 
 def _talks(value: Any) -> bool:
@@ -201,16 +208,22 @@ def template_args_of(row: dict[str, Any]) -> dict[str, Any]:
         raise RowError(f"chat_template_kwargs is a {type(given).__name__}, not an object")
     if owned := sorted(_OURS & given.keys()):
         raise RowError(f"chat_template_kwargs sets {owned[0]}, which is no variable of a chat template")
-    switch = row.get("enable_thinking")
-    if isinstance(switch, bool):
-        if given.get("enable_thinking", switch) is not switch:
-            raise RowError("has enable_thinking and chat_template_kwargs, which differ")
-        given = {**given, "enable_thinking": switch}
+    for key in switches_of(row):
+        if given.get(key, row[key]) != row[key]:
+            raise RowError(f"has {key} and chat_template_kwargs, which differ")
+        given = {**given, key: row[key]}
     return dict(given)
+
+
+def switches_of(row: Mapping[str, Any]) -> list[str]:
+    """Columns that are variables of chat templates."""
+    return [key for key, kind in SWITCHES.items() if isinstance(row.get(key), kind) and row[key] != ""]
 
 
 def repeated(row: Mapping[str, Any], messages: tuple[dict[str, Any], ...]) -> set[str]:
     """Question and answer columns that say what messages beside them say: their first question, all before the last answer, the last answer."""
+    if row.keys().isdisjoint((*QUESTION_KEYS, *ANSWER_KEYS)):
+        return set()
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     asked = next((words_of(message).strip() for message in messages if message["role"] == "user"), None)
     answer = words_of(messages[answers[-1]]).strip() if answers else None

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchspec.data.columns import MESSAGE_KEYS, SYSTEM_KEYS, TEMPLATE_KEYS, TOOL_KEYS, Turns, find_turns, repeated, template_args_of, tools_of
+from torchspec.data.columns import MESSAGE_KEYS, SYSTEM_KEYS, TEMPLATE_KEYS, TOOL_KEYS, Turns, find_turns, repeated, switches_of, template_args_of, tools_of
 from torchspec.data.messages import MEDIA, SOURCE_KEYS, Message, Read, RowError, media_of, read_message, reasoning_of, says, words_of
 
 __all__ = ["MEDIA", "MESSAGE_KEYS", "Conversation", "Message", "RowError", "media_of", "parse", "reasoning_of", "words_of"]
@@ -184,9 +184,7 @@ def _tokens(row: dict[str, Any]) -> Conversation:
 
 
 def _unused_of(row: dict[str, Any], turns: Turns, read: list[Read], messages: tuple[Message, ...], *, images: bool) -> tuple[str, ...]:
-    used = {*turns.columns, *TOOL_KEYS, "chat_template_kwargs", "finish_reason"} | repeated(row, messages)
-    if isinstance(row.get("enable_thinking"), bool):
-        used.add("enable_thinking")
+    used = {*turns.columns, *TOOL_KEYS, "chat_template_kwargs", "finish_reason", *switches_of(row)} | repeated(row, messages)
     if images or any(one.parts for one in read):  # as placeholders they are known to go nowhere
         used |= {"images", "image"}
     return (*_unused(row, used), *dict.fromkeys(f"{turns.key}[].{key}" for one in read for key in one.unused))

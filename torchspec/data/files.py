@@ -82,6 +82,12 @@ def kind_of(name: str) -> tuple[str, str] | None:
     return (KINDS[suffix], "") if suffix in KINDS else None
 
 
+def stem_of(name: str) -> str:
+    """The name of a data file without what says what it holds."""
+    stem, suffix = os.path.splitext(name)
+    return os.path.splitext(stem)[0] if suffix.lower() in COMPRESSIONS else stem
+
+
 def identity(path: Path) -> tuple[int, int] | None:
     """Device and inode of what a path leads to, None where it leads nowhere."""
     try:
@@ -141,8 +147,8 @@ def list_folder(folder: Path, *, written: Sequence[Path] = ()) -> Listing:
         except OSError as error:
             raise UserError("data", str(here), f"cannot be read ({error.strerror})", "check its permissions") from error
         names = {entry.name for entry in entries}
-        if here != folder and _holds_records(here):
-            leave_out(here, "records of hidden states")
+        if here != folder and (what := _made_here(here)):
+            leave_out(here, what)
             return
         saved = _saved_files(here) if {"state.json", "dataset_info.json"} <= names else None
         splits = _splits_of_dict(here) if "dataset_dict.json" in names else None
@@ -235,9 +241,11 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name.endswith("~") or name in ("__pycache__", "__MACOSX") or (name.startswith("#") and name.endswith("#"))
 
 
-def _holds_records(folder: Path) -> bool:
-    """Whether ``extract`` or a tee wrote it."""
-    return (folder / "manifest.json").is_file() and '"record"' in (folder / "manifest.json").read_text(errors="replace")[:4096]
+def _made_here(folder: Path) -> str:
+    """What a folder holds that ``extract``, a tee or the cache of tokenised data wrote; "" for any other."""
+    if (folder / "manifest.json").is_file() and '"record"' in (folder / "manifest.json").read_text(errors="replace")[:4096]:
+        return "records of hidden states"
+    return "tokenised data" if (folder / "tokens.i32").is_file() else ""
 
 
 def _saved_files(folder: Path) -> set[str]:

@@ -15,11 +15,13 @@ ROLES = {
     "developer": "developer",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "chatbot": "assistant",
     "ai": "assistant",
     "function_call": "assistant",
     "tool_call": "assistant",
@@ -44,7 +46,9 @@ SOURCE_KEYS = ("image_url", "image", "url", "path", "base64", "bytes")
 """Keys under which a part says where its image is."""
 _TEXT = ("text", "input_text", "output_text")
 _KEPT = ("tool_call_id", "name")
-_READ = {"role", "from", "content", "value", "finish", "finish_reason", *_KEPT}
+_READ = frozenset({"role", "from", "content", "value", "finish", "finish_reason", *_KEPT})
+_READ_OF_ANSWERS = _READ | {"tool_calls", "function_call", *REASONING_KEYS, *MARKS}
+_MARKED = frozenset({*MARKS, *UNCLEAR})
 _SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 Message = dict[str, Any]
@@ -126,8 +130,11 @@ def content_of(given: dict[str, Any], index: int) -> Any:
 
 
 def unfolded(given: Sequence[Any]) -> Iterator[Any]:
-    """Messages with the results of calls that stand in a user's message (Anthropic) as messages of their own."""
+    """Messages one by one: results of calls that stand in a user's message (Anthropic) and pairs of question and answer (``{human, assistant}``) apart."""
     for message in given:
+        if isinstance(message, dict) and len(message) == 2 and "assistant" in message and message.keys() & {"human", "user"}:
+            yield from ({"role": role, "content": words} for role, words in sorted(message.items(), reverse=True))
+            continue
         content = message.get("content") if isinstance(message, dict) else None
         results = [part for part in content if isinstance(part, dict) and part.get("type") == "tool_result"] if isinstance(content, list) else []
         for part in results:
@@ -152,16 +159,15 @@ def read_message(given: Any, index: int, *, media: str) -> Read:
     if not isinstance(given, dict):
         raise RowError(f"message {index} is a {type(given).__name__}, not an object")
     role, written = role_of(given, index)
-    content, used, unused = content_of(given, index), set(_READ), list[str]()
-    if given.get("text") == content:
-        used.add("text")
+    content, unused = content_of(given, index), list[str]()
+    known = _READ_OF_ANSWERS if role == "assistant" else _READ
+    asked = content
     calls: list[dict[str, Any]] = []
     thought: list[str] = []
     if role == "assistant":
         calls = _calls(given, index, content if written in CALLING else None, unused)
         content, more = _blocks(content, index, thought) if written not in CALLING else ("", [])
         calls += more
-        used |= {"tool_calls", "function_call", *REASONING_KEYS, *MARKS}
         thought = [given[key] for key in REASONING_KEYS if given.get(key)] + thought
     elif role == "tool" and not isinstance(content, str | None) and not _is_parts(content):
         content = json.dumps(content, ensure_ascii=False)  # an object that a tool gave
@@ -184,13 +190,19 @@ def read_message(given: Any, index: int, *, media: str) -> Read:
     if thought:
         message["reasoning_content"] = thought[0]
     trained = _trained(given, index) if role == "assistant" else True
-    unused += [key for key, value in given.items() if key not in used and says(value) and not (key in MARKS and value in (0, False))]
+    if not given.keys() <= known:
+        for key, value in given.items():
+            said = (key == "text" and value == asked) or (key in MARKS and value in (0, False))  # a question that is not trained
+            if key not in known and says(value) and not said:
+                unused.append(key)
     cut = "length" in (given.get("finish"), given.get("finish_reason"))
     return Read(message, trained, cut, tuple(parts), tuple(unused))
 
 
 def _trained(given: dict[str, Any], index: int) -> bool:
     """Whether an answer is trained: as its marks say; one without any is."""
+    if _MARKED.isdisjoint(given):
+        return True
     said: dict[str, bool] = {}
     for key in MARKS:
         value = given.get(key)

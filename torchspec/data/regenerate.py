@@ -20,6 +20,7 @@ from typing import Any
 from torchspec.data.answerers import Answerer, EngineAnswerer, ServerAnswerer
 from torchspec.data.conversations import MESSAGE_KEYS, Conversation, RowError, parse
 from torchspec.data.exact import Generated
+from torchspec.data.files import kind_of
 from torchspec.data.outputs import check_device, output_file
 from torchspec.data.render import Renderer
 from torchspec.data.served import LOOKED_AT, check_served
@@ -165,6 +166,8 @@ def regenerate(
         raise UserError("engine_args", engine_args, f"sets {owned[0]}, which is an option of its own", f"use {_OWNED[owned[0]]}")
     check_device(device)
     path = output_file(output, field="output")
+    if kind_of(path.name) not in (None, ("jsonl", ""), ("json", "")):
+        raise UserError("output", output, "would hold JSON lines under the name of another kind of file", "name it .jsonl")
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     # what is wrong is found before a model is loaded
     sources = find_sources(input, config_key="input", written=_outputs(path), say=lambda line: None)

@@ -123,6 +123,10 @@ class Renderer:
         """Ids of a rendered text."""
         return self._encode(text)
 
+    def unused(self, conversation: Conversation) -> tuple[str, ...]:
+        """Keys of the row that nothing is read from, those that the chat template ignores among them."""
+        return conversation.unused if conversation.text is not None else (*conversation.unused, *self.template.ignored(conversation))
+
     def text_of(self, ids: list[int]) -> str:
         """The words of generated ids, end token left out."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)  # type: ignore[assignment]

@@ -120,13 +120,13 @@ def _shown(place: str, row: bytes, source: int, *, tokenise: Callable[[], Tokeni
         return Shown(place, str(error))
     if given.input_ids is not None:
         ids, mask = np.array(given.input_ids), np.array(given.loss_mask)
-        made = Tokenised(ids[: options.max_length], mask[: options.max_length], ids.shape[0])
+        made = Tokenised(ids[: options.max_length], mask[: options.max_length], ids.shape[0], unused=given.unused)
     else:
         made = tokenise().row(row, source)
         if made.problem:
             return Shown(place, made.problem)
     kept = made.ids.tolist()
-    return Shown(place, "", tuple(_pieces(kept, made.mask.tolist(), tokenizer)), tokens=len(kept), cut=made.length - len(kept), unused=given.unused)
+    return Shown(place, "", tuple(_pieces(kept, made.mask.tolist(), tokenizer)), tokens=len(kept), cut=made.length - len(kept), unused=made.unused)
 
 
 def _pieces(ids: list[int], mask: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:

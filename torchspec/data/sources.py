@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from torchspec.data.files import READABLE, identity, kind_of, list_folder, of_split
+from torchspec.data.files import READABLE, identity, kind_of, list_folder, of_split, stem_of
 from torchspec.data.rows import BROKEN, Rows, file_rows, plain_rows
 from torchspec.errors import UserError
 from torchspec.proxies import through_to_hub
@@ -142,13 +142,27 @@ def _find(name: str, config_key: str, written: Sequence[Path], say: Callable[[st
         files = of_split(listing, split, name=name if split is None else name.rpartition(":")[0], config_key=config_key)
         if told:
             say(f"{config_key}: {name}: {told}")
-        return [_file_source(file, str(file), name) for file in files]
+        sources = [_file_source(file, str(file), name) for file in files]
+        if doubtful := _alike(sources):
+            say(f"{config_key}: {name}: all of these are read: {doubtful}")
+        return sources
     if path.is_symlink():
         raise UserError(config_key, name, "is a link that leads nowhere", "mend the link, or give the file")
     if kind_of(path.name) is not None or not _HUB_ID.fullmatch(name):
         raise UserError(config_key, name, "does not exist", "check the path; it is taken relative to the folder the command runs in")
     dataset = _load_hub(name, config_key)
     return [Source(name, "hub", str(dataset._fingerprint), len(dataset), given=name)]
+
+
+def _alike(sources: Sequence[Source]) -> str:
+    """Files that may be forms of one: with the same bytes, or one name and several suffixes; "" for none."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for source in sources:
+        path = Path(source.name)
+        groups.setdefault(("the same bytes", source.fingerprint), []).append(path.name)
+        groups.setdefault(("one name", str(path.with_name(stem_of(path.name)))), []).append(path.name)
+    said = dict.fromkeys(f"{', '.join(names)} ({why})" for (why, _), names in groups.items() if len(names) > 1)
+    return "; ".join(list(said)[:10])
 
 
 def _file_source(path: Path, name: str, given: str) -> Source:

@@ -57,7 +57,7 @@ class ChatTemplate:
             self._fixed["date_string"] = PINNED_DATE.strftime("%d %b %Y")
         if "strftime_now" in self.source:
             self._fixed["strftime_now"] = PINNED_DATE.strftime
-        free = set[str]().union(*map(_free_variables, [given] if isinstance(given, str) else given.values()))
+        self._free = free = set[str]().union(*map(_free_variables, [given] if isinstance(given, str) else given.values()))
         self._switches = [name for name in THINKING if name in free]
         self._reasoning_keys = [
             key
@@ -75,6 +75,13 @@ class ChatTemplate:
             thinks = any(reasoning_of(message) for message in conversation.messages[asked + 1 :] if message["role"] == "assistant")
             chosen.update(dict.fromkeys(self._switches, thinks))
         return chosen | self._given | dict(conversation.template_args)
+
+    def ignored(self, conversation: Conversation) -> tuple[str, ...]:
+        """What a row says that this template never looks at: its tools, variables of ``chat_template_kwargs``."""
+        if not self._free or (not conversation.template_args and not conversation.tools):
+            return ()
+        names = [f"chat_template_kwargs.{name}" for name in conversation.template_args if name not in self._free]
+        return (*names, *(["tools"] if conversation.tools and "tools" not in self._free else []))
 
     def text(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, *, generate: bool, variables: Mapping[str, Any]) -> str:
         """The text of messages, with the generation prompt behind it or not.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ class Tokenise:
         """One row; what is wrong with it is in ``problem``."""
         try:
             conversation = parse(row, messages_key=self.messages_key, media=self.media)
+            unused = conversation.unused
             if conversation.input_ids is not None:
                 if conversation.tokenizer and self._fingerprint not in ("", conversation.tokenizer):
                     raise RowError("has the tokens of another tokenizer or chat template than the target's")
@@ -108,10 +109,11 @@ class Tokenise:
                 raise RowError("has messages or text, and the target has no tokenizer and chat template for them (the first row that is good has tokens)")
             else:
                 rendered = self.renderer.render(conversation)
+                unused = self.renderer.unused(conversation)
             if self.tower is not None:
-                return self._with_images(rendered, conversation, source, self.tower)
+                return replace(self._with_images(rendered, conversation, source, self.tower), unused=unused)
             ids, mask = rendered.ids[: self.max_length], rendered.mask[: self.max_length]
-            return Tokenised(ids, mask, rendered.ids.shape[0], unused=conversation.unused)
+            return Tokenised(ids, mask, rendered.ids.shape[0], unused=unused)
         except RowError as error:
             return _bad(error)
         except UserError:
@@ -140,7 +142,7 @@ class Tokenise:
             if not image.path:
                 blobs.append(image.encoded)
                 offset += len(image.encoded)
-        return Tokenised(expanded.ids[:end], expanded.mask[:end], total, tuple(rows), tuple(blobs), unused=conversation.unused)
+        return Tokenised(expanded.ids[:end], expanded.mask[:end], total, tuple(rows), tuple(blobs))
 
 
 def _bad(error: RowError) -> Tokenised:
