@@ -249,6 +249,22 @@ def test_what_lies_in_a_sharded_checkpoint_goes_on_to_its_successor(tmp_path: Pa
     assert tree(tmp_path) == {"last.ckpt": b"", "last.ckpt/notes.txt": b"mine"}
 
 
+@pytest.mark.parametrize(("callback", "name"), [("last", "last.ckpt"), ("best", "best.ckpt")])
+def test_a_checkpoint_of_another_program_is_left_as_it_is(target: Target, tmp_path: Path, callback: str, name: str) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from tests.defects.fits import fit, module
+    from torchspec.callbacks.last import LastCheckpoint
+
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"epoch": 3}, tmp_path / "checkpoints" / name)
+    before = tree(tmp_path / "checkpoints")
+    made = LastCheckpoint(1) if callback == "last" else ModelCheckpoint(filename="best", save_top_k=1, every_n_train_steps=1)
+    with pytest.raises(UserError, match=rf"{name}.*left as it is"):
+        fit(tmp_path, module(target), steps=1, enable_checkpointing=True, callbacks=[made])
+    assert tree(tmp_path / "checkpoints") == before
+
+
 def test_hidden_files_of_others_beside_checkpoints_stay(tmp_path: Path) -> None:
     for name in (".download.partial", ".settings.previous", ".last.ckpt.partial"):
         (tmp_path / name).write_text("mine")
@@ -367,6 +383,7 @@ def test_records_leave_other_tensors_in_their_folder_and_refuse_a_shards_name(tm
 KNOWN = {
     "folders.py": "its own workplaces, by mark",
     "files.py": "its own partial file; what it replaces was looked at",
+    "tokenizer.py": "a temporary folder of its own",
     "acceptance.py": "a temporary folder of its own; logs of a report by name",
     "callbacks/on_policy.py": "drafts by mark, checkpoints by content",
     "callbacks/acceptance.py": "a list that is ours",

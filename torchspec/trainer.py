@@ -34,7 +34,7 @@ from torchspec.callbacks.first import First
 from torchspec.callbacks.last import LastCheckpoint
 from torchspec.errors import UserError
 from torchspec.lightning_rules import check_arguments, check_trainer
-from torchspec.models.checkpoint import is_failed_write, partial_of, publish, read_entries, recover, remove, unwrapped
+from torchspec.models.checkpoint import is_failed_write, is_ours, partial_of, publish, read_entries, recover, remove, unwrapped
 from torchspec.models.parallelize import register_strategies
 from torchspec.paths import expand_all
 from torchspec.reasons import reason_of
@@ -70,6 +70,18 @@ def _keep_end(logger: Any) -> None:
         logger.finalize = closing
 
 
+def _refuse_foreign_checkpoint(callback: ModelCheckpoint) -> None:
+    """Raises UserError where a checkpoint whose name is always the same would take the place of a file that is none of ours."""
+    if callback._enable_version_counter:
+        return  # another name is taken then
+    names = [callback.CHECKPOINT_NAME_LAST] * bool(callback.save_last) + [callback.filename] * (callback.save_top_k != 0)
+    for name in names:
+        place = Path(str(callback.dirpath)) / f"{name}{callback.FILE_EXTENSION}"
+        if name is not None and "{" not in name and place.exists() and not is_ours(place):
+            fix = "move it away, or set dirpath of that callback"
+            raise UserError("trainer.callbacks", str(place), "is there and no checkpoint of a draft: it is left as it is", fix)
+
+
 class Trainer(pl.Trainer):
     """Lightning's Trainer; see the module's head for what differs."""
 
@@ -81,6 +93,8 @@ class Trainer(pl.Trainer):
     """What ranks say to each other of every batch."""
     _began_at: int = 0
     """Optimizer steps when training began."""
+    breaks_off: bool = False
+    """True once an error or a signal ends training: ranks may be anywhere then."""
     torn: bool = False
     """True once this rank leaves alone."""
 
@@ -197,6 +211,7 @@ class Trainer(pl.Trainer):
                     callback._enable_version_counter = False  # one name is one file: that of the newest run
                 if mend and self.is_global_zero and "://" not in str(callback.dirpath):
                     recover(Path(callback.dirpath))
+                    _refuse_foreign_checkpoint(callback)
 
     def _run(self, model: Any, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         self.resume_path = None if ckpt_path is None else str(ckpt_path)
@@ -231,6 +246,7 @@ class Trainer(pl.Trainer):
         try:
             yield
         except BaseException:
+            self.breaks_off = True
             if self.world_size > 1:
                 ranks.leave_children_alone(self)
                 self.torn = not self.agreement.all_leave()

@@ -185,12 +185,11 @@ class Poison(pl.Callback):
             next(p for p in pl_module.parameters() if p.requires_grad).data.view(-1)[:1] = float("nan")
 
 
-@pytest.mark.parametrize(
-    ("every", "words"), [(1, r"train/loss=nan at step 5 is no number"), (50, r"checkpoints/last.ckpt='step 9' is not written: weights are no longer numbers")]
-)
-def test_weights_that_are_no_numbers_end_the_run_and_are_not_saved(target: Target, tmp_path: Path, every: int, words: str) -> None:
+@pytest.mark.parametrize("every", [0, 1, 50])
+def test_weights_that_are_no_numbers_end_the_run_within_a_step_and_are_not_saved(target: Target, tmp_path: Path, every: int) -> None:
+    """However seldom it logs."""
     kept = begun(tmp_path, target)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=r"train/loss=nan at step 5 is not a number: weights are no longer numbers \(NaN or infinity in "):
         fit(
             tmp_path, module(target, optimizer=adamw, lr_scheduler=Cosine), steps=9, ckpt_path="last", enable_checkpointing=True, log_every_n_steps=every,
             callbacks=[Poison(), LastCheckpoint(every_n_train_steps=100)],

@@ -4,7 +4,8 @@ Lightning's ModelCheckpoint with a monitor writes ``last`` only when the monitor
 validation, however old. This one keeps the newest state alone, in ``last``, apart from the best; one of each in a configuration.
 
 What it takes the place of is whole, so what it writes must be: nothing before training has begun (a resume that fails has restored a part of its state),
-nothing while an optimizer step is under way (weights may have moved, the counters and the schedule not yet), and no weights that are not numbers.
+nothing while an optimizer step is under way (weights may have moved, the counters and the schedule not yet), and (as no checkpoint of ours does, see
+``models/numbers.py``) no weights that are not numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import logging
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from torchspec.errors import UserError
@@ -31,7 +31,6 @@ class LastCheckpoint(ModelCheckpoint):
 
     whole = False
     """Whether the trainer's state is that after a number of optimizer steps."""
-    _breaks_off = False
 
     def __init__(self, every_n_train_steps: int = 200, dirpath: str | None = None) -> None:
         super().__init__(
@@ -61,21 +60,10 @@ class LastCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         if not self._should_save_on_exception(trainer):
             return
-        self._breaks_off = True
         try:
             self._save(trainer)
         except UserError as failed:
             log.warning("no checkpoint of this moment: %s", failed)  # what ended the run is the error to be told
-
-    def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Any]) -> None:
-        """Raises UserError instead where trained weights are no numbers; on all ranks, but where a run breaks off: then ranks may be anywhere."""
-        trained = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
-        sound = all(bool(torch.isfinite(getattr(p, "_local_tensor", p)).all()) for p in trained)
-        if not (sound if self._breaks_off else trainer.strategy.reduce_boolean_decision(sound)):
-            problem = "is not written: weights are no longer numbers. What is there is kept"
-            fix = "go on from it with --ckpt_path last and a lower learning rate, or with model.matmul: bf16 where it is another"
-            raise UserError("checkpoints/last.ckpt", f"step {trainer.global_step}", problem, fix)
-        super()._save_last_checkpoint(trainer, monitor_candidates)
 
     def _save(self, trainer: pl.Trainer) -> None:
         if self.whole and trainer.global_step != self._last_global_step_saved:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchspec.errors import UserError
+from torchspec.models.finite import no_longer_numbers, not_finite
 from torchspec.paths import home
 
 _FOLDER_FACTS = "meta.pt"
@@ -259,4 +260,6 @@ def read_draft_weights(path: Path) -> dict[str, Tensor]:
         tensors = {key.removeprefix(prefix): value for key, value in read_entries(path).get("state_dict", {}).items() if key.startswith(prefix)}
     if not tensors:
         raise UserError("ckpt_path", str(path), f"holds no weights under {prefix}*", "give a checkpoint that fit wrote")
+    if wrong := not_finite(tensors.items()):
+        raise UserError("ckpt_path", str(path), f"is of no use: its {no_longer_numbers(wrong)}", "use an earlier checkpoint")
     return tensors

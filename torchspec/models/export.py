@@ -27,6 +27,7 @@ from torchspec.models.checkpoint import read_draft_weights, read_entries, read_f
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.draft_files import write_tensors
 from torchspec.models.eagle3 import Eagle3Draft
+from torchspec.models.finite import named, no_longer_numbers, not_finite
 from torchspec.models.import_draft import import_draft
 from torchspec.models.model_card import model_card
 from torchspec.models.serving_formats import Format, describe
@@ -149,6 +150,11 @@ def export_draft(
     described = describe(config, target, form=options.form, dtype=kind, unroll_steps=steps, target_name=options.target_name)
     names = _checked_names(config, weights)
     tensors = {name: weights[name].detach().to("cpu", kind).contiguous() for name in names}
+    if wrong := not_finite((name, weights[name]) for name in names):
+        raise UserError("checkpoint", str(directory), f"is not exported: {no_longer_numbers(wrong)}", "export an earlier checkpoint")
+    if wrong := not_finite(tensors.items()):
+        problem = f"cannot hold these weights: they overflow ({named(wrong)})"
+        raise UserError("dtype", str(kind).removeprefix("torch."), problem, "export in bfloat16 or float32")
     parameters = sum(tensor.numel() for tensor in tensors.values())
     if "embed_tokens.weight" not in tensors:
         tensors["embed_tokens.weight"] = read_embedding(target).to(kind).contiguous()

@@ -18,6 +18,7 @@ from torchspec.errors import UserError
 from torchspec.models.draft_config import DraftConfig, LatentSizes
 from torchspec.models.draft_files import locate_draft, read_description, read_draft_tensors
 from torchspec.models.eagle3 import Eagle3Draft
+from torchspec.models.finite import no_longer_numbers, not_finite
 from torchspec.models.rope_parameters import rope_of
 from torchspec.models.serving_formats import FLAGS
 from torchspec.models.target_weights import TargetHead, read_embedding
@@ -67,6 +68,8 @@ def import_draft(source: str, target: Target, *, revision: str | None = None) ->
     described = read_description(folder)
     config = config_of(described, target, where=str(folder))
     tensors = _renamed(read_draft_tensors(folder, file), where=str(folder))
+    if wrong := not_finite(tensors.items()):
+        raise UserError("draft", str(folder), f"is of no use: its {no_longer_numbers(wrong)}", "use another draft, or an earlier checkpoint of it")
     vocabulary = _vocabulary(tensors, config, where=str(folder))
     _drop_repeated_norms(tensors, config, where=str(folder))
     embedding = None if config.owns_embedding else tensors.pop("embed_tokens.weight", None)

@@ -28,10 +28,12 @@ from torchspec.models.checkpoint import read_entries, read_facts
 from torchspec.models.clipping import clip
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.draft_defaults import notes
+from torchspec.models.finite import StepWatch, totals
 from torchspec.models.fp8 import Fp8
 from torchspec.models.losses import LossWeights
 from torchspec.models.metrics import StepSums, logs_now
 from torchspec.models.muon import mark_hidden_matrices
+from torchspec.models.numbers import check_saved, check_start, end_for, end_for_validation, no_number
 from torchspec.models.parallelize import check_reduced, parallelize, sync_gradients
 from torchspec.models.recipe import recipe
 from torchspec.models.resume import check_resume, check_weights, describe
@@ -116,6 +118,8 @@ class DraftModule(pl.LightningModule):
         self.task: DraftTask | None = None
         self._sums: StepSums | None = None
         self._val_sums: dict[int, StepSums] = {}
+        self._val_totals: list[tuple[tuple[int, ...], str, Tensor]] = []
+        self.watch = StepWatch()
         self._alpha: Tensor | None = None
         self._saved_alpha: list[float] | None = None
         self.strict_loading = True
@@ -243,12 +247,16 @@ class DraftModule(pl.LightningModule):
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Scalar: this pack's share of the step's loss, scaled so that its mean over ranks and micro-batches has the gradient of the whole."""
         output = self.forward(batch)
+        self.watch.add(output.loss, batch)
         self._sums = StepSums.of(output, batch) if self._sums is None else self._sums.add(output, batch)
         if self.loss.lk_lambda:
             alpha = torch.stack([output.sums["alpha"], output.sums["rows"]])
             self._alpha = alpha if self._alpha is None else self._alpha + alpha
         # DDP and FSDP average gradients over ranks and Lightning divides the loss by the accumulation; counts already cover both.
         return output.loss * (self.trainer.world_size * self.trainer.accumulate_grad_batches)
+
+    def on_train_start(self) -> None:
+        check_start(self)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         planned = getattr(getattr(self.trainer, "datamodule", None), "accumulation", None)
@@ -263,9 +271,13 @@ class DraftModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.device_mesh is not None:
             check_reduced(optimizer)
+        assert self.task is not None
+        self.watch.end(self.trainer.global_step + 1, self.task.draft.norm.weight.grad)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if stepped and (found := self.watch.look(self.trainer.global_step)) is not None:
+            end_for(self, found)
         if stepped and self._alpha is not None and self.task is not None:
             alpha, rows = self.trainer.strategy.reduce(self._alpha, reduce_op="sum")
             self.task.mean_alpha.copy_(alpha / rows.clamp(min=1.0))
@@ -286,15 +298,14 @@ class DraftModule(pl.LightningModule):
         values = sums.reduce(self.trainer.strategy).metrics(self.step_weights)
         self._sums = None
         if not math.isfinite(values["loss"]):  # the same on every rank
-            step, other = self.trainer.global_step, "a lower learning rate" if self.matmul == "bf16" else "model.matmul: bf16"
-            problem = f"at step {step} is no number, and so are the weights: training on would be in vain"
-            raise UserError("train/loss", values["loss"], problem, f"go on from the last checkpoint with --ckpt_path last and {other}")
+            raise no_number(self, "train/loss", values["loss"], self.trainer.global_step)
         return values
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """``accepted`` [rows]: leading right steps of each supervised row, in order."""
         with torch.no_grad():
             output = self.forward(batch, measure=True)
+        self._val_totals.append((batch.sample_ids, batch.stage, totals(batch)))
         sums = self._val_sums.get(dataloader_idx)
         self._val_sums[dataloader_idx] = StepSums.of(output, batch) if sums is None else sums.add(output, batch)
         return {"accepted": output.accepted}
@@ -302,6 +313,7 @@ class DraftModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """``val/...`` over all validation data, and ``val/NAME/...`` of each set that has a name."""
         found, self._val_sums = self._val_sums, {}
+        states, self._val_totals = self._val_totals, []
         names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", [])
         whole = StepSums.zeros(self.unroll_steps, self.device)
         for number in range(max(len(names), 1)):  # every rank the same, whatever it saw
@@ -309,6 +321,9 @@ class DraftModule(pl.LightningModule):
             whole = whole.plus(sums)
             if names:
                 self._log_validation(f"val/{names[number]}", sums)
+        loss = whole.metrics(self.step_weights)["loss"]
+        if not math.isfinite(loss):  # the same on every rank
+            end_for_validation(self, loss, states)
         self._log_validation("val", whole)
 
     def _log_validation(self, prefix: str, sums: StepSums) -> None:
@@ -342,6 +357,7 @@ class DraftModule(pl.LightningModule):
         if self.loss.lk_lambda and self.task is not None:
             checkpoint["torchspec"]["mean_alpha"] = self.task.mean_alpha.tolist()
         settle(self.trainer, checkpoint)
+        check_saved(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         facts = checkpoint.get("torchspec")

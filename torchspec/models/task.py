@@ -18,6 +18,7 @@ from torchspec.hardware import working_dtype
 from torchspec.models import kernels
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.eagle3 import Eagle3Draft
+from torchspec.models.finite import named, not_finite
 from torchspec.models.fp8 import Fp8, check
 from torchspec.models.loss import head_loss, split_steps, target_distribution
 from torchspec.models.loss_fused import FusedPlan, fused_head_loss
@@ -120,6 +121,9 @@ class DraftTask(nn.Module):
         draft.initialise()
         if not config.owns_embedding:
             draft.set_embedding(head.weight if config.vocab_size == head.weight.shape[0] and is_tied(target) else read_embedding(target))
+        if wrong := not_finite([*((name.removeprefix("norm_"), tensor) for name, tensor in head.named_buffers()), *draft.named_buffers()]):
+            problem = f"has a head, norm or embedding that is not made of numbers ({named(wrong)})"
+            raise UserError("data.target.path", target.config.path, problem, "the files are damaged: fetch or convert the target again")
         pruned = vocabulary is not None and vocabulary.size < config.vocab_size
         ids = vocabulary.draft_ids if vocabulary is not None and pruned else None
         if init == "target" and alike:
