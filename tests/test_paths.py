@@ -153,6 +153,7 @@ AT_HOME = {
 }
 """Options that name a file or a folder, of what may be built from Python. The test below finds them by name and help."""
 NO_PATHS = {
+    "walk",
     "messages_key",
     "revision",
     "budget",

@@ -293,7 +293,7 @@ def test_provenance_and_acceptance_leave_files_of_their_names(tmp_path: Path) ->
     for _ in range(2):
         Provenance().setup(trainer, module, "fit")
         walk = AcceptanceLength()
-        walk._append(trainer, {"step": 0, "acceptance_length": 1.0, "rates": [], "drafts": 1, "loss": float("nan")})
+        walk._last = {"step": 0, "acceptance_length": 1.0, "rates": [], "drafts": 1, "loss": float("nan")}
         walk._flush(trainer)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["acceptance-1.jsonl", "acceptance.jsonl", "provenance-1.json", "provenance.json"]
     assert (tmp_path / "provenance.json").read_text() == (tmp_path / "acceptance.jsonl").read_text() == '{"title": "mine"}\n'

@@ -83,3 +83,13 @@ def test_no_pack_of_any_epoch_needs_more_than_the_bound(lengths: list[int], toke
     plan = Plan(lengths, seed=1, epoch=epoch, max_tokens=tokens, packs_per_step=2)
     needed = plan.sums(np.array([SPEC.nbytes(n) for n in lengths]))
     assert int(needed.max()) <= bound
+
+
+def test_validation_is_planned_as_deep_as_a_callback_asks(world: dict[str, Path]) -> None:
+    """Counts of a batch say how far it is unrolled; training's stay."""
+    made = corpus(world, sources={"train": str(world["train"]), "validate": str(world["train"])})
+    assert made.validation_plan("validate", 1).step_counts(0).shape == (3,)
+    made.validation_steps = 5
+    deeper = made.validation_plan("validate", 1)
+    assert deeper.step_counts(0).shape == (5,) and made.plan(0).step_counts(0).shape == (3,)
+    assert deeper.pack(0).tolist() == corpus(world, sources=made.sources).validation_plan("validate", 1).pack(0).tolist()

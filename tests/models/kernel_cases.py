@@ -388,6 +388,7 @@ def losses(
         source=flat(number, 3) + low, step=flat(steps, 4), scale=make(steps, dtype=torch.float32, seed=5).abs(),
         mixing=make(steps, dtype=torch.float32, seed=6).sigmoid(), loss=make(states + 1, dtype=torch.float32, seed=7),
         hit=torch.full((states + 1,), 9, dtype=torch.int8, device=DEVICE), alpha=make(states + 1, dtype=torch.float32, seed=8),
+        chosen=torch.full((states + 1,), -1, device=DEVICE) if measure else None,
     )  # fmt: skip
     z = make(states, width, dtype=dtype, seed=9, scale=2.0)
     z[:, 3] += sure / 3
@@ -404,6 +405,7 @@ def losses(
     # the gradient of tv and lk has a jump where q = t: rounding puts a few elements on its other side
     close("gradient", ours, expected.gradient, dtype, 500.0 if chosen.needs_alpha and dtype == torch.float32 else 5.0)
     assert torch.equal(lists.hit[place].bool(), expected.hit) or dtype != torch.float32
+    assert lists.chosen is None or torch.equal(lists.chosen[place], z.max(-1).indices) or dtype != torch.float32
     if expected.alpha is not None:
         close("alpha", lists.alpha[place], expected.alpha, torch.float32, 5.0)
     factor, again = make(width, dtype=torch.float32, seed=10).abs() + 0.01, z.clone()

@@ -233,6 +233,7 @@ def test_whole_step(variant: str, draft_ids: list[int] | None, recompute: bool, 
     (found.loss * 3.0).backward(retain_graph=True)
     assert len(WEIGHTS) == STEPS
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert torch.equal(found.accepted.cpu(), expected.accepted) and torch.equal(found.followed.cpu(), expected.followed)
     for name, values in expected.sums.items():
         torch.testing.assert_close(found.sums[name].double().cpu(), values.double(), rtol=1e-4, atol=1e-5)
     for (name, p), q in zip(slow.draft.named_parameters(), fast.draft.parameters(), strict=True):

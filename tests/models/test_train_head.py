@@ -58,7 +58,7 @@ def test_a_trained_head_may_start_from_the_targets_rows_amid_noise(target: Targe
 
 
 def test_rows_have_the_targets_logit_scale(tmp_path: Path) -> None:
-    """A server multiplies by a draft's rows and scales nothing: argmax is the same either way, probabilities are not."""
+    """A server multiplies by a draft's rows and scales nothing: argmax is the same either way, not probabilities."""
     from transformers import CohereConfig, CohereForCausalLM
 
     torch.manual_seed(0)
@@ -113,8 +113,8 @@ RULES: dict[str, Any] = {"train_head": False, "optimizer": lambda given: MuonAda
 
 
 def test_training_resume_and_export_keep_it(target: Target, tmp_path: Path) -> None:
-    """No optimizer state, no decay; a resume is exact; a checkpoint with a trained head is refused and the other way round; exports carry it, also pruned
-    afterwards."""
+    """No optimizer state, no decay; a resume is exact; a checkpoint with a trained head is refused and the other way
+    round; exports carry it, also pruned afterwards."""
     rows = TargetHead.of(target).weight.float()
     whole = fit(tmp_path, module(target, **RULES), steps=4)
     first = fit(tmp_path, module(target, **RULES), steps=2)

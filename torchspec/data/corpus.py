@@ -73,11 +73,13 @@ class Corpus:
         self.unroll_steps, self.max_tokens, self.packs_per_step, self.seed = unroll_steps, max_tokens, packs_per_step, seed
         self._cache_dir, self._max_bad_fraction, self._num_proc, self._say = cache_dir, max_bad_fraction, num_proc, say
         self.on_policy = on_policy
+        self.validation_steps = unroll_steps
+        """How far validation unrolls; a callback may ask for more than is trained before the first validation."""
         self._data: dict[str, TokenizedDataset] = {}
         self._no_tokenizer: UserError | None = None
         self._prompts: Prompts | None = None
         self._plan: Plan | None = None
-        self._validation_plans: dict[tuple[str, int], Plan] = {}
+        self._validation_plans: dict[tuple[str, int, int], Plan] = {}
 
     def dataset(self, stage: str) -> TokenizedDataset:
         """The tokenised data of ``train``, ``validate`` or ``validate/NAME``; built on first use.
@@ -180,19 +182,20 @@ class Corpus:
 
     def validation_plan(self, stage: str, world: int) -> Plan:
         """A validation set in its own order, padded so that every one of ``world`` ranks has as many packs."""
-        if (stage, world) not in self._validation_plans:
+        key = stage, world, self.validation_steps
+        if key not in self._validation_plans:
             data = self.dataset(stage)
-            self._validation_plans[stage, world] = Plan(
+            self._validation_plans[key] = Plan(
                 data.lengths,
                 seed=0,
                 epoch=0,
                 max_tokens=self.max_tokens,
                 packs_per_step=world,
-                counts=data.supervised_counts(self.unroll_steps),
+                counts=data.supervised_counts(self.validation_steps),
                 shuffle=False,
                 content=data.content,
             )
-        return self._validation_plans[stage, world]
+        return self._validation_plans[key]
 
     @cached_property
     def _counts(self) -> np.ndarray | None:

@@ -92,6 +92,8 @@ class HeadResult:
     """K tensors [R_k] bool: the draft's most likely token is the target's."""
     alpha: tuple[Tensor, ...] | None
     """K tensors [R_k]: sum_v min(p(v), q(v)) with p over the whole vocabulary, the probability that sampling accepts."""
+    chosen: Tensor | None = None
+    """[sum R_k] int64, steps one after the other: the draft's most likely row, where it was measured."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def head_loss(
     Args:
         states: K tensors [R_k, H], outputs of the layer stack before the final norm, in the compute type.
         norm: [H] weight of the final norm.
-        weight: [W, H], the draft's head; cast to the compute type here. Where it asks for no gradient (a frozen head) none is made.
+        weight: [W, H], the draft's head; cast to the compute type here. Where it asks for no gradient (a frozen head)
+            none is made.
         target: at the step-0 rows.
         index: K tensors [R_k]: the step-0 row of each state; its target is ``index + k``.
         eps: of the final norm.
@@ -142,17 +145,17 @@ def head_loss(
     """
     step = torch.cat([torch.full_like(entries, k) for k, entries in enumerate(index)])
     rows = torch.cat([entries + k for k, entries in enumerate(index)])
-    measure = measure or weights.needs_alpha
-    plan = HeadPlan(target, rows, scale[step], mixing[step], weights, eps, measure, torch.is_grad_enabled())
-    loss, per_row, hit, alpha = _HeadLoss.apply(plan, norm, weight, *states)
-    return split_steps(loss, per_row, hit, alpha if measure else None, index)
+    alpha_asked = measure or weights.needs_alpha
+    plan = HeadPlan(target, rows, scale[step], mixing[step], weights, eps, alpha_asked, torch.is_grad_enabled())
+    loss, per_row, hit, alpha, chosen = _HeadLoss.apply(plan, norm, weight, *states)
+    return split_steps(loss, per_row, hit, alpha if alpha_asked else None, chosen if measure else None, index)
 
 
-def split_steps(loss: Tensor, per_row: Tensor, hit: Tensor, alpha: Tensor | None, index: tuple[Tensor, ...]) -> HeadResult:
+def split_steps(loss: Tensor, per_row: Tensor, hit: Tensor, alpha: Tensor | None, chosen: Tensor | None, index: tuple[Tensor, ...]) -> HeadResult:
     """A result from flat lists over the rows of all steps, one step after the other."""
     sizes = [entries.shape[0] for entries in index]
     sums = torch.stack([part.sum() for part in per_row.split(sizes)])
-    return HeadResult(loss, sums, hit.split(sizes), None if alpha is None else alpha.split(sizes))
+    return HeadResult(loss, sums, hit.split(sizes), None if alpha is None else alpha.split(sizes), chosen)
 
 
 def _pieces(sizes: list[int], low: int, high: int) -> Iterator[tuple[int, int, int, int]]:
@@ -169,7 +172,7 @@ class _HeadLoss(torch.autograd.Function):
     """Norm, head, loss and their gradients in one pass over chunks of rows."""
 
     @staticmethod
-    def forward(ctx: Any, plan: HeadPlan, norm: Tensor, weight: Tensor, *states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, plan: HeadPlan, norm: Tensor, weight: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         target, dtype, device = plan.target, states[0].dtype, states[0].device
         exact = wide(dtype)
         train = plan.train and any(ctx.needs_input_grad)
@@ -180,6 +183,7 @@ class _HeadLoss(torch.autograd.Function):
         per_row = torch.empty(total, dtype=exact, device=device)
         hit = torch.empty(total, dtype=torch.bool, device=device)
         alpha = torch.empty(total if plan.measure else 0, dtype=exact, device=device)
+        chosen = torch.empty(total if plan.measure else 0, dtype=torch.int64, device=device)
         d_states = [torch.empty_like(state) for state in states] if train else []
         d_weight = torch.zeros_like(cast, dtype=exact) if train_head else None
         d_norm = torch.zeros_like(norm, dtype=exact) if train else None
@@ -199,7 +203,7 @@ class _HeadLoss(torch.autograd.Function):
             found = row_losses(torch.matmul(x, cast.t()).to(exact), rows, plan.weights, gradient=train, measure=plan.measure)
             per_row[low:high], hit[low:high] = found.loss, found.hit
             if found.alpha is not None and plan.measure:
-                alpha[low:high] = found.alpha
+                alpha[low:high], chosen[low:high] = found.alpha, found.chosen
             if found.gradient is not None and d_norm is not None:
                 d_z = found.gradient.to(dtype)
                 if d_weight is not None:
@@ -208,10 +212,10 @@ class _HeadLoss(torch.autograd.Function):
                 for k, first, end, place, _, inverse in pieces:
                     d_states[k][first:end], part = rms_backward(d_x[place : place + end - first], states[k][first:end], norm, inverse)
                     d_norm += part
-        ctx.mark_non_differentiable(per_row, hit, alpha)
+        ctx.mark_non_differentiable(per_row, hit, alpha, chosen)
         if d_norm is not None:
             ctx.save_for_backward(d_norm.to(norm.dtype), None if d_weight is None else d_weight.to(weight.dtype), *d_states)
-        return torch.dot(per_row, plan.scale.to(exact)), per_row, hit, alpha
+        return torch.dot(per_row, plan.scale.to(exact)), per_row, hit, alpha, chosen
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -66,25 +66,27 @@ def chunks(rows: UnrollRows, width: int) -> list[tuple[int, int, int, int]]:
     return [(low, high, before[low], before[high]) for low, high in zip([0, *ends], [*ends, total], strict=True)]
 
 
-def fused_head_loss(plan: FusedPlan, states: list[Tensor], norm: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def fused_head_loss(plan: FusedPlan, states: list[Tensor], norm: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Loss of all steps.
 
     Args:
         plan: targets and rules.
         states: K tensors [R_k, H], outputs of the layer stack before the final norm, in the compute type.
         norm: [H] weight of the final norm.
-        weight: [W, H], the draft's head. Where it asks for no gradient (a frozen head) the product that would make it is left out.
+        weight: [W, H], the draft's head. Where it asks for no gradient (a frozen head) the product that would make it
+            is left out.
 
     Returns:
-        loss, a scalar; and over the rows of all steps, one step after the other: loss before scale [M], hit [M] bool, alpha [M] where asked for.
+        loss, a scalar; and over the rows of all steps, one step after the other: loss before scale [M], hit [M] bool,
+        alpha [M] where asked for, and the draft's most likely row [M] int64 where it is measured.
     """
-    loss, per_row, hit, alpha = _FusedLoss.apply(plan, norm, weight, *states)
-    return loss, per_row, hit, alpha if plan.measure or plan.weights.needs_alpha else None
+    loss, per_row, hit, alpha, chosen = _FusedLoss.apply(plan, norm, weight, *states)
+    return loss, per_row, hit, alpha if plan.measure or plan.weights.needs_alpha else None, chosen if plan.measure else None
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: FusedPlan, norm: Tensor, weight: Tensor, *states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, plan: FusedPlan, norm: Tensor, weight: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         from torchspec.models.kernels import fp8 as fp8_kernel
         from torchspec.models.kernels import loss as kernel
         from torchspec.models.kernels import norm as norm_kernel
@@ -102,6 +104,7 @@ class _FusedLoss(torch.autograd.Function):
             loss=torch.empty(total, dtype=torch.float32, device=device),
             hit=torch.empty(total, dtype=torch.int8, device=device),
             alpha=torch.empty(total if measure else 1, dtype=torch.float32, device=device),
+            chosen=torch.empty(total, dtype=torch.int64, device=device) if plan.measure else None,
         )
         order = torch.argsort(rows.source, stable=True)
         every = torch.cat(states)
@@ -150,8 +153,9 @@ class _FusedLoss(torch.autograd.Function):
             ctx.found = d_norm, d_weight, d_every
             ctx.kinds = norm.dtype, weight.dtype
         hit = rows.hit.bool()
-        ctx.mark_non_differentiable(rows.loss, hit, rows.alpha)
-        return torch.dot(rows.loss, rows.scale[rows.step]), rows.loss, hit, rows.alpha
+        chosen = rows.alpha if rows.chosen is None else rows.chosen
+        ctx.mark_non_differentiable(rows.loss, hit, rows.alpha, chosen)
+        return torch.dot(rows.loss, rows.scale[rows.step]), rows.loss, hit, rows.alpha, chosen
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -105,6 +105,8 @@ class RowLosses:
     """[r] before ``scale``; 0 outside."""
     hit: Tensor
     """[r] bool: the draft's most likely row is the target's most likely token."""
+    chosen: Tensor
+    """[r] int64: the draft's most likely row."""
     alpha: Tensor | None
     """[r], when asked for."""
     gradient: Tensor | None
@@ -124,7 +126,8 @@ def row_losses(z: Tensor, target: RowTargets, weights: LossWeights, *, gradient:
     p, inside = target.p, target.inside
     wide = z.dtype
     lse = torch.logsumexp(z, dim=-1)
-    hit = (z.argmax(dim=-1) == target.best) & inside
+    chosen = z.argmax(dim=-1)
+    hit = (chosen == target.best) & inside
     loss = torch.zeros_like(lse)
     z.sub_(lse[:, None])  # log q
     soft = -torch.linalg.vecdot(p.to(wide), z)
@@ -134,7 +137,7 @@ def row_losses(z: Tensor, target: RowTargets, weights: LossWeights, *, gradient:
         loss -= weights.cross_entropy * z.gather(1, target.best[:, None])[:, 0]
     only_soft = not (weights.needs_alpha or weights.reverse_kl or weights.jsd)
     if only_soft and not gradient and not measure:
-        return RowLosses(torch.where(inside, loss, 0.0), hit, None, None)
+        return RowLosses(torch.where(inside, loss, 0.0), hit, chosen, None, None)
     q = z.exp_()
     alpha = None
     curved: Tensor | None = None  # sum of w (g_v - sum q g): what q multiplies in the gradient
@@ -160,18 +163,18 @@ def row_losses(z: Tensor, target: RowTargets, weights: LossWeights, *, gradient:
         loss += weights.jsd / 2 * (mean + other)
     loss = torch.where(inside, loss, 0.0)
     if not gradient:
-        return RowLosses(loss, hit, alpha, None)
+        return RowLosses(loss, hit, chosen, alpha, None)
     scale = torch.where(inside, target.scale, 0.0)
     if only_soft and not weights.cross_entropy:
         by = scale * straight
-        return RowLosses(loss, hit, alpha, q.mul_((by * target.whole)[:, None]).addcmul_(p, -by[:, None]))
+        return RowLosses(loss, hit, chosen, alpha, q.mul_((by * target.whole)[:, None]).addcmul_(p, -by[:, None]))
     d_z = (q * target.whole[:, None] - p) * straight[:, None]
     if weights.cross_entropy:
         d_z += weights.cross_entropy * q
         d_z.scatter_add_(1, target.best[:, None], torch.full_like(lse, -weights.cross_entropy)[:, None])
     if curved is not None:
         d_z += curved.mul_(q)
-    return RowLosses(loss, hit, alpha, d_z.mul_(scale[:, None]))
+    return RowLosses(loss, hit, chosen, alpha, d_z.mul_(scale[:, None]))
 
 
 def _curve(so_far: Tensor | None, g: Tensor, q: Tensor, weight: float) -> tuple[Tensor, Tensor]:

@@ -51,25 +51,27 @@ class StepSums:
         return StepSums(self.names, strategy.reduce(self.table, reduce_op="sum"))
 
     def metrics(self, step_weights: list[float]) -> dict[str, float]:
-        """Means by their names in the logs. One transfer to the host."""
+        """Means by their names in the logs; what is over all steps is over those that have a weight, the trained ones.
+        One transfer to the host."""
+        trained = len(step_weights)
         sums = dict(zip(self.names, self.table.tolist(), strict=True))
         rows = sums["rows"]
         mean = {name: [value / max(count, 1.0) for value, count in zip(values, rows, strict=True)] for name, values in sums.items()}
         values: dict[str, float] = {}
         if "loss" not in sums:
             return {"loss": 0.0, "expected_acceptance_greedy": 1.0}
-        values["loss"] = sum(weight * loss for weight, loss in zip(step_weights, mean["loss"], strict=True))
+        values["loss"] = sum(weight * loss for weight, loss in zip(step_weights, mean["loss"], strict=False))
         for k in range(len(rows)):
             values[f"loss_{k}"] = mean["loss"][k]
             values[f"accuracy_{k}"] = mean["correct"][k]
             # of the positions where every earlier step was right
             values[f"conditional_accuracy_{k}"] = sums["correct_so_far"][k] / max(sums["correct_so_far"][k - 1] if k else rows[0], 1.0)
         first = max(rows[0], 1.0)
-        values["expected_acceptance_greedy"] = 1.0 + sum(sums["correct_so_far"]) / first
+        values["expected_acceptance_greedy"] = 1.0 + sum(sums["correct_so_far"][:trained]) / first
         if "alpha" in sums:
             for k in range(len(rows)):
                 values[f"alpha_{k}"] = mean["alpha"][k]
-            values["expected_acceptance_sampling"] = 1.0 + sum(sums["alpha_so_far"]) / first
+            values["expected_acceptance_sampling"] = 1.0 + sum(sums["alpha_so_far"][:trained]) / first
         return values
 
 

@@ -60,10 +60,12 @@ class DraftModule(pl.LightningModule):
         step_weights: weight of each step's loss; None means 0.8^k.
         loss: weight of each loss in the sum, for example ``{forward_kl: 1.0, tv: 0.5}``; None means forward KL alone. Known ones: forward_kl, cross_entropy,
             reverse_kl, jsd, tv, lk_alpha, lk_lambda (models/losses.py has the formulas).
-        init: ``target`` starts from the target's head and final norm with fc passing the last aux state on; ``target_head`` from noise but for the target's
-            head; ``random`` from noise, and so does any draft whose hidden size is not the target's: none of its tensors has the target's shape.
-        train_head: false keeps the head as it starts: the target's rows, whatever ``init``, or those of ``start_from``. Fewer weights are trained, and a step
-            leaves out a third of the head's products. The hidden size must be the target's. Exports carry the head all the same.
+        init: ``target`` starts from the target's head and final norm with fc passing the last aux state on;
+            ``target_head`` from noise but for the target's head; ``random`` from noise, and so does any draft whose
+            hidden size is not the target's: none of its tensors has the target's shape.
+        train_head: false keeps the head as it starts: the target's rows, whatever ``init``, or those of ``start_from``.
+            Fewer weights are trained, and a step leaves out a third of the head's products. The hidden size must be the
+            target's. Exports carry the head all the same.
         start_from: start from these weights instead: a checkpoint of ours, or a published draft (directory, file or hub id). Architecture and vocabulary are
             its own; optimizer, schedule and data begin anew. ``--ckpt_path`` is what resumes a run.
         compute_dtype: type of matrix products; auto is bf16 where the device has instructions for it, else fp32. Masters, gradients' reduction and
@@ -116,6 +118,8 @@ class DraftModule(pl.LightningModule):
         self.lr_scheduler_callable = lr_scheduler
         self.vocabulary: VocabularyMapping | None = None if self.start is None else self.start.vocabulary
         self.task: DraftTask | None = None
+        self.last_accepted: Tensor | None = None
+        """[R_0] leading right steps of each supervised row of the last batch that was trained, on the device."""
         self._sums: StepSums | None = None
         self._val_sums: dict[int, StepSums] = {}
         self._val_totals: list[tuple[tuple[int, ...], str, Tensor]] = []
@@ -248,6 +252,7 @@ class DraftModule(pl.LightningModule):
         """Scalar: this pack's share of the step's loss, scaled so that its mean over ranks and micro-batches has the gradient of the whole."""
         output = self.forward(batch)
         self.watch.add(output.loss, batch)
+        self.last_accepted = output.accepted
         self._sums = StepSums.of(output, batch) if self._sums is None else self._sums.add(output, batch)
         if self.loss.lk_lambda:
             alpha = torch.stack([output.sums["alpha"], output.sums["rows"]])
@@ -302,13 +307,13 @@ class DraftModule(pl.LightningModule):
         return values
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """``accepted`` [rows]: leading right steps of each supervised row, in order."""
+        """``accepted`` and ``followed`` [rows]: leading right steps of each supervised row, in order (``StepOutput``)."""
         with torch.no_grad():
             output = self.forward(batch, measure=True)
         self._val_totals.append((batch.sample_ids, batch.stage, totals(batch)))
         sums = self._val_sums.get(dataloader_idx)
         self._val_sums[dataloader_idx] = StepSums.of(output, batch) if sums is None else sums.add(output, batch)
-        return {"accepted": output.accepted}
+        return {"accepted": output.accepted, "followed": output.followed}
 
     def on_validation_epoch_end(self) -> None:
         """``val/...`` over all validation data, and ``val/NAME/...`` of each set that has a name."""

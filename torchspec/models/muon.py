@@ -10,12 +10,14 @@ SmolLM2-135M (H200; K=4, W=8192, 66k tokens, 155 steps of 512 tokens, start from
     Muon for attention alone, 5 quintic iterations        1.390   (a third of the products)
     Muon for the MLP alone, 5 quintic iterations          1.364
 
-``DraftModule`` marks which parameters are such matrices (:func:`mark_hidden_matrices`); embedding, norms and the head are not: their rows or columns are
-tokens, and Adam's own scale for each entry serves them. fc, whose columns are separate sources, is one where ``matrices`` says so.
+``DraftModule`` marks which parameters are such matrices (:func:`mark_hidden_matrices`); embedding, norms and the head
+are not: their rows or columns are tokens, and Adam's own scale for each entry serves them. fc, whose columns are
+separate sources, is one where ``matrices`` says so.
 
-Weight decay is decoupled (Loshchilov and Hutter, arXiv 1711.05101): a step at rate lr multiplies a weight by 1 - lr x decay, so a weight forgets what it was
-over a horizon of 1 / (lr x decay) steps. Give it in shares of the run: at muon_lr 0.03 a decay of 0.03 is a horizon of 1,100 steps, 45 % of a run of 2,480; one
-of several runs does nothing. Norms and biases are exempt inside the step.
+Weight decay is decoupled (Loshchilov and Hutter, arXiv 1711.05101): a step at rate lr multiplies a weight by 1 - lr x
+decay, so a weight forgets what it was over a horizon of 1 / (lr x decay) steps. Give it in shares of the run: at
+muon_lr 0.03 a decay of 0.03 is a horizon of 1,100 steps, 45 % of a run of 2,480; one of several runs does nothing.
+Norms and biases are exempt inside the step.
 """
 
 from __future__ import annotations
@@ -46,11 +48,13 @@ from 1e-3 to 1 (Amsel et al., arXiv 2505.16932, section 3). The last repeats."""
 _MARGIN = 1.01
 """Keeps rounding from lifting a singular value over 1, where the polynomials would blow it up: at the start, and by every iteration."""
 _JORDAN = ((3.4445, -4.7750, 2.0315),)
-"""Of the quintic of Jordan et al., as ``torch.optim.Muon`` has it: singular values end between 0.7 and 1.2, and nothing blows up."""
+"""Of the quintic of Jordan et al., as ``torch.optim.Muon`` has it: singular values end between 0.7 and 1.2, and nothing
+blows up."""
 
 
 def mark_hidden_matrices(module: nn.Module) -> None:
-    """Mark the matrices inside ``layers`` as part of attention or MLP, and fc; call it when parameters are final (after sharding)."""
+    """Mark the matrices inside ``layers`` as part of attention or MLP, and fc; call it when parameters are final (after
+    sharding)."""
     for name, parameter in module.named_parameters():
         if ".layers." in f".{name}" and parameter.ndim == 2:
             setattr(parameter, _MARK, "attention" if ".self_attn." in name else "mlp")
@@ -95,9 +99,11 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: of Muon (Nesterov).
         iterations: Newton-Schulz iterations.
         polynomial: of the iterations: Polar Express, or Jordan's, which torch.optim.Muon has.
-        matrices: which matrices go to Muon: all of the layers, those of attention alone for a third of the products, or all and fc.
-        adjust_lr: size of a step of a [m, n] matrix, by torch.optim.Muon's names: ``original`` gives it spectral norm muon_lr x sqrt(max(1, m/n)),
-            ``match_rms_adamw`` muon_lr x 0.2 sqrt(max(m, n)), entries as large as AdamW's (Liu et al., Moonlight, arXiv 2502.16982).
+        matrices: which matrices go to Muon: all of the layers, those of attention alone for a third of the products, or
+            all and fc.
+        adjust_lr: size of a step of a [m, n] matrix, by torch.optim.Muon's names: ``original`` gives it spectral norm
+            muon_lr x sqrt(max(1, m/n)), ``match_rms_adamw`` muon_lr x 0.2 sqrt(max(m, n)), entries as large as AdamW's
+            (Liu et al., Moonlight, arXiv 2502.16982).
         decay_vectors: also decay norms and biases, by ``weight_decay``.
 
     Raises:
@@ -147,7 +153,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a group does not say, where it is not the default: for the recipe. (A new key of a group would make older sharded checkpoints unreadable.)"""
+        """What a group does not say, where it is not the default: for the recipe. (A new key of a group would make
+        older sharded checkpoints unreadable.)"""
         said = {"matrices": self.matrices, "polynomial": self.polynomial, "adjust_lr": self.adjust_lr, "decay_vectors": self.decay_vectors}
         return {name: value for name, value in said.items() if value not in ("all", "polar_express", "original", False)}
 

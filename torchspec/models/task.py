@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from torchspec.models.draft_config import DraftConfig
 from torchspec.models.eagle3 import Eagle3Draft
 from torchspec.models.finite import named, not_finite
 from torchspec.models.fp8 import Fp8, check
-from torchspec.models.loss import head_loss, split_steps, target_distribution
+from torchspec.models.loss import HeadResult, head_loss, split_steps, target_distribution
 from torchspec.models.loss_fused import FusedPlan, fused_head_loss
 from torchspec.models.losses import FORWARD_KL, LossWeights, mixing
 from torchspec.models.shared import wide
@@ -48,7 +49,11 @@ class StepOutput(NamedTuple):
     """[K] each: ``rows`` supervised here, ``loss``, ``correct``, ``correct_so_far`` (this and every earlier step right), and when measured ``alpha``,
     ``alpha_so_far``."""
     accepted: Tensor
-    """[R_0] int64: leading right steps of each supervised row."""
+    """[R_0] int64: leading right steps of each supervised row, the target's most likely token being right."""
+    followed: Tensor
+    """[R_0] int64, when measured: leading steps whose most likely token of the draft is the token that stands there. On
+    answers that were sampled, that is what a server accepts of greedy drafts: token v with the probability that the
+    target gives it, which is how the answer was drawn."""
 
 
 class DraftTask(nn.Module):
@@ -101,8 +106,8 @@ class DraftTask(nn.Module):
             step_weights: [K] w_k.
             compute_dtype: of the draft.
             device: that it will train on; decides the type of the target head (:func:`torchspec.hardware.working_dtype`).
-            init: ``random``, ``target_head`` for that with the target's head, or ``target`` for :func:`start_from_target`; where the hidden sizes differ all
-                three are ``random``.
+            init: ``random``, ``target_head`` for that with the target's head, or ``target`` for
+                :func:`start_from_target`; where the hidden sizes differ all three are ``random``.
             loss: which losses, by weight.
             recompute, fp8: see :class:`~torchspec.models.eagle3.Eagle3Draft`.
             train_head: False keeps the head at :func:`served_rows`, whatever ``init``.
@@ -151,8 +156,9 @@ class DraftTask(nn.Module):
         norm = draft.norm.cast()
         states = draft(batch, norm)
         last = batch.last[rows.base + 1]
-        scale = self.step_weights.to(wide(draft.compute_dtype)) / batch.counts.clamp(min=1.0)
-        rules: dict[str, Any] = {"eps": norm.eps, "scale": scale, "weights": self.loss, "mixing": mixing(self.mean_alpha), "measure": measure}
+        weights, alpha = self._of_steps(steps)
+        scale = weights.to(wide(draft.compute_dtype)) / batch.counts.clamp(min=1.0)
+        rules: dict[str, Any] = {"eps": norm.eps, "scale": scale, "weights": self.loss, "mixing": mixing(alpha), "measure": measure}
         if kernels.usable(states[0]):
             plan = FusedPlan(self.head, last, rows, train=torch.is_grad_enabled(), fp8=draft.fp8, **rules)
             result = split_steps(*fused_head_loss(plan, states, norm.weight, draft.lm_head.weight), rows.index)
@@ -160,11 +166,20 @@ class DraftTask(nn.Module):
             mass = measure or self.loss.needs_alpha
             target = target_distribution(self.head, last, dtype=draft.compute_dtype, mass=mass)
             result = head_loss(states, norm.weight, draft.lm_head.weight, target, rows.index, **rules)
-        return self._summed(result.loss, result.loss_sum, result.hit, result.alpha, batch)
+        return self._summed(result, batch)
 
-    @staticmethod
-    def _summed(loss: Tensor, loss_sum: Tensor, hit: tuple[Tensor, ...], alpha: tuple[Tensor, ...] | None, batch: PackedBatch) -> StepOutput:
+    def _of_steps(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Weight and mean alpha of each step. A batch may be unrolled further than is trained (validation): those steps
+        weigh nothing."""
+        trained = self.step_weights.shape[0]
+        if steps == trained:
+            return self.step_weights, self.mean_alpha
+        weights = F.pad(self.step_weights, (0, max(steps - trained, 0)))[:steps]
+        return weights, self.mean_alpha[torch.arange(steps, device=weights.device).clamp(max=trained - 1)]
+
+    def _summed(self, result: HeadResult, batch: PackedBatch) -> StepOutput:
         """Over a table [K, R_0] of step and step-0 row, so that the number of operations is that of the sums and not of the steps."""
+        loss, loss_sum, hit, alpha = result.loss, result.loss_sum, result.hit, result.alpha
         rows, steps, total = batch.rows, batch.rows.steps, batch.rows.base.shape[0]
         place = torch.cat(rows.index) + rows.step * total
 
@@ -178,8 +193,12 @@ class DraftTask(nn.Module):
         if alpha is not None:
             chance = table(alpha, alpha[0].dtype)
             found |= {"alpha": chance.sum(1), "alpha_so_far": chance.cumprod(0).sum(1)}
+        followed = torch.zeros(0, dtype=torch.int64, device=place.device)
+        if result.chosen is not None:
+            token = result.chosen if self.head.order is None else self.head.order[result.chosen]
+            followed = table((token == batch.input_ids[rows.at + rows.step + 2],), torch.int64).cumprod(0).sum(0)
         sums = {name: values.to(loss_sum.dtype) for name, values in found.items()}
-        return StepOutput(loss, {**sums, "loss": loss_sum}, so_far.sum(0))
+        return StepOutput(loss, {**sums, "loss": loss_sum}, so_far.sum(0), followed)
 
     def _nothing(self, steps: int, measure: bool) -> StepOutput:
         """A zero tied to every trainable parameter."""
@@ -187,7 +206,8 @@ class DraftTask(nn.Module):
         alpha = ["alpha", "alpha_so_far"] if measure or self.loss.needs_alpha else []
         names = ["rows", "correct", "correct_so_far", *alpha, "loss"]
         empty = torch.zeros(steps, device=self.step_weights.device)
-        return StepOutput(zero, {name: empty for name in names}, torch.zeros(0, dtype=torch.int64, device=empty.device))
+        nothing = torch.zeros(0, dtype=torch.int64, device=empty.device)
+        return StepOutput(zero, {name: empty for name in names}, nothing, nothing)
 
 
 @torch.no_grad()
@@ -214,7 +234,8 @@ def start_from_target(draft: Eagle3Draft, head: TargetHead, draft_ids: Tensor | 
 
 
 def served_rows(head: TargetHead, draft_ids: Tensor | None) -> Tensor:
-    """[W, D] rows of the target's head as a draft's own: a server multiplies by them and does nothing else, so the target's logit scale is in them.
+    """[W, D] rows of the target's head as a draft's own: a server multiplies by them and does nothing else, so the
+    target's logit scale is in them.
 
     A soft cap leaves their order; a bias has no place in a draft's head.
 

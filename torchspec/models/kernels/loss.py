@@ -30,10 +30,10 @@ BLOCK, WARPS = 16384, 16
 
 @triton.jit(do_not_specialize=["low"], do_not_specialize_on_alignment=["place"])
 def _losses(
-    z, target, best, inside, whole, mass, place, source, step, scale, mixing, loss, hit, alpha, factor8, scale8, top8, low, width, stride,
+    z, target, best, inside, whole, mass, place, source, step, scale, mixing, loss, hit, alpha, chosen, factor8, scale8, top8, low, width, stride,
     w_kl, w_ce, w_rkl, w_jsd, w_tv, w_lka, w_lkl,
     GRADIENT: tl.constexpr, ALPHA: tl.constexpr, ACCEPT: tl.constexpr, REVERSE: tl.constexpr, JSD: tl.constexpr, CROSS: tl.constexpr,
-    NARROW: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    CHOSEN: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     where = tl.load(place + row)
@@ -105,6 +105,8 @@ def _losses(
             value_of += 0.5 * w_jsd * (jsd_mean + tl.sum(v_other, axis=0))
     tl.store(loss + where, tl.where(valid, value_of, 0.0))
     tl.store(hit + where, ((guess == answer) & valid).to(tl.int8))
+    if CHOSEN:
+        tl.store(chosen + where, guess.to(tl.int64))
 
     if GRADIENT:
         size = tl.where(valid, tl.load(scale + k), 0.0)
@@ -173,6 +175,8 @@ class Rows:
     """[M] int8, filled here."""
     alpha: Tensor
     """[M] fp32, filled here where asked for; else any tensor."""
+    chosen: Tensor | None = None
+    """[M] int64, filled here where it is there: the draft's most likely row."""
 
 
 def losses(
@@ -203,9 +207,10 @@ def losses(
     block = min(BLOCK, triton.next_power_of_2(max(width, VECTOR)))
     _losses[(number,)](
         z, asked.p, asked.best, asked.inside, asked.whole, asked.mass, place, rows.source, rows.step, rows.scale, rows.mixing, rows.loss, rows.hit,
-        rows.alpha, factor, scale8, top8, asked.low, width, asked.p.stride(0),
+        rows.alpha, rows.chosen, factor, scale8, top8, asked.low, width, asked.p.stride(0),
         weights["forward_kl"], weights["cross_entropy"], weights["reverse_kl"], weights["jsd"], weights["tv"], weights["lk_alpha"], weights["lk_lambda"],
         GRADIENT=gradient, ALPHA=measure or accept, ACCEPT=accept, REVERSE=bool(weights["reverse_kl"]), JSD=bool(weights["jsd"]),
-        CROSS=bool(weights["cross_entropy"]), NARROW=narrow, BLOCK=block, LANES=block // VECTOR, num_warps=WARPS if block >= 1024 else 4,
+        CROSS=bool(weights["cross_entropy"]), CHOSEN=rows.chosen is not None, NARROW=narrow, BLOCK=block, LANES=block // VECTOR,
+        num_warps=WARPS if block >= 1024 else 4,
     )  # fmt: skip
     return None if scale8 is None or top8 is None else (scale8, top8)
