@@ -88,7 +88,7 @@ def read_encoding(folder: Path, described: dict[str, Any], reference: str | None
     if reference is not None:
         origin = reference.split("--")[-1].rpartition(".")[0] + ".py"
         pattern = pattern_in((folder / origin).read_text()) if (folder / origin).is_file() else None
-    elif _is_kimi(folder):
+    elif is_known(folder):
         pattern, origin = _KIMI, "Kimi's published tokenizer"
     if pattern is None:
         return None
@@ -193,6 +193,8 @@ def _shown(token: bytes, characters: dict[int, str]) -> str:
     return "".join(characters[byte] for byte in token)
 
 
-def _is_kimi(folder: Path) -> bool:
-    kind = json.loads((folder / "config.json").read_text()).get("model_type", "") if (folder / "config.json").is_file() else ""
-    return str(kind).startswith("kimi_")
+def is_known(folder: Path) -> bool:
+    """Whether a folder has ``tiktoken.model`` of a model whose pattern is known here."""
+    if not ((folder / _FILE).is_file() and (folder / "config.json").is_file()):
+        return False
+    return str(json.loads((folder / "config.json").read_text()).get("model_type")).startswith("kimi_")

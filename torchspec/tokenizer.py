@@ -72,13 +72,14 @@ def load_tokenizer(config: TargetConfig, hf_config: PretrainedConfig) -> Loaded:
         UserError: there is none that loads.
     """
     from torchspec.mistral_tokenizer import is_mistral, load_mistral
+    from torchspec.tiktoken_files import is_known
 
     names = file_names(config)
     try:
         described = described_tokenizer(config, names)
         if is_mistral(names):
             found = load_mistral(config, hf_config, names)
-        elif (reference := own_class(described)) is not None or "tiktoken.model" in names:
+        elif (reference := own_class(described)) is not None or is_known(folder_of(config)):
             found = _of_own_code(config, hf_config, names, described, reference)
         else:
             found = _of_transformers(config, hf_config, names)
@@ -250,8 +251,11 @@ def _of_own_code(config: TargetConfig, hf_config: PretrainedConfig, names: froze
     if slow is not None:
         code: Any = slow
         served = Served(f"the target's own {type(slow).__name__}", fix, encode=lambda text: ids_of(code, text))
+    elif reference is None:
+        fix = "add the tokenizer code of the target's publisher (tokenization_*.py and auto_map), which servers run"
+        converted = automatic(config, hf_config)
+        served = Served("what Transformers makes of tiktoken.model, and vLLM with it", fix, encode=lambda text: ids_of(converted, text))
     elif encoding is not None:
-        fix = fix if reference is not None else "add the tokenizer code of the target's publisher (tokenization_*.py and auto_map), which servers run"
         served = Served(f"tiktoken with the pattern of {encoding.origin}", fix, encode=encoding.encode)
     elif failure is not None:
         raise does_not_run(config.path, "tokenizer", failure) from failure

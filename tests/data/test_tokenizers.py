@@ -139,6 +139,17 @@ def test_a_wrong_fast_conversion_beside_the_code_is_left_for_the_right_one(tmp_p
         assert check(target, chat("it's", "that's it")) == 1
 
 
+def test_a_kimi_without_its_tokenizer_code_is_refused_where_vllm_would_cut_otherwise(tmp_path: Path) -> None:
+    """A copy of the weights without ``tokenization_kimi.py``: no server has that code, and Transformers converts with another pattern."""
+    target = tiktoken_target(tmp_path / "target")
+    assert check(target, chat("it's", "x")) == 0  # of some other model: what Transformers makes of it is what is served
+    (tmp_path / "target" / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": {**SIZES, "model_type": "deepseek_v3"}}))
+    target = Target(TargetConfig(str(tmp_path / "target")))
+    assert check(target, chat("x", "y")) == 1
+    with pytest.raises(UserError, match=r"otherwise than what Transformers makes of tiktoken\.model.*tokenization_\*\.py"):
+        check(target, chat("it's", "y"))
+
+
 def test_code_that_computes_other_ids_than_its_vocabulary_is_refused(tmp_path: Path) -> None:
     """A class that does more than its pattern says: no fast tokenizer agrees, and the data shows it."""
     code = code_with(WHOLE_WORDS).replace("self.model.encode(text,", "self.model.encode(text.replace('hat', 'HAT'),")
@@ -266,3 +277,24 @@ def test_a_target_without_a_template_says_what_to_add(tmp_path: Path) -> None:
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))  # of a processor
     assert Renderer(Target(TargetConfig(str(tmp_path))).tokenizer(), name="tiny").template.source == CHATML
     shutil.rmtree(tmp_path)
+
+
+# -- vLLM itself
+
+
+@pytest.mark.slow
+def test_ids_are_those_of_vllm(tmp_path: Path, tekken: Path) -> None:
+    """What vLLM's own loader gives for the same files."""
+    get_tokenizer = pytest.importorskip("vllm.tokenizers.registry").get_tokenizer
+    tiktoken_target(tmp_path / "kimi", code=code_with(WHOLE_WORDS))
+    save_tokenizer(tmp_path / "fast")
+    (tmp_path / "fast" / "config.json").write_text(json.dumps(SIZES))
+    both, native = shutil.copytree(tekken, tmp_path / "both", ignore=lambda *_: ["kimi", "fast", "both"]), tmp_path / "native"
+    shutil.copytree(both, native)
+    Target(TargetConfig(str(both))).tokenizer().save_pretrained(both)
+    (native / "consolidated.safetensors").touch()
+
+    for folder, trust in ((tmp_path / "kimi", True), (tmp_path / "fast", False), (both, False), (native, False)):
+        ours, theirs = Target(TargetConfig(str(folder), trust_remote_code=trust)).tokenizer(), get_tokenizer(str(folder), trust_remote_code=trust)
+        for text in (*PROBES, "it's 123 hats", "that's  it"):
+            assert ids_of(ours, text) == theirs.encode(text, add_special_tokens=False), (folder.name, text)
