@@ -26,7 +26,7 @@ PACKAGES = ("torch", "lightning", "transformers", "datasets", "jsonargparse", "s
 SYSTEM_LIBRARIES = {"libibverbs.so.1": "libibverbs1", "librdmacm.so.1": "librdmacm1", "libnuma.so.1": "libnuma1"}
 MOONCAKE = ("mooncake-transfer-engine-cuda13", "mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda")
 ROOM = 1 << 30
-"""Bytes of shared memory that the default ``store.budget`` asks for."""
+"""Bytes of shared memory that the default ``data.store.budget`` asks for."""
 
 
 @dataclass(frozen=True)

@@ -50,13 +50,20 @@ def test_shared_memory_of_a_group_that_is_ended_is_gone(ended: str, tmp_path: Pa
     process.stdout.close()
 
 
-def test_the_end_of_a_log_is_of_the_process_that_ended(tmp_path: Path) -> None:
+def test_why_a_process_ended_is_of_that_process_alone(tmp_path: Path) -> None:
+    """The error by name; of one that was killed the last lines. No bars, nothing of the process before."""
     log = tmp_path / "worker-0.log"
     older = "ValueError: of the process before\n"
-    log.write_text(older + "ValueError: no memory\n" + "Loading:  50%|##   | 1/2\rLoading: 100%|####| 2/2\n" + "".join(f"line {i}\n" for i in range(20)))
+    lines = "Loading:  50%|##   | 1/2\rLoading: 100%|####| 2/2\n" + "".join(f"line {i}\n" for i in range(20))
+    log.write_text(older + "Traceback (most recent call last):\n  File x\nAssertionError: no CUDA\n" + lines)
     worker = WorkerProcess("worker-0", "cpu", log, log_from=len(older))
-    assert worker.last_lines() == "ValueError: no memory | " + " | ".join(f"line {i}" for i in range(8, 20))
-    assert WorkerProcess("worker-0", "cpu", tmp_path / "none").last_lines() == "(no log)"
+    assert worker.why(1) == f"AssertionError: no CUDA; see {log}"
+    assert worker.why(-9) == "its log ends: " + " | ".join(f"line {i}" for i in range(8, 20))
+    log.write_text(older + lines)
+    assert worker.why(1) == worker.why(-9)
+    log.write_text(older)
+    assert worker.why(1) == "its log ends: (log is empty)"
+    assert WorkerProcess("worker-0", "cpu", tmp_path / "none").why(1) == "it has no log"
 
 
 def test_a_run_begins_its_log_and_keeps_the_one_before(tmp_path: Path) -> None:

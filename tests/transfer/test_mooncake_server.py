@@ -124,7 +124,7 @@ def test_bad_master_address(master_address: str) -> None:
 
 
 def test_metadata_without_master() -> None:
-    with pytest.raises(UserError, match="without store.master"):
+    with pytest.raises(UserError, match="without data.store.master"):
         mooncake_of(metadata="http://127.0.0.1:1/metadata").start()
 
 

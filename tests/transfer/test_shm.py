@@ -73,7 +73,7 @@ def test_no_room_at_start(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """A container's 64 MB."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(64 << 20, 0, 64 << 20))
-    with pytest.raises(UserError, match=r"store.shm_dir=.* has 64.0 MiB free, less than store.budget \(1.0 GiB\).*--shm-size"):
+    with pytest.raises(UserError, match=r"^data.store.shm_dir=.* has 64.0 MiB free, less than data.store.budget \(1.0 GiB\).*--shm-size"):
         server(parent, budget=1 << 30).start()
     assert list(parent.iterdir()) == []
 

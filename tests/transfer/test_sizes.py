@@ -16,7 +16,7 @@ def test_parse(text: str | int, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GiB", "1 apple", "-1GiB", "0", "0.0001B", "1e9", "1GiB 2", "inf", "nan", None, 1.5e300])
 def test_refused(text: object) -> None:
-    with pytest.raises(UserError, match=r"^store\.budget="):
+    with pytest.raises(UserError, match=r"^data\.store\.budget="):
         parse_bytes(text)  # type: ignore[arg-type]
 
 

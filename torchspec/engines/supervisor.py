@@ -99,20 +99,19 @@ class WorkerProcess:
         self.process, self.ready, self.next_start = None, False, now + delay
         return delay
 
-    def last_lines(self) -> str:
-        """The end of what its process wrote into the log, on one line, without progress bars; first, where it is not among it, the last error by name."""
+    def why(self, code: int) -> str:
+        """What its log says of the end of its process: the error by name where one ended it, else the last lines, on one line and without progress bars."""
         try:
             with self.log_file.open("rb") as handle:
                 handle.seek(0, os.SEEK_END)
                 handle.seek(max(self.log_from, handle.tell() - 65536))
                 lines = without_bars(handle.read().decode(errors="replace"))
         except OSError:
-            return "(no log)"
-        last = lines[-_LAST_LINES:]
-        error = last_error_in(lines)
-        if error is not None and not any(error in line for line in last):
-            last.insert(0, error)
-        return " | ".join(last) or "(log is empty)"
+            return "it has no log"
+        error = last_error_in(lines) if code > 0 else None
+        if error is not None:
+            return f"{error[:500]}; see {self.log_file}"
+        return f"its log ends: {' | '.join(lines[-_LAST_LINES:]) or '(log is empty)'}"
 
 
 def keep_one_before(log_file: Path) -> None:
@@ -239,9 +238,9 @@ class Supervisor:
             if process.refused:
                 reason = process.refused
             elif process.was_ready:
-                reason = f"{ending} after {process.restarts} restarts (data.engines.max_restarts); its log ends: {process.last_lines()}"
+                reason = f"{ending} after {process.restarts} restarts (data.engines.max_restarts): {process.why(code)}"
             else:
-                reason = f"{ending}{'' if process.late else ' before it was ready'}; its log ends: {process.last_lines()}"
+                reason = f"{ending}{'' if process.late else ' before it was ready'}: {process.why(code)}"
             user = process.user if not process.refused and process.user else None
             log.error("%s is not started again: %s", process.name, reason)
             self._on_given_up(process.name, str(UserError.of(user)) if user else reason, user)

@@ -55,7 +55,7 @@ def open_store(address: Address) -> Store:
         from torchspec.transfer.shard_reader import ShardStore
 
         return ShardStore(Path(address["folder"]))
-    raise UserError("store.kind", address["kind"], "is unknown", "use mooncake or shm")
+    raise UserError("data.store.kind", address["kind"], "is unknown", "use mooncake or shm")
 
 
 def make_server(
@@ -88,7 +88,7 @@ def make_server(
         return MooncakeServer(config, run=run, budget=budget, largest=largest, reason=reason, host=host, log_dir=log_dir)
     if not is_loopback(host):
         problem = f"gives shared memory ({reason}), which serves one host, but others are to reach {host}"
-        raise UserError("store.kind", config.kind, problem, "install Mooncake: make setup")
+        raise UserError("data.store.kind", config.kind, problem, "install Mooncake: make setup")
     from torchspec.transfer.shm_server import ShmServer
 
     return ShmServer(config, run=run, budget=budget, reason=reason)
@@ -111,9 +111,9 @@ def selfcheck(config: StoreConfig) -> StoreFacts:
 def _choose(config: StoreConfig, host: str) -> tuple[str, str]:
     """Backend and the reason for it."""
     if config.kind == "shm":
-        return "shm", "store.kind is shm"
+        return "shm", "data.store.kind is shm"
     if config.kind not in ("mooncake", "auto"):
-        raise UserError("store.kind", config.kind, "is unknown", "use auto, mooncake or shm")
+        raise UserError("data.store.kind", config.kind, "is unknown", "use auto, mooncake or shm")
     from torchspec.transfer.mooncake import load
 
     try:
@@ -122,4 +122,4 @@ def _choose(config: StoreConfig, host: str) -> tuple[str, str]:
         if config.kind == "mooncake" or config.master is not None:
             raise
         return "shm", f"Mooncake {error.problem}; {error.fix}"
-    return "mooncake", "store.kind is mooncake" if config.kind == "mooncake" else "Mooncake is installed"
+    return "mooncake", "data.store.kind is mooncake" if config.kind == "mooncake" else "Mooncake is installed"

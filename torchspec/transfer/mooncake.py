@@ -93,10 +93,10 @@ def load(host: str = "") -> ModuleType:
     try:
         import mooncake.store
     except ModuleNotFoundError as error:
-        raise UserError("store.kind", "mooncake", f"needs Mooncake, which is not installed ({error})", INSTALL_WHEEL) from error
+        raise UserError("data.store.kind", "mooncake", f"needs Mooncake, which is not installed ({error})", INSTALL_WHEEL) from error
     except ImportError as error:
         fix = f"{INSTALL_LIBRARIES}; on a CUDA machine also check that the wheel fits its CUDA version"
-        raise UserError("store.kind", "mooncake", f"cannot load Mooncake ({error})", fix) from error
+        raise UserError("data.store.kind", "mooncake", f"cannot load Mooncake ({error})", fix) from error
     if not {"MC_LOG_LEVEL", "MC_LOG_DIR", "GLOG_logtostderr"} & os.environ.keys():
         _log_level(mooncake.store, 3)
     module: ModuleType = mooncake.store
@@ -119,7 +119,7 @@ def check_rdma(protocol: str) -> None:
     """
     devices = Path("/sys/class/infiniband")
     if protocol == "rdma" and not (devices.is_dir() and any(devices.iterdir())):
-        raise UserError("store.protocol", protocol, "needs an RDMA device, and /sys/class/infiniband shows none", "set store.protocol to tcp")
+        raise UserError("data.store.protocol", protocol, "needs an RDMA device, and /sys/class/infiniband shows none", "set data.store.protocol to tcp")
 
 
 def connect(*, host: str, master: str, metadata: str, protocol: str, rdma_devices: str, segment: int = 0) -> Any:
@@ -131,7 +131,7 @@ def connect(*, host: str, master: str, metadata: str, protocol: str, rdma_device
     module = load(host)
     check_rdma(protocol)
     try:
-        with socket.create_connection(split_host_port(master, field="store.master"), timeout=5):
+        with socket.create_connection(split_host_port(master, field="data.store.master"), timeout=5):
             pass
     except OSError as error:
         raise StoreError("unreachable", "", f"Mooncake master {master}: {error}") from error
@@ -160,7 +160,7 @@ class MooncakeStore:
         self._buffers: list[Tensor] = []
         self._registered: list[tuple[int, int]] = []  # [start, end) addresses
         self._stage: Tensor | None = None
-        master_host, master_port = split_host_port(address["master"], field="store.master")
+        master_host, master_port = split_host_port(address["master"], field="data.store.master")
         try:
             host = route_to(master_host, master_port)
         except OSError as error:

@@ -98,13 +98,15 @@ class MooncakeServer:
             return
         config = self._config
         if config.metadata is not None and config.master is None:
-            raise UserError("store.metadata", config.metadata, "was given without store.master", "give both, or neither to start a master for the run")
+            raise UserError(
+                "data.store.metadata", config.metadata, "was given without data.store.master", "give both, or neither to start a master for the run"
+            )
         if config.master is not None:
-            mooncake.split_host_port(config.master, field="store.master")
+            mooncake.split_host_port(config.master, field="data.store.master")
         try:
             host = addresses_of(self._host)[0]
         except OSError as error:
-            raise UserError("store.host", self._host, f"cannot be resolved ({error})", "give an IP address of this machine") from error
+            raise UserError("data.store.host", self._host, f"cannot be resolved ({error})", "give an IP address of this machine") from error
         job = SegmentJob(
             host=host,
             nbytes=self._part_nbytes,
@@ -142,9 +144,9 @@ class MooncakeServer:
         if "user_error" in words:
             raise UserError(*words["user_error"])
         if "error" in words:
-            field, value = ("store.master", self._config.master) if self._config.master else ("store.kind", self._config.kind)
+            field, value = ("data.store.master", self._config.master) if self._config.master else ("data.store.kind", self._config.kind)
             where = f"read {self._log_dir / _LOG_NAME}" if self._log_dir else f"the last lines of its log are: {self._log_tail()}"
-            raise UserError(field, value, f"did not come up: {words['error']}", f"{where}; on one host store.kind=shm works without Mooncake")
+            raise UserError(field, value, f"did not come up: {words['error']}", f"{where}; on one host data.store.kind=shm works without Mooncake")
         self._master = words["master"]
         assert self._process is not None
         self.pids = (self._process.pid, *([words["master_pid"]] if words["master_pid"] else []))

@@ -60,7 +60,7 @@ def selfcheck(config: StoreConfig) -> StoreFacts:
                 put.append(t1 - t0)
                 get.append(t2 - t1)
             if not torch.equal(source, sink):
-                raise UserError("store.kind", server.kind, "gave back other bytes than were put", "check the memory and the network of this machine")
+                raise UserError("data.store.kind", server.kind, "gave back other bytes than were put", "check the memory and the network of this machine")
         finally:
             store.close()
     finally:

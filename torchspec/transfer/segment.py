@@ -111,7 +111,7 @@ def _watch(master: subprocess.Popen[bytes] | None, address: str, wake: int) -> i
             return 0
         if master is None and not ready:
             try:
-                with socket.create_connection(mooncake.split_host_port(address, field="store.master"), timeout=5):
+                with socket.create_connection(mooncake.split_host_port(address, field="data.store.master"), timeout=5):
                     pass
             except OSError as error:
                 print(f"master {address} is gone: {error}", file=sys.stderr)
@@ -140,7 +140,7 @@ def start_master(host: str, *, pick_port: Callable[[str], int] = free_port, aban
     folder = file.parent.parent if file.name == "__init__.py" else file.parent
     binary = folder / "mooncake_master"
     if not binary.is_file():
-        raise UserError("store.kind", "mooncake", f"needs {binary}, which is missing", mooncake.INSTALL_WHEEL)
+        raise UserError("data.store.kind", "mooncake", f"needs {binary}, which is missing", mooncake.INSTALL_WHEEL)
     if not os.access(binary, os.X_OK):
         binary.chmod(binary.stat().st_mode | 0o111)
     deadline = time.monotonic() + START_SECONDS

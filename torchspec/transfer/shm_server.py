@@ -51,15 +51,15 @@ class ShmServer:
         if self._lock is not None:
             return
         if not self._parent.is_dir():
-            raise UserError("store.shm_dir", str(self._parent), "is no directory", "give a directory on a memory-backed file system (tmpfs)")
+            raise UserError("data.store.shm_dir", str(self._parent), "is no directory", "give a directory on a memory-backed file system (tmpfs)")
         sweep(self._parent)
         free = shutil.disk_usage(self._parent).free
         if free < self._budget:
             raise UserError(
-                "store.shm_dir",
+                "data.store.shm_dir",
                 str(self._parent),
-                f"has {show_bytes(free)} free, less than store.budget ({show_bytes(self._budget)})",
-                "enlarge it (docker run --shm-size=8g, or mount -o remount,size=8g), point store.shm_dir to a larger tmpfs, or lower store.budget",
+                f"has {show_bytes(free)} free, less than data.store.budget ({show_bytes(self._budget)})",
+                "enlarge it (docker run --shm-size=8g, or mount -o remount,size=8g), point data.store.shm_dir to a larger tmpfs, or lower data.store.budget",
             )
         self._lock = self._create()
         try:
@@ -67,7 +67,7 @@ class ShmServer:
             self._path.joinpath(OPEN_MARK).write_text(f"TorchSpec store of process {os.getpid()}; swept by the next run once that is gone\n")
         except OSError as error:
             self.close()
-            raise UserError("store.shm_dir", str(self._parent), f"cannot hold nameless files ({error.strerror})", "give a directory on a tmpfs") from error
+            raise UserError("data.store.shm_dir", str(self._parent), f"cannot hold nameless files ({error.strerror})", "give a directory on a tmpfs") from error
 
     def alive(self) -> bool:
         return self._lock is not None and os.fstat(self._lock).st_nlink > 0
@@ -85,16 +85,16 @@ class ShmServer:
             except FileExistsError:
                 if not _sweep_one(self._path):
                     raise UserError(
-                        "store.shm_dir", str(self._path), "is in use by another run or is no store", "choose another run id or store.shm_dir"
+                        "data.store.shm_dir", str(self._path), "is in use by another run or is no store", "choose another run id or data.store.shm_dir"
                     ) from None
                 continue
             except OSError as error:
-                raise UserError("store.shm_dir", str(self._parent), f"cannot be written ({error.strerror})", "give a writable tmpfs") from error
+                raise UserError("data.store.shm_dir", str(self._parent), f"cannot be written ({error.strerror})", "give a writable tmpfs") from error
             lock = _lock(self._path)
             if lock is not None:
                 return lock
             # A sweeper locked the directory between the two calls, and removes it: once more.
-        raise UserError("store.shm_dir", str(self._path), "was swept by others again and again", "start again")
+        raise UserError("data.store.shm_dir", str(self._path), "was swept by others again and again", "start again")
 
 
 def sweep(parent: Path) -> list[str]:

@@ -11,7 +11,7 @@ _UNITS.update({f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 
 _UNITS.update({f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", start=1)})
 
 
-def parse_bytes(text: str | int, *, field: str = "store.budget") -> int:
+def parse_bytes(text: str | int, *, field: str = "data.store.budget") -> int:
     """Bytes that ``text`` stands for.
 
     Example:
