@@ -41,6 +41,7 @@ from torchspec.data.sources import find_sources, read_rows
 from torchspec.engines.engine import Engine, EngineConfig, EngineStats, Job
 from torchspec.engines.messages import Finished, Lease
 from torchspec.engines.worker import build
+from torchspec.files import dumps
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.task import DraftTask
 from torchspec.models.vocabulary import VocabularyMapping
@@ -276,7 +277,7 @@ def main() -> None:
         server = make_server(StoreConfig(kind=args.store, shm_dir=folder), run=secrets.token_hex(4), budget=budget)
         server.start()
         try:
-            print(json.dumps(compare(args, target, everything, spec, server)))
+            print(dumps(compare(args, target, everything, spec, server)))
         finally:
             server.close()
 
@@ -293,7 +294,7 @@ def compare(args: argparse.Namespace, target: Target, everything: list[list[int]
 
     def note(**found: Any) -> None:
         result.update(found)
-        print(f"so far: {json.dumps(result)}", file=sys.stderr, flush=True)
+        print(f"so far: {dumps(result)}", file=sys.stderr, flush=True)
 
     def capture(kind: str, these: list[list[int]], **options: Any) -> tuple[dict[int, Record], dict[str, float], dict[str, Any]]:
         extra = args.engine_args if kind == "vllm" else {}

@@ -19,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from torchspec.files import dumps  # noqa: E402
 
 PROMPTS = "examples/hf-quickstart/data/validate.jsonl"
 COUNTS = "examples/hf-quickstart/data/train.jsonl"
@@ -61,7 +62,7 @@ def measure(name: str, form: str, target: str, folder: Path, args: argparse.Name
     found = json.loads(report.read_text())
     kept = {key: found[key] for key in ("acceptance_length", "acceptance_rates", "drafts", "generated_tokens", "vllm_version")}
     line = {"draft": name, "format": form, **kept}
-    print(json.dumps(line), flush=True)
+    print(dumps(line), flush=True)
     return line
 
 
@@ -100,7 +101,7 @@ def main() -> None:
     spread = {name: max(found) - min(found) for name, found in lengths.items()}
     untrained = lengths["untrained"][0]
     good = all(value <= args.noise for value in spread.values()) and all(min(found) > untrained for name, found in lengths.items() if name != "untrained")
-    print(json.dumps({"spread": spread, "untrained": untrained, "ok": good}))
+    print(dumps({"spread": spread, "untrained": untrained, "ok": good}))
     sys.exit(0 if good else 1)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.plain_step import PlainStep
 from torchspec.batch import PackedBatch, supervised_counts, turns, unroll_rows
+from torchspec.files import dumps
 from torchspec.hardware import working_dtype
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.eagle3 import Eagle3Draft, RMSNorm
@@ -176,7 +177,7 @@ def main() -> None:
     if args.exact:
         report["torchspec_from_plain_fp32"] = apart(curves["torchspec"], curves["plain fp32"])
         report["plain_from_plain_fp32"] = apart(curves["plain"], curves["plain fp32"])
-    print(json.dumps(report), flush=True)
+    print(dumps(report), flush=True)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from torchspec.files import dumps  # noqa: E402
 
 PAGE = ROOT / "docs" / "numerics.md"
 BEGIN, END = "<!-- written by benchmarks/numerics.py --docs -->", "<!-- end of what it writes -->"
@@ -59,7 +60,7 @@ class Check:
     def line(self) -> str:
         """As JSON."""
         plain = {"check": self.column, "variant": self.variant, "difference": self.difference, "bound": BOUNDS[self.column], **self.detail, "ok": self.ok}
-        return json.dumps(plain)
+        return dumps(plain)
 
 
 def reference() -> Iterator[Check]:
@@ -195,7 +196,7 @@ def main() -> None:
         page = page[: page.index(BEGIN) + len(BEGIN)] + "\n\n" + table(checks) + "\n\n" + page[page.index(END) :]
         PAGE.write_text(page)
     failed = sum(not check.ok for check in checks)
-    print(json.dumps({"checks": len(checks), "failed": failed, "max_diff": max(check.difference for check in checks)}))
+    print(dumps({"checks": len(checks), "failed": failed, "max_diff": max(check.difference for check in checks)}))
     sys.exit(1 if failed else 0)
 
 

@@ -38,6 +38,7 @@ from torchspec.callbacks.clock import Clocked
 from torchspec.callbacks.vocabulary import VocabularyPruning
 from torchspec.data.datamodule import DraftDataModule
 from torchspec.engines.engine import EngineConfig
+from torchspec.files import dumps
 from torchspec.models.module import DraftModule
 from torchspec.network import host_port
 from torchspec.paths import expand_all
@@ -147,7 +148,7 @@ def report(kind: str, source: str, rate: float, m: dict[str, float], args: argpa
         "gb_per_s": round(m["bytes"] / m["seconds"] / 1e9, 3),
         "loader_busy": {name: round(m[f"{name}_s"] / m["seconds"], 3) for name in ("read", "collate")},
     }  # fmt: skip
-    print(json.dumps(line), flush=True)
+    print(dumps(line), flush=True)
     return own
 
 

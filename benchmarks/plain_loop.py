@@ -12,7 +12,6 @@ padding is not counted, the time covers the target.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from torchspec.data.conversations import RowError, parse
 from torchspec.data.render import Renderer
 from torchspec.data.sources import find_sources, read_rows
+from torchspec.files import dumps
 from torchspec.hardware import working_dtype
 from torchspec.paths import expand_all
 
@@ -218,7 +218,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "device": device.type,
     }
-    print(json.dumps(report), flush=True)
+    print(dumps(report), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ the difference of the draft vocabulary's mass, in the mean and at most.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from itertools import islice
 from pathlib import Path
@@ -24,6 +23,7 @@ from torchspec.data.conversations import parse
 from torchspec.data.render import Renderer
 from torchspec.data.sources import find_sources, read_rows
 from torchspec.engines.hooks import HiddenStates
+from torchspec.files import dumps
 from torchspec.models.target_weights import TargetHead
 from torchspec.paths import expand_all
 from torchspec.target import Target, TargetConfig
@@ -64,7 +64,7 @@ def main() -> None:
         "largest_gap": round(float(margin[otherwise].abs().max()), 3) if otherwise.any() else 0.0,
         "mass_off": round(float(off.mean()), 5), "mass_off_at_most": round(float(off.max()), 4),
     }  # fmt: skip
-    print(json.dumps(found))
+    print(dumps(found))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import sys
@@ -34,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.train_step import lengths_of, make_batch, make_task
 from torchspec.agreement import Agreement, Vote
 from torchspec.batch import PackedBatch
+from torchspec.files import dumps
 from torchspec.hardware import working_dtype
 from torchspec.models.clipping import clip
 from torchspec.models.draft_config import DraftConfig
@@ -134,7 +134,7 @@ def most(value: float, device: torch.device) -> float:
 
 def say(row: dict[str, Any]) -> None:
     if dist.get_rank() == 0:
-        print(json.dumps(row), flush=True)
+        print(dumps(row), flush=True)
 
 
 def lightnings_broadcast(device: torch.device) -> Callable[[], Any]:

@@ -13,7 +13,6 @@ an EAGLE-3 draft of Qwen3-8B.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.plain_step import PlainStep
 from torchspec.batch import PackedBatch, supervised_counts, turns, unroll_rows
+from torchspec.files import dumps
 from torchspec.hardware import working_dtype
 from torchspec.models.clipping import clip
 from torchspec.models.draft_config import DraftConfig
@@ -210,7 +210,7 @@ def measure(name: str, model: torch.nn.Module, loss_of: Callable[[], Tensor], ar
     if device.type == "cuda":
         report["peak_gib"] = round(torch.cuda.max_memory_allocated() / _GIB, 2)
         report["gib"] = memory(model, optimizer, batch, loss_of)
-    print(json.dumps(report), flush=True)
+    print(dumps(report), flush=True)
     if args.profile:
         _profile(step, device, args.profile)
 

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.e2e.runs import STARTED, config, descendants, run, start, store_files, wait_for
 from tests.tiny import WORDS, save_tokenizer
 from torchspec.callbacks.clock import Clocked
+from torchspec.files import dumps
 from torchspec.paths import expand_all
 
 STEPS = 200
@@ -37,7 +38,7 @@ CUDA = torch.cuda.is_available()
 
 
 def say(**row: Any) -> None:
-    print(json.dumps(row), flush=True)
+    print(dumps(row), flush=True)
 
 
 # -- worlds
@@ -227,7 +228,7 @@ class StepClock(Clocked):
         seconds = times.busy_s + times.between_s
         found = {"seconds": round(seconds, 2), "tokens_per_s": round(times.tokens / seconds), "wait_fraction": round(times.starved_s / seconds, 4)}
         found |= {"trainer_tokens_per_s": round(times.tokens / times.busy_s)}
-        (Path(trainer.default_root_dir) / "clock.json").write_text(json.dumps(found))
+        (Path(trainer.default_root_dir) / "clock.json").write_text(dumps(found))
 
 
 def engines(folder: Path, target: Path, *, small: bool, steps: int, skip: int, store: str) -> None:

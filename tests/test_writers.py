@@ -383,6 +383,7 @@ def test_records_leave_other_tensors_in_their_folder_and_refuse_a_shards_name(tm
 KNOWN = {
     "folders.py": "its own workplaces, by mark",
     "files.py": "its own partial file; what it replaces was looked at",
+    "engines/supervisor.py": "logs of its own workers, moved to a name of theirs",
     "tokenizer.py": "a temporary folder of its own",
     "acceptance.py": "a temporary folder of its own; logs of a report by name",
     "callbacks/on_policy.py": "drafts by mark, checkpoints by content",
@@ -422,3 +423,22 @@ def test_who_removes_and_replaces_files_is_known() -> None:
 def test_json_has_no_nan() -> None:
     value = {"a": float("nan"), "b": [1.0, float("inf")], "c": ({"d": -float("inf")},), float("nan"): 1}
     assert json.loads(dumps(value), parse_constant=lambda name: pytest.fail(name)) == {"a": None, "b": [1.0, None], "c": [{"d": None}], "nan": 1}
+
+
+PLAIN = {
+    "tokenizer.py", "fingerprint.py", "acceptance.py", "acceptance_child.py", "images.py",
+    "engines/desk.py", "engines/coordinator.py", "engines/group.py", "engines/vllm/connector.py", "engines/vllm/orders.py", "engines/vllm/options.py",
+    "models/model_card.py",
+    "data/messages.py", "data/render.py", "data/tokenise.py", "data/vocabulary_report.py", "data/answerers.py", "data/exact.py", "data/rows.py",
+    "data/conversations.py", "data/build.py", "data/prepare.py", "data/template.py", "data/regenerate.py",
+    "transfer/record.py", "transfer/shards.py", "transfer/segment.py", "transfer/mooncake_server.py",
+}  # fmt: skip
+"""Files that call json themselves: for hashes, for each other, for what has no measured number in it, or for rows that json reads again."""
+
+
+def test_json_that_others_read_is_written_in_one_place() -> None:
+    """``files.dumps``, which knows no NaN; a new caller of json is looked at once."""
+    for path in [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "examples").rglob("*.py")]:
+        own = str(path.relative_to(PACKAGE)) in PLAIN | {"files.py"} if PACKAGE in path.parents else path.name in ("quickstart.py", "split.py")
+        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+        assert own or not {"json.dumps", "json.dump"} & calls, path

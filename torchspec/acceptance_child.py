@@ -14,6 +14,7 @@ import threading
 import time
 from typing import Any
 
+from torchspec.files import dumps
 from torchspec.imports import heavy_imports
 from torchspec.processes import kill_but_trackers
 from torchspec.reasons import overheard, reason_of
@@ -88,7 +89,7 @@ def main() -> None:
         "vllm_version": vllm.__version__,
         "device": "cpu" if on_cpu else str(current_platform.get_device_name()),
     }
-    events.write(json.dumps(result) + "\n")
+    events.write(dumps(result) + "\n")
     events.close()
     sys.stdout.flush()
     os._exit(0)  # the memory is freed with the process; vLLM's own shutdown takes seconds

@@ -19,6 +19,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+from torchspec.files import dumps, json_with, spare_name, write  # noqa: E402
 
 
 def main() -> None:
@@ -78,7 +80,7 @@ def main() -> None:
         "draft_dir": str(draft),
         "plain_loop_tokens_per_s": plain["tokens_per_s"] if plain else None,
     }
-    (ROOT / out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write(spare_name(ROOT / out / "summary.json", json_with("draft_dir", "total_seconds")), dumps(summary, indent=2) + "\n")
     print(table(summary, target), flush=True)
 
 

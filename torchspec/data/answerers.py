@@ -19,6 +19,7 @@ from torchspec.data.exact import ExactRows, Generated
 from torchspec.data.render import Renderer
 from torchspec.engines.engine import Generator, Sampling
 from torchspec.errors import UserError
+from torchspec.files import dumps
 from torchspec.proxies import around, opener, through
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -177,7 +178,7 @@ class ServerAnswerer:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self._url + path, None if body is None else json.dumps(body).encode(), headers)
+        request = urllib.request.Request(self._url + path, None if body is None else dumps(body).encode(), headers)
         with self._opener.open(request, timeout=timeout) as response:
             answered = json.loads(response.read())
         if not isinstance(answered, dict):
