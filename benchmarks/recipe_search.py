@@ -25,6 +25,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.walks import measure_all, table
+from torchspec.paths import expand_all
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of runs; all of the file otherwise")
     parser.add_argument("--jobs", type=int, default=7, help="trainings side by side")
     parser.add_argument("--timeout", type=float, default=560.0, help="seconds of a training")
-    given = parser.parse_args()
+    given = expand_all(parser.parse_args())
     search = yaml.safe_load(Path(given.search).read_text())
     output = Path(given.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from torchspec.files import lines_with, refuse_foreign, write
+from torchspec.paths import expand_all
 
 _SAMPLES = 2000
 """Bootstrap resamples."""
@@ -170,13 +172,15 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=2048)
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--output", help="JSON lines")
-    given = parser.parse_args()
+    given = expand_all(parser.parse_args())
+    if given.output:
+        refuse_foreign(Path(given.output), lines_with("draft", "set", "k", "stops"), field="output", what="list of walks")
     sets = dict(pair.split("=", 1) for pair in given.sets)
     walks = measure_all(
         given.drafts, jobs=given.jobs, target=given.target, records=given.records, sets=sets, ks=given.k, config={"max_length": given.max_length}
     )
     if given.output:
-        Path(given.output).write_text("".join(json.dumps(asdict(walk)) + "\n" for walk in walks))
+        write(Path(given.output), "".join(json.dumps(asdict(walk)) + "\n" for walk in walks))
     print(table(walks))
 
 
