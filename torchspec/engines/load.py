@@ -27,6 +27,7 @@ from torchspec.target import Target, TargetConfig
 log = logging.getLogger(__name__)
 _OF_ATTENTION = re.compile(r"attn_implementation|attention|kernels", re.IGNORECASE)
 """What Transformers says where it refuses an attention, among other words."""
+_NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SHOWN = 3
 """Names in an error."""
 
@@ -61,6 +62,8 @@ def load_model(config: TargetConfig, *, device: str, attn_implementation: str = 
             raise UserError("data.engines.attn_implementation", attn_implementation, f"is refused by Transformers ({reason})", fix) from error
         raise UserError("data.target.path", config.path, f"does not load ({reason})", "check the checkpoint and data.engines") from error
     _check_whole(model, info, target, images=images)
+    if options["dtype"] == torch.float32:
+        _widen(model)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -82,6 +85,17 @@ def _check_whole(model: nn.Module, info: dict[str, Any], target: Target, *, imag
     if other:
         problem = f"holds {len(other)} tensors of {what} in another shape ({_some(other)})"
         raise UserError("data.target.path", target.config.path, problem, "check config.json against the weights")
+
+
+def _widen(model: nn.Module) -> None:
+    """Everything in fp32 that can be: what Transformers dequantises comes in bf16 whatever type was asked for."""
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(tensor.dtype not in _NUMBERS for tensor in own if tensor.ndim > 1):
+            continue  # still packed: its kernel wants its scales as they are
+        for tensor in own:
+            if tensor.dtype in (torch.bfloat16, torch.float16):
+                tensor.data = tensor.data.float()
 
 
 def _some(names: list[str]) -> str:
