@@ -25,6 +25,7 @@ def export(
     max_shard_size: str = "5GB",
     tokenizer: bool = False,
     target_name: str | None = None,
+    weights: Literal["raw", "average"] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -42,6 +43,8 @@ def export(
         max_shard_size: largest file; a bigger draft is written in shards.
         tokenizer: also write the target's tokenizer and generation settings.
         target_name: hub id to name the target by, where it is a local copy.
+        weights: of a checkpoint of a run with torchspec.callbacks.average.Average, the weights in training (raw) or
+            their average; none takes the average where there is one.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: allow code that ships with the target to run, where Transformers lacks the classes, and for the tokenizer.
     """
@@ -60,7 +63,7 @@ def export(
         vocabulary = VocabularyMapping.from_counts(counts, draft_vocab_size, always=ends)
         share = vocabulary.coverage(counts)
         print(f"draft vocabulary: {draft_vocab_size} of {facts.vocab_size} tokens, covering {share:.2%} of the supervised tokens of {token_counts}")
-    options = ExportOptions(form=format, dtype=dtype, max_shard_size=max_shard_size, tokenizer=tokenizer, target_name=target_name)
+    options = ExportOptions(form=format, dtype=dtype, max_shard_size=max_shard_size, tokenizer=tokenizer, target_name=target_name, weights=weights)
     print(export_checkpoint(Path(home(checkpoint)), facts, place, options=options, vocabulary=vocabulary))
 
 

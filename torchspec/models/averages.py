@@ -1,7 +1,11 @@
-"""Lightning's weight averaging in checkpoints: ``state_dict`` is what was validated and is exported, and a resume finds everything again.
+"""Weight averaging in checkpoints.
 
-Its ``WeightAveraging`` (and so ``EMAWeightAveraging``) puts the average into ``state_dict`` and the weights in training beside it. Two gaps are closed here:
-an average that has not begun is a copy of the weights at the start, and a checkpoint of weights alone never asks the callback.
+Of ours (``callbacks/average.py``): the names of the weights whose average the optimizer's state holds, and reading them.
+
+Of Lightning's: ``state_dict`` is what was validated and is exported, and a resume finds everything again. Its
+``WeightAveraging`` (and so ``EMAWeightAveraging``) puts the average into ``state_dict`` and the weights in training beside
+it. Two gaps are closed here: an average that has not begun is a copy of the weights at the start, and a checkpoint of
+weights alone never asks the callback.
 """
 
 from __future__ import annotations
@@ -12,9 +16,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import Tensor
+from torch.optim import Optimizer
 
 from torchspec.errors import UserError
 
+KEY = "average"
+"""Of the optimizer's state of a weight: its average, as ``torchspec.callbacks.average.Average`` keeps it."""
 _CURRENT = "current_model_state"
 """Lightning's entry of the weights in training, where ``state_dict`` holds their average."""
 
@@ -38,6 +46,14 @@ def begun(callback: WeightAveraging) -> bool:
 
 def settle(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """See to it that a checkpoint's ``state_dict`` is the average once there is one, and the weights in training before. After the callbacks' own hooks."""
+    optimizers = trainer.optimizers
+    held = names_of_averages(trainer.lightning_module, optimizers[0]) if optimizers else []
+    if any(held) and "optimizer_states" in checkpoint:
+        checkpoint["torchspec"]["averages"] = held
+    elif any(held):  # of weights alone: what is served
+        group = [p for group in optimizers[0].param_groups for p in group["params"]]
+        averages = {name: optimizers[0].state[p][KEY] for name, p in zip(held, group, strict=True) if name}
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **averages}
     for callback in averagers(trainer):
         if callback._average_model is None:
             continue
@@ -59,7 +75,26 @@ def check_averaging(path: Path, entries: Mapping[str, Any], trainer: pl.Trainer)
     Raises:
         UserError: the checkpoint holds both, and the run has no callback to take them apart.
     """
+    ours = any(getattr(callback, "averages_weights", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if entries["torchspec"].get("averages") and not ours:
+        problem = "holds averages of the weights, which this run would carry on unchanged"
+        fix = "add torchspec.callbacks.average.Average to trainer.callbacks again, or start a new run with model.start_from"
+        raise UserError("ckpt_path", str(path), problem, fix)
     if _CURRENT in entries and not averagers(trainer):
         problem = "holds the average of weights beside the weights in training, and this run does not average"
         fix = "add the averaging callback to trainer.callbacks again, or start a new run from the average with model.start_from"
         raise UserError("ckpt_path", str(path), problem, fix)
+
+
+def names_of_averages(module: Any, optimizer: Optimizer) -> list[str]:
+    """The name in ``state_dict`` of each weight of an optimizer, in its order; empty where it has no average."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    given = [p for group in optimizer.param_groups for p in group["params"]]
+    return [names[id(p)] if KEY in optimizer.state.get(p, {}) else "" for p in given]
+
+
+def averages_in(entries: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Averages in a checkpoint of one file, by the weights' names in ``state_dict``."""
+    states = (entries.get("optimizer_states") or [{}])[0].get("state", {})
+    named = {name: states.get(name, states.get(number, {})) for number, name in enumerate(entries["torchspec"].get("averages") or []) if name}
+    return {name: state[KEY] for name, state in named.items() if KEY in state}

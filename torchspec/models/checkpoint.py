@@ -7,7 +7,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -232,30 +232,44 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def read_draft_weights(path: Path) -> dict[str, Tensor]:
+def read_draft_weights(path: Path, which: Literal["raw", "average"] | None = None) -> dict[str, Tensor]:
     """The draft's trained tensors by their name in ``Eagle3Draft``, fp32, whole.
 
+    Args:
+        path: of the checkpoint.
+        which: the weights in training, or their average; None takes the average where there is one.
+
     Raises:
-        UserError: see :func:`read_entries`; also when no draft weights are inside.
+        UserError: see :func:`read_entries`; also when no draft weights are inside, or no average that was asked for.
     """
     prefix = "task.draft."
+    tensors = _read_weights(path, prefix)
+    averages = {} if which == "raw" else _read_averages(path, prefix)
+    if which == "average" and not averages:
+        fix = "use raw; torchspec.callbacks.average.Average makes averages"
+        raise UserError("weights", "average", f"are not in {path}, or are what it holds alone", fix)
+    if wrong := not_finite(averages.items()):
+        raise UserError("ckpt_path", str(path), f"is of no use: its {no_longer_numbers(wrong)}", "use an earlier checkpoint")
+    return {**tensors, **averages}
+
+
+def _read_averages(path: Path, prefix: str) -> dict[str, Tensor]:
+    """Averages of the draft's tensors; empty where there are none."""
+    from torchspec.models.averages import KEY, averages_in
+
+    path = standing(path)
+    entries = read_entries(path)
+    if not (entries.get("torchspec") or {}).get("averages"):
+        return {}
+    if not path.is_dir():
+        return {name.removeprefix(prefix): t for name, t in averages_in(entries).items() if name.startswith(prefix)}
+    return _read_shards(path, f"optimizer_0.state.{prefix}", f".{KEY}")
+
+
+def _read_weights(path: Path, prefix: str) -> dict[str, Tensor]:
     path = standing(path)
     if path.is_dir():
-        from torch.distributed.checkpoint import FileSystemReader
-        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-        from torch.distributed.checkpoint.state_dict_loader import load
-
-        known = shard_metadata(path).state_dict_metadata
-        wanted = {key: meta for key, meta in known.items() if key.startswith(f"state_dict.{prefix}") and isinstance(meta, TensorStorageMetadata)}
-        state: dict[str, Any] = {key: torch.empty(meta.size, dtype=meta.properties.dtype) for key, meta in wanted.items()}
-        try:
-            load(state, storage_reader=FileSystemReader(path), no_dist=True)
-        except BaseException as error:
-            cause = unwrapped(error)
-            if not isinstance(cause, _UNREADABLE):
-                raise
-            raise _damaged(path, cause) from error
-        tensors = {key.removeprefix(f"state_dict.{prefix}"): value for key, value in state.items()}
+        tensors = _read_shards(path, f"state_dict.{prefix}", "")
     else:
         tensors = {key.removeprefix(prefix): value for key, value in read_entries(path).get("state_dict", {}).items() if key.startswith(prefix)}
     if not tensors:
@@ -263,3 +277,25 @@ def read_draft_weights(path: Path) -> dict[str, Tensor]:
     if wrong := not_finite(tensors.items()):
         raise UserError("ckpt_path", str(path), f"is of no use: its {no_longer_numbers(wrong)}", "use an earlier checkpoint")
     return tensors
+
+
+def _read_shards(path: Path, prefix: str, suffix: str) -> dict[str, Tensor]:
+    """Tensors of a sharded checkpoint whose keys begin and end so, by what is between."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    wanted = {
+        key: meta
+        for key, meta in shard_metadata(path).state_dict_metadata.items()
+        if key.startswith(prefix) and key.endswith(suffix) and isinstance(meta, TensorStorageMetadata)
+    }
+    state: dict[str, Any] = {key: torch.empty(meta.size, dtype=meta.properties.dtype) for key, meta in wanted.items()}
+    try:
+        load(state, storage_reader=FileSystemReader(path), no_dist=True)
+    except BaseException as error:
+        cause = unwrapped(error)
+        if not isinstance(cause, _UNREADABLE):
+            raise
+        raise _damaged(path, cause) from error
+    return {key.removeprefix(prefix).removesuffix(suffix): value for key, value in state.items()}

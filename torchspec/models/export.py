@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -53,6 +53,8 @@ class ExportOptions:
     """Also write the target's tokenizer and generation settings, for servers that look for them in the draft's directory."""
     target_name: str | None = None
     """Hub id to name the target by in the card and the configuration, where the target is a local copy."""
+    weights: Literal["raw", "average"] | None = None
+    """Of a checkpoint with both: those in training, or their average; None takes the average where there is one."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def export_checkpoint(
         raise UserError(
             "target", target.config.path, f"is not the target of this checkpoint ({facts['target']['path']})", "give the target that the draft was trained for"
         )
-    config, weights = DraftConfig.from_dict(facts["draft_config"]), read_draft_weights(checkpoint)
-    ids = facts["draft_ids"]
+    weights = read_draft_weights(checkpoint, (options or ExportOptions()).weights)
+    config, ids = DraftConfig.from_dict(facts["draft_config"]), facts["draft_ids"]
     trained = None if ids is None else VocabularyMapping(draft_ids=ids, target_size=config.vocab_size)
     if vocabulary is not None:
         config, weights, trained = prune(config, weights, trained, vocabulary)

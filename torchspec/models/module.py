@@ -16,6 +16,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
@@ -23,7 +24,7 @@ from torch.optim import Optimizer
 from torchspec.batch import PackedBatch
 from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
-from torchspec.models.averages import check_averaging, settle, swa_of
+from torchspec.models.averages import averages_in, check_averaging, settle, swa_of
 from torchspec.models.checkpoint import read_entries, read_facts
 from torchspec.models.clipping import clip
 from torchspec.models.draft_config import DraftConfig
@@ -213,7 +214,7 @@ class DraftModule(pl.LightningModule):
         if scheduler is None:
             return optimizer
         if isinstance(scheduler, Schedule) and scheduler.total_steps is None:
-            scheduler.set_total_steps(self._planned_steps())
+            scheduler.set_total_steps(self.planned_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None) -> None:
@@ -222,7 +223,7 @@ class DraftModule(pl.LightningModule):
             return
         self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
 
-    def _planned_steps(self) -> int:
+    def planned_steps(self) -> int:
         """Optimizer steps of the run, from the plan where there is one."""
         trainer = self.trainer
         steps = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
@@ -367,6 +368,8 @@ class DraftModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         facts = checkpoint.get("torchspec")
         self._check_facts(facts)
+        if self.trainer.state.fn != TrainerFn.FITTING:  # what is served
+            checkpoint["state_dict"] = {**checkpoint.get("state_dict", {}), **averages_in(checkpoint)}
         self._saved_alpha = (facts or {}).get("mean_alpha")
         if self._saved_alpha is not None and self.task is not None:
             self.task.mean_alpha.copy_(torch.tensor(self._saved_alpha))

@@ -35,6 +35,9 @@ def recipe(*, loss: LossWeights, init: str, start_from: str | None, trainer: Any
     for config in getattr(trainer, "lr_scheduler_configs", [])[:1]:
         schedule = config.scheduler
         facts["schedule"] = {"name": type(schedule).__name__, **_plain(vars(schedule), ("warmup_steps", "total_steps", "final", "decay"))}
+    for callback in getattr(trainer, "callbacks", []):
+        if getattr(callback, "averages_weights", False):
+            facts["average"] = {"name": type(callback).__name__, **_plain(vars(callback), ("horizon", "start"))}
     data = getattr(getattr(trainer, "datamodule", None), "described", None)
     if data is not None:
         facts["data"] = {**data, "train": [[public_name(name), weight] for name, weight in data["train"]]}
@@ -86,6 +89,10 @@ def rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(("optimizer", f"{optimizer['name']}: {groups}"))
     if "schedule" in facts:
         found.append(("schedule", f"{facts['schedule']['name']}: {_settings({k: v for k, v in facts['schedule'].items() if k != 'name'})}"))
+    if "average" in facts:
+        average = facts["average"]
+        settings = _settings({k: v for k, v in average.items() if k != "name"})
+        found.append(("weights", f"{average['name']}: {settings}"))
     if "data" in facts:
         data = facts["data"]
         sources = ", ".join(name if weight == 1 else f"{weight:g} x {name}" for name, weight in data["train"])
