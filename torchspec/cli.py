@@ -73,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         _fail(error)
     except ArgumentError as error:
-        _fail(f"{' '.join(str(error).split())}. Fix: see main.py {words[0]} --help")
+        from torchspec.lightning_errors import missing_logger
+
+        _fail(missing_logger(str(error)) or f"{' '.join(str(error).split())}. Fix: see main.py {words[0]} --help")
     except GroupStopped as error:
         _fail(error, code=1)
     except KeyboardInterrupt:

@@ -19,6 +19,14 @@ _NO_USERS_CODE = (*_LIGHTNING, "torchspec", "jsonargparse", "torch", "contextlib
 """Packages whose frames may be on the way to an error; ``__main__`` is main.py."""
 _PACKAGES = {"comet_ml": "comet-ml", "neptune": "neptune", "tensorboard": "tensorboard", "tensorboardx": "tensorboard", "bitsandbytes": "bitsandbytes"}
 """What to install for a module whose package has another name, or of which Lightning names several."""
+_LOGGERS = {
+    "CometLogger": "comet_ml",
+    "LitLogger": "litlogger",
+    "MLFlowLogger": "mlflow",
+    "TensorBoardLogger": "tensorboard",
+    "WandbLogger": "wandb",
+}
+"""The module that each of Lightning's loggers imports."""
 
 
 class ConfigurationRefused(UserError):
@@ -42,6 +50,8 @@ def mendable(error: BaseException) -> ConfigurationRefused | None:
     frames = _frames(error.__traceback__)
     if not frames or not all(_package(frame) in _NO_USERS_CODE for frame in frames):
         return None
+    if error.__cause__ is not None and _package(frames[-1]) == "jsonargparse":
+        return mendable(error.__cause__)  # what a class said that the command line was making
     package, kind = _package(frames[-1]), type(error)
     if kind.__module__.startswith("wandb.") and isinstance(error, Exception):
         return ConfigurationRefused(f"W&B: {reason_of(error)}", "log in (wandb login), set WANDB_MODE=offline, or use another trainer.logger")
@@ -54,6 +64,18 @@ def mendable(error: BaseException) -> ConfigurationRefused | None:
     return None
 
 
+def missing_logger(said: str) -> ConfigurationRefused | None:
+    """The same for an error of the command line that only says that it cannot make a logger of Lightning's.
+
+    Args:
+        said: by the command line.
+    """
+    for name, module in _LOGGERS.items():
+        if f"lightning.pytorch.loggers.{name}" in said and importlib.util.find_spec(module) is None:
+            return _install(_PACKAGES.get(module, module), there=False)
+    return None
+
+
 def _missing(error: ImportError) -> ConfigurationRefused:
     """With the line that installs it."""
     said = " ".join(str(error).split())
@@ -63,7 +85,10 @@ def _missing(error: ImportError) -> ConfigurationRefused:
         return ConfigurationRefused(f"Lightning: {said}")
     module = name.lower().replace("-", "_")
     package = _PACKAGES.get(module, name)
-    there = importlib.util.find_spec(module) is not None if module.isidentifier() else False
+    return _install(package, there=module.isidentifier() and importlib.util.find_spec(module) is not None)
+
+
+def _install(package: str, *, there: bool) -> ConfigurationRefused:
     what = f"the package {package} is {'too old' if there else 'not installed'}"
     return ConfigurationRefused(f"{what}, which this configuration needs", f"pip install {'-U ' if there else ''}{package}, or choose another in trainer")
 

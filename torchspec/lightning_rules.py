@@ -10,12 +10,14 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
+    BaseFinetuning,
     BatchSizeFinder,
     Checkpoint,
     LearningRateFinder,
     ModelPruning,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
+    ThroughputMonitor,
     WeightAveraging,
 )
 from lightning.pytorch.callbacks.spike import SpikeDetection
@@ -31,6 +33,10 @@ _REFUSED: dict[type[pl.Callback], tuple[str, str]] = {
     BackboneFinetuning: ("needs a module with a backbone, which a draft has not", "take it out"),
     BatchSizeFinder: ("sets a batch size, which the plan has not", "choose data.max_tokens, the tokens of a pack"),
     LearningRateFinder: ("trains on batches out of the plan's order and starts again", "compare short runs (trainer.max_steps) instead"),
+    ThroughputMonitor: (
+        "wants a count that grows with every batch, and an epoch's last packs may be empty; it also waits for the device",
+        "use torchspec.callbacks.pipeline.PipelineMetrics",
+    ),
     ModelPruning: (
         "hangs masks on parameters, which the draft's kernels and checkpoints do not know",
         "make the draft smaller by model.draft or torchspec.callbacks.vocabulary.VocabularyPruning",
@@ -46,7 +52,7 @@ _REFUSED: dict[type[pl.Callback], tuple[str, str]] = {
 }
 
 
-def check_arguments(*, callbacks: Any, enable_checkpointing: bool | None, barebones: bool, default_root_dir: Any, strategy: Any) -> None:
+def check_arguments(*, callbacks: Any, enable_checkpointing: bool | None, barebones: bool, default_root_dir: Any, strategy: Any, precision: Any) -> None:
     """Before the Trainer is made: arguments that contradict each other in a way of which Lightning says something else.
 
     Raises:
@@ -54,6 +60,8 @@ def check_arguments(*, callbacks: Any, enable_checkpointing: bool | None, barebo
     """
     if strategy is not None:
         refuse_fsdp1(strategy)
+    if precision is not None:
+        _check_precision(precision)
     listed = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
     keeps = next((type(callback).__name__ for callback in listed if isinstance(callback, Checkpoint)), None)
     if keeps is not None and (barebones or enable_checkpointing is False):
@@ -70,9 +78,7 @@ def check_trainer(trainer: pl.Trainer) -> None:
     Raises:
         UserError: what is refused, and what to use instead.
     """
-    if trainer.precision != "32-true":
-        problem = "is not what decides here: masters are fp32 in any case"
-        raise UserError("trainer.precision", trainer.precision, problem, "leave it out and set model.compute_dtype")
+    _check_precision(trainer.precision)  # a plugin's
     _check_strategy(trainer.strategy)
     _check_checkpoint_io(trainer.strategy.checkpoint_io)
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -80,7 +86,16 @@ def check_trainer(trainer: pl.Trainer) -> None:
         for kind, (problem, fix) in _REFUSED.items():
             if isinstance(callback, kind):
                 raise UserError("trainer.callbacks", type(callback).__name__, problem, fix)
+        if isinstance(callback, BaseFinetuning) and trainer.world_size > 1:
+            problem = "frees weights while training, whose gradients several ranks would not share: they share those trained from the start"
+            raise UserError("trainer.callbacks", type(callback).__name__, problem, "use one device, or two runs with model.start_from")
     _check_averaging(trainer, callbacks)
+
+
+def _check_precision(precision: Any) -> None:
+    if precision not in (32, "32", "32-true"):
+        problem = "is not what decides here: masters are fp32 in any case"
+        raise UserError("trainer.precision", precision, problem, "leave it out and set model.compute_dtype")
 
 
 def _check_strategy(strategy: Strategy) -> None:

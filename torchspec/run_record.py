@@ -69,7 +69,8 @@ def config_text(parser: Any, config: Any) -> str:
             pass
     import yaml
 
-    values = config.as_dict() if hasattr(config, "as_dict") else config
+    values = config.clone().as_dict()
+    values.pop("config", None)  # the files that it was read from, as in the form above
     return yaml.safe_dump(plain(values), sort_keys=False)
 
 

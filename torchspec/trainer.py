@@ -100,7 +100,7 @@ class Trainer(pl.Trainer):
 
     def __init__(self, **kwargs: Any) -> None:
         register_strategies()
-        given = {name: kwargs.get(name) for name in ("callbacks", "enable_checkpointing", "default_root_dir", "strategy")}
+        given = {name: kwargs.get(name) for name in ("callbacks", "enable_checkpointing", "default_root_dir", "strategy", "precision")}
         check_arguments(barebones=bool(kwargs.get("barebones")), **given)
         super().__init__(**kwargs)
 

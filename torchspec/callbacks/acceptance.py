@@ -24,6 +24,7 @@ from torchspec.callbacks.export import ExportDraft
 from torchspec.callbacks.walks import SHOWN_FROM, Parting, Walk, Walks, looping_share, walks_of
 from torchspec.errors import UserError
 from torchspec.files import dumps, lines_with, spare_name
+from torchspec.models.metrics import logs_now
 from torchspec.paths import home
 from torchspec.run_record import or_without
 
@@ -126,7 +127,7 @@ class AcceptanceLength(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Where the module logs, and so waits for the device anyway."""
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if stepped and self._trained is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if stepped and self._trained is not None and logs_now(trainer):
             self._trained.add(pl_module.last_accepted, batch)
 
     def _training(self, trainer: pl.Trainer, pl_module: Any, whole: torch.Tensor) -> float | None:

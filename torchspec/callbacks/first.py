@@ -7,7 +7,7 @@
 until its average begins, and a run broken off in a validation would save the two sets of weights in each other's place.
 
 *Checkpoints.* ``last.ckpt`` is this run's from its first save on, whatever an earlier run left there; the one of the end is saved before other callbacks
-put averages into the weights, so that a resume goes on from the weights in training.
+put averages into the weights, so that a resume goes on from the weights in training. Which weights are frozen is part of it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,14 @@ class First(pl.Callback):
         self._exchanged: dict[WeightAveraging, Callable[[Any], None]] = {}
         """Averages that stand in the draft's place now (validation), with what changes them back."""
         self._max_epochs: int | None = None
+        self._frozen: list[str] | None = None
+        """Weights that were not trained where the checkpoint was saved (Lightning's BaseFinetuning frees them where an epoch begins)."""
+        self._module: Any = None
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         for callback in averagers(trainer):
             self._guard(callback)
+        self._module = pl_module
         self._max_epochs = trainer.max_epochs if swa_of(trainer) is not None else None
         pl_module.configure_model()
 
@@ -65,6 +69,9 @@ class First(pl.Callback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.save_last and "{" not in callback.CHECKPOINT_NAME_LAST:
                 callback.last_model_path = callback.format_checkpoint_name({}, callback.CHECKPOINT_NAME_LAST)  # its own: replaced, not numbered
+        if self._frozen is not None:
+            for name, parameter in pl_module.named_parameters():
+                parameter.requires_grad_(name not in self._frozen)
         swa = swa_of(trainer)
         if swa is not None and trainer.fit_loop.restarted_mid_epoch:
             swa.on_train_epoch_start(trainer, pl_module)  # Lightning leaves the hook out; the schedule of the average is restored in it
@@ -84,9 +91,11 @@ class First(pl.Callback):
         self._exchanged.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._max_epochs is None else {"max_epochs": self._max_epochs}
+        frozen = [name for name, parameter in self._module.named_parameters() if not parameter.requires_grad]
+        return {"max_epochs": self._max_epochs, "frozen": frozen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._frozen = state_dict.get("frozen")
         if self._max_epochs is not None and state_dict.get("max_epochs") != self._max_epochs:
             problem = f"differs from the {state_dict.get('max_epochs')} of the checkpoint: when StochasticWeightAveraging begins and ends follows from it"
             raise UserError("trainer.max_epochs", self._max_epochs, problem, "use the same, or average with lightning.pytorch.callbacks.EMAWeightAveraging")

@@ -295,10 +295,6 @@ class DraftModule(pl.LightningModule):
         self.log("loss", values["loss"], prog_bar=True, logger=False)
         self.log("acceptance", values["expected_acceptance_greedy"], prog_bar=True, logger=False)
 
-    def on_train_epoch_end(self) -> None:
-        if self._sums is not None and not self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            self._train_metrics(self._sums)  # a run without logs ends too where its loss is no number
-
     def _train_metrics(self, sums: StepSums) -> dict[str, float]:
         """Of the steps since the last time, over all ranks. Raises UserError for a loss that is no number."""
         values = sums.reduce(self.trainer.strategy).metrics(self.step_weights)
