@@ -281,6 +281,37 @@ def test_damaged_missing_and_foreign_records_are_made_again(world: World) -> Non
     assert "missing" in reasons[first] and "checksum" in reasons[second] and "magic" in reasons[third] and "another sample" in reasons[fourth]
 
 
+def test_a_record_with_nan_is_not_kept_on_disk_and_is_named(world: World) -> None:
+    """What is kept would be trained from again and again."""
+    coordinator = world.coordinator
+    bad = int(world.plan.pack(0)[0])
+    first: list[PackReady] = []
+
+    def fault(ready: PackReady) -> PackReady:
+        if ready.pack == 0 and not first:
+            first.append(ready)
+            ref = next(ref for ref in ready.records if ref.index == bad)
+            data = torch.zeros(ref.nbytes, dtype=torch.uint8)
+            coordinator.store.get([ref.key], [data])
+            aux = views(data, SPEC, ref.tokens, ref.rows)[1]
+            aux[0, 0] = float("nan")
+            coordinator.store.delete([ref.key])
+            coordinator.store.put([ref.key], [seal(data, SPEC, ref.tokens, ref.rows, producer="test")])
+        return ready
+
+    def on_reissue(stage: str, epoch: int, number: int, index: int, key: str) -> None:
+        lost = Failure(index=index, reason=coordinator.reissued[-1][1], attempts=1)
+        coordinator.ready.append(PackReady(stage=stage, epoch=epoch, pack=number, records=[r for r in first[0].records if r.index != index], failed=[lost]))
+
+    coordinator.fault, coordinator.on_reissue = fault, on_reissue
+    kept: list[int] = []
+    loader = world.loader(tee=lambda record, key: kept.append(key))
+    assert bad not in [i for b in loader for i in b.sample_ids]
+    assert world.dataset.key(bad) not in kept and len(kept) == 59
+    (line,) = world.failed.read_text().splitlines()
+    assert "NaN or infinity" in json.loads(line)["reason"]
+
+
 def test_a_given_up_sample_is_absent_listed_and_counted(world: World) -> None:
     pack = next(p for p in range(len(world.plan)) if len(world.plan.pack(p)) >= 2)
     lost = int(world.plan.pack(pack)[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,11 +21,13 @@ from torchspec.callbacks.export import ExportDraft
 from torchspec.callbacks.last import LastCheckpoint
 from torchspec.errors import UserError
 from torchspec.models.export import ExportOptions, export_checkpoint, export_draft
-from torchspec.models.finite import LAG, StepWatch, not_finite, unsound
+from torchspec.models.finite import LAG, Found, StepWatch, not_finite, unsound
 from torchspec.models.import_draft import import_draft
+from torchspec.models.numbers import end_for
 from torchspec.models.start import read_start
 from torchspec.target import Target, TargetConfig
 from torchspec.trainer import Trainer
+from torchspec.transfer.record import Record, is_finite
 
 NAN, INF = float("nan"), float("inf")
 
@@ -194,3 +197,40 @@ def test_a_gpus_steps_are_looked_at_later_and_none_is_left_out() -> None:
             assert (step, found.step, found.loss, found.gradient, found.samples) == (7 + LAG, 7, False, True, ())
             break
     assert len(looked) == 7
+
+
+class Rank:
+    """As much of a module as the end of a run asks for; ``agreed`` is what the ranks say together."""
+
+    def __init__(self, agreed: bool) -> None:
+        strategy = SimpleNamespace(reduce_boolean_decision=lambda mine: agreed and mine)
+        self.trainer = SimpleNamespace(world_size=2, strategy=strategy, global_step=9, datamodule=None)
+        self.task, self.matmul = None, "bf16"
+
+
+def test_ranks_end_together_and_those_that_know_why_say_it() -> None:
+    found = Found(step=9, loss=False, gradient=False, samples=())
+    end_for(Rank(agreed=True), replace(found, gradient=True))  # type: ignore[arg-type]  # this rank's loss alone: the others go on
+    with pytest.raises(UserError, match="train/loss=nan at step 9"):
+        end_for(Rank(agreed=True), found)  # type: ignore[arg-type]
+    with pytest.raises(SystemExit):
+        end_for(Rank(agreed=False), found)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="hidden states='sample 4'"):
+        end_for(Rank(agreed=False), replace(found, samples=(4,)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weights", [[1.0, NAN, 1.0], [1.0, INF, 1.0], [0.0, 0.0, 0.0], [1.0, -1.0, 1.0]])
+def test_weights_of_steps_are_numbers(target: Target, weights: list[float]) -> None:
+    with pytest.raises(UserError, match="model.step_weights"):
+        module(target, step_weights=weights)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
+def test_records_that_are_kept_are_looked_at(kind: torch.dtype) -> None:
+    def record(value: float) -> Record:
+        aux = torch.randn(5, 6).to(kind)
+        aux[2, 3] = value
+        return Record(torch.zeros(5, dtype=torch.int32), aux, torch.randn(5, 2).to(kind), {})
+
+    assert all(is_finite(record(value)) for value in (0.0, torch.finfo(kind).max, -torch.finfo(kind).max, torch.finfo(kind).tiny))
+    assert not any(is_finite(record(value)) for value in (NAN, INF, -INF))

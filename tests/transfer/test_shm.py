@@ -150,6 +150,9 @@ def test_same_run_id(parent: Path) -> None:
 def test_sweep_touches_stores_only(parent: Path) -> None:
     (parent / "torchspec-mine").mkdir()
     (parent / "torchspec-mine" / "results.txt").write_text("precious")
+    (parent / "torchspec-yours").mkdir()
+    for name in ("open", "report.txt"):  # names of ours with another content
+        (parent / "torchspec-yours" / name).write_text("precious")
     (parent / "torchspec-file").write_text("precious")
     (parent / "elsewhere").mkdir()
     (parent / "elsewhere" / "open").write_text("x")
@@ -158,6 +161,7 @@ def test_sweep_touches_stores_only(parent: Path) -> None:
     one.start()
     one.close()
     assert (parent / "torchspec-mine" / "results.txt").read_text() == "precious"
+    assert sorted(path.name for path in (parent / "torchspec-yours").iterdir()) == ["open", "report.txt"]
     assert (parent / "torchspec-file").exists() and (parent / "elsewhere" / "open").exists()
     with pytest.raises(UserError, match="is no store"):
         server(parent, run="mine").start()

@@ -26,7 +26,7 @@ from torchspec.data.samples import Samples
 from torchspec.data.staging import Stage
 from torchspec.engines.messages import Damaged, Pack, PackReady, RecordRef
 from torchspec.transfer.reader import READ_LIMIT, Stopped, StoreReader
-from torchspec.transfer.record import Record, RecordError, RecordSpec, open_record
+from torchspec.transfer.record import NOT_FINITE, Record, RecordError, RecordSpec, is_finite, open_record
 
 if TYPE_CHECKING:
     from torchspec.engines.client import TrainerClient
@@ -271,6 +271,8 @@ class Fetcher:
                     records[ref.index] = self._open(slots[ref.index], ref)
                 except RecordError as error:
                     damaged[ref.index] = str(error)
+        if self.config.tee is not None:  # what trains is watched on the device; what is kept is looked at here
+            damaged |= {index: NOT_FINITE for index, record in records.items() if not is_finite(record)}
         self.stats.read_s += time.monotonic() - started
         if damaged:
             self.stats.reissued += len(damaged)

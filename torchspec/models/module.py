@@ -103,6 +103,8 @@ class DraftModule(pl.LightningModule):
         weights = [0.8**k for k in range(unroll_steps)] if step_weights is None else list(step_weights)
         if len(weights) != unroll_steps:
             raise UserError("model.step_weights", step_weights, f"has {len(weights)} entries for {unroll_steps} unroll steps", "give one weight a step")
+        if not all(0.0 <= weight < math.inf for weight in weights) or not any(weights):
+            raise UserError("model.step_weights", step_weights, "must be numbers of 0 or more, one of them above", "give such a weight for each unroll step")
         self.target = Target(target)
         self.draft_file = draft
         self.aux_layers = self.target.aux_layers(aux_layers)

@@ -60,7 +60,7 @@ def no_number(module: DraftModule, field: str, value: float, step: int) -> UserE
     weights = no_longer_numbers(names) if names else "its gradient would leave no weight a number"
     other = "a lower learning rate" if module.matmul == "bf16" else "model.matmul: bf16"
     problem = f"at step {step} is not a number: {weights}, and training on would be in vain"
-    return UserError(field, value, problem, f"go on from the last checkpoint with --ckpt_path last and {other}")
+    return UserError(field, value, problem, f"begin again, or go on from the last checkpoint with --ckpt_path last, with {other}")
 
 
 def end_for(module: DraftModule, found: Found) -> None:

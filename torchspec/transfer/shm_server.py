@@ -20,6 +20,8 @@ from torchspec.transfer.sizes import show_bytes
 from torchspec.transfer.store import Address, StoreConfig
 
 PREFIX = "torchspec-"
+_SAYS = "TorchSpec store"
+"""How marks begin."""
 _CLOSED_MARK = "closed"
 """What ``OPEN_MARK`` is renamed to when removal begins. A directory with neither is no store, and nobody's to sweep."""
 
@@ -64,7 +66,7 @@ class ShmServer:
         self._lock = self._create()
         try:
             os.close(nameless_file(self._lock))
-            self._path.joinpath(OPEN_MARK).write_text(f"TorchSpec store of process {os.getpid()}; swept by the next run once that is gone\n")
+            self._path.joinpath(OPEN_MARK).write_text(f"{_SAYS} of process {os.getpid()}; swept by the next run once that is gone\n")
         except OSError as error:
             self.close()
             raise UserError("data.store.shm_dir", str(self._parent), f"cannot hold nameless files ({error.strerror})", "give a directory on a tmpfs") from error
@@ -138,11 +140,25 @@ def _sweep_one(path: Path) -> bool:
     lock = _lock(path)
     if lock is not None:
         names = os.listdir(lock)
-        if OPEN_MARK in names or _CLOSED_MARK in names or not names:
+        if any(name in names and _is_mark(name, lock) for name in (OPEN_MARK, _CLOSED_MARK)) or not names:
             _remove(path, lock)
         else:
             os.close(lock)
     return not path.exists()
+
+
+def _is_mark(name: str, lock: int) -> bool:
+    """Whether a file is a mark of ours, and not somebody's that has its name."""
+    try:
+        file = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=lock)
+    except OSError:
+        return False
+    try:
+        return os.read(file, len(_SAYS)) == _SAYS.encode()
+    except OSError:
+        return False
+    finally:
+        os.close(file)
 
 
 def _remove(path: Path, lock: int) -> None:
