@@ -74,15 +74,14 @@ def main() -> None:
 
     args = expand_all(parser.parse_args())
 
-    from transformers import AutoTokenizer
-
     from torchspec.data.plan import Plan
     from torchspec.data.prepare import DataOptions, prepare
+    from torchspec.target import Target, TargetConfig
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder / "rows.jsonl", args.rows)
-        tokenizer: Any = AutoTokenizer.from_pretrained(args.target) if args.target else small_tokenizer(folder / "tokenizer")
+        tokenizer: Any = Target(TargetConfig(args.target)).tokenizer() if args.target else small_tokenizer(folder / "tokenizer")
         imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         started = time.monotonic()
         data = prepare(

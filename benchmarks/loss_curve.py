@@ -41,9 +41,11 @@ _EPS = 1e-5
 def save(path: str, target: str, data: str, tokens: int, length: int) -> None:
     """Stage 1: states of a target over conversations of ``length`` tokens each."""
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(target)
+    from torchspec.target import Target, TargetConfig
+
+    facts = Target(TargetConfig(target))
+    model, tokenizer = facts.auto_class().from_pretrained(target, dtype=torch.float32, **facts.model_files).eval(), facts.tokenizer()
     norm = model.model.norm
     caught: list[Tensor] = []
     norm.register_forward_pre_hook(lambda _, given: caught.append(given[0]))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,6 +31,7 @@ from torchspec.data.sources import find_sources, read_rows
 from torchspec.files import dumps
 from torchspec.hardware import working_dtype
 from torchspec.paths import expand_all
+from torchspec.target import Target, TargetConfig
 
 
 class PlainDraft(nn.Module):
@@ -120,7 +121,7 @@ def batch_loss(
 
 def load(data: str, target: str, max_length: int) -> list[tuple[Tensor, Tensor]]:
     """(ids, loss mask) of every conversation, cut to ``max_length``; those without a supervised token are left out."""
-    renderer = Renderer(AutoTokenizer.from_pretrained(target), name=target)
+    renderer = Renderer(Target(TargetConfig(target)).tokenizer(), name=target)
     rows = []
     for source in find_sources(data, config_key="--data"):
         for text, _ in read_rows(source, config_key="--data"):
@@ -171,7 +172,8 @@ def main() -> None:
     if len(rows) < args.batch_size:
         raise SystemExit(f"error: {args.data} holds {len(rows)} usable conversations, fewer than --batch_size {args.batch_size}")
     dtype = working_dtype(torch.bfloat16, device) if args.target_dtype == "auto" else getattr(torch, args.target_dtype)
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype)
+    facts = Target(TargetConfig(args.target))
+    target = facts.auto_class().from_pretrained(args.target, dtype=dtype, **facts.model_files)
     target = target.eval().requires_grad_(False).to(device)
     layers = target.config.num_hidden_layers
     aux = [2, layers // 2, layers - 3]

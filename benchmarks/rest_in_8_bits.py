@@ -44,7 +44,7 @@ def main() -> None:
     head = TargetHead.of(target).to(torch.bfloat16)
     counts = torch.bincount(torch.cat(ids), minlength=head.weight.shape[0])
     head.put_first(torch.argsort(counts, descending=True, stable=True)[: args.draft_vocab].sort().values)
-    model = target.auto_class().from_pretrained(args.target, dtype=torch.float32).eval()
+    model = target.auto_class().from_pretrained(args.target, dtype=torch.float32, **target.model_files).eval()
     layer = target.num_layers
     states = HiddenStates(model, (layer,), num_layers=layer)
     margins, masses = [], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,11 @@ def test_vllm_runs_no_code_where_classes_are_native(tmp_path: Path) -> None:
         assert model_arguments(target, EngineConfig(), max_length=64, device="cpu")["trust_remote_code"] is expected
     (tmp_path / "native" / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}))
     assert "--trust-remote-code" in serve_command(native, (1, 2))  # that server has a tokenizer
+
+
+def test_everything_loads_a_target_through_one_place() -> None:
+    """Who asks Transformers' auto classes by itself decides by itself whose code runs."""
+    package = Path(__file__).parents[1] / "torchspec"
+    asks = re.compile(r"Auto(Config|Tokenizer|Processor|ModelFor\w+|Model)\.from_pretrained|auto_class\(\)\.from_pretrained")
+    found = {str(file.relative_to(package)) for file in package.rglob("*.py") if asks.search(file.read_text())}
+    assert found == {"custom_code.py", "tokenizer.py", "engines/load.py"}
