@@ -233,7 +233,7 @@ def read_requests(
     for source, text, place in ((one, *row) for one in sources for row in read_rows(one, config_key="prompts")):
         try:
             row = parse(text, messages_key=messages_key, need_answer=False)
-            unused.add(source.given, row.unused if row.input_ids is not None else renderer.unused(row))
+            unused.add(source.given, row.unused if row.input_ids is not None else renderer().unused(row))
             if row.input_ids is not None:
                 first = (row.loss_mask or []).index(1) if 1 in (row.loss_mask or []) else len(row.input_ids)
                 found = [row.input_ids[:first]] if first else []
