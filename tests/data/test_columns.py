@@ -133,6 +133,9 @@ def test_a_system_column_begins_the_conversation(key: str) -> None:
     assert parsed({key: "s", "messages": [SYSTEM, USER, SAY]}).messages == (SYSTEM, USER, SAY)
     assert parsed({key: "s", "prompt": "u"}, need_answer=False).messages == (SYSTEM, USER)
     assert parsed({key: None, "messages": [USER, SAY]}).messages == (USER, SAY) == parsed({key: "", "messages": [USER, SAY]}).messages
+    developer = {"role": "developer", "content": "s"}
+    assert parsed({key: "s", "messages": [developer, USER, SAY]}).messages == (developer, USER, SAY)
+    assert parsed({key: "t", "messages": [developer, USER, SAY]}).messages == ({"role": "system", "content": "t"}, developer, USER, SAY)
     assert "two system prompts" in refused({key: "other", "messages": [SYSTEM, USER, SAY]})
     assert "content is a int" in refused({key: 3, "messages": [USER, SAY]})
     assert parsed({key: "s", "text": "rendered"}).unused == (key,)

@@ -37,7 +37,16 @@ def ids(given: object, said: list[str] | None = None, **options: object) -> list
 
 def test_folders_hidden_files_and_backups_are_no_data(tmp_path: Path) -> None:
     put(tmp_path / "a.jsonl")
-    for name in (".ipynb_checkpoints/a-checkpoint.jsonl", ".cache/x/b.jsonl", "._a.jsonl", "a.jsonl~", "__MACOSX/a.jsonl", "#a.jsonl#", ".git/x.json"):
+    for name in (
+        ".ipynb_checkpoints/a-checkpoint.jsonl",
+        ".cache/x/b.jsonl",
+        "_temporary/0/a.jsonl",
+        "._a.jsonl",
+        "a.jsonl~",
+        "__MACOSX/a.jsonl",
+        "#a.jsonl#",
+        ".git/x.json",
+    ):
         put(tmp_path / name)
     said: list[str] = []
     assert ids(tmp_path, said) == ["a.jsonl"]
@@ -219,6 +228,20 @@ def test_files_that_may_be_one_are_named(tmp_path: Path) -> None:
     said: list[str] = []
     assert ids(tmp_path, said) == ["2", "1", "1", "1"]
     assert said == [f"data.train: {tmp_path}: all of these are read: a.jsonl, copy.jsonl (the same bytes); a.jsonl, a.jsonl.gz (one name)"]
+
+
+def test_what_is_no_file_is_told_so() -> None:
+    with pytest.raises(UserError, match="is no file and no folder"):
+        ids("/dev/null")
+
+
+def test_a_run_and_a_model_in_a_folder_are_no_data(tmp_path: Path) -> None:
+    put(tmp_path / "a.jsonl")
+    for name in ("run/provenance.json", "run/failed_samples.jsonl", "draft/config.json", "draft/tokenizer.json"):
+        put(tmp_path / name)
+    said: list[str] = []
+    assert ids(tmp_path, said) == ["a.jsonl"]
+    assert "draft/config.json (no rows of the data set)" in said[0] and "run/provenance.json" in said[0]
 
 
 def test_a_cache_in_a_folder_is_no_data(tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ def test_an_array_that_nests_too_deep_is_said_of_the_file(tmp_path: Path) -> Non
 
 KEYS = st.sampled_from(
     "role from content value messages conversations text type tool_calls function name arguments id tool_call_id finish tools reasoning_content "
-    "input_ids loss_mask images image_url url prompt user assistant gpt human tool system image".split()
+    "input_ids loss_mask labels attention_mask images image_url url prompt instruction input output history chosen system functions function_call weight train "
+    "chat_template_kwargs thinking tool_use tool_result parameters user assistant gpt human tool system image".split()
 )
 LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 9), st.floats(), KEYS, st.text(st.characters(), max_size=6), st.sampled_from(["\ud83d", "a\x00", "{", "[]"])
@@ -102,11 +103,19 @@ MESSAGES = st.lists(OPENAI | SHAREGPT | ANYTHING, max_size=4)
 TALK = st.tuples(st.text(max_size=6) | PARTS, st.fixed_dictionaries({"role": st.just("assistant"), "content": st.text(max_size=6) | PARTS}, optional=MORE)).map(
     lambda two: [{"role": "user", "content": two[0]}, two[1]]
 )  # fmt: skip
-ROWS = st.fixed_dictionaries({"messages": TALK | MESSAGES}, optional={"tools": ANYTHING, "finish": LEAVES, "images": ANYTHING}) | ANYTHING
+ROWS = (
+    st.fixed_dictionaries(
+        {"messages": TALK | MESSAGES}, optional={"tools": ANYTHING, "finish": LEAVES, "images": ANYTHING, "system": ANYTHING, "prompt": ANYTHING}
+    )
+    | ANYTHING
+)
+PAIRS = st.fixed_dictionaries({"prompt": ANYTHING, "completion": ANYTHING}, optional={"system": LEAVES, "history": ANYTHING, "chat_template_kwargs": ANYTHING})
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(ROWS, st.sampled_from(["qwen2.5", "qwen3", "gpt-oss", "gemma-3", "kimi-k2"]), st.sampled_from(["refuse", "placeholder", "engine"]), st.booleans())
+@given(
+    ROWS | PAIRS, st.sampled_from(["qwen2.5", "qwen3", "gpt-oss", "gemma-3", "kimi-k2"]), st.sampled_from(["refuse", "placeholder", "engine"]), st.booleans()
+)
 def test_any_row_is_a_conversation_or_a_bad_row(row: Any, family: str, media: str, escaped: bool) -> None:
     """The net that catches what was not foreseen is not used here: ``parse`` and ``render`` say themselves what is wrong."""
     text = json.dumps(row, ensure_ascii=escaped).encode("utf-8", "surrogatepass")

@@ -1,9 +1,10 @@
-"""What the columns of a row say together: its messages from wherever they stand, a system prompt, tools, and what the chat template is told.
+"""What the columns of a row say together: its messages from wherever they stand, and what goes with them.
 
     messages (also conversations, conversation), or a question column with an answer column and an earlier history
     + system prompt in front    + tools or functions    + chat_template_kwargs, enable_thinking
 
-Two columns that say the same are one; two that contradict each other make the row bad, by their names. What no rule reads is named (``unused.py``).
+Two columns that say the same are one; two that contradict each other make the row bad, by their names. What no rule
+reads is named (``unused.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torchspec.data.messages import RowError, as_json, content_of, read_message,
 MESSAGE_KEYS = ("conversations", "messages", "conversation")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction")
 QUESTION_KEYS = ("prompt", "instruction", "query", "question", "input")
-"""Columns that ask: text, or messages (TRL's conversational prompts); ``input`` beside ``instruction`` goes on with it (Alpaca)."""
+"""Columns that ask: text, or messages (TRL); ``input`` beside ``instruction`` goes on with it (Alpaca)."""
 ANSWER_KEYS = ("completion", "response", "output", "answer")
 SWITCHES: dict[str, type] = {"enable_thinking": bool, "thinking": bool, "reasoning_effort": str}
 """Columns that are variables of chat templates, where they hold this type (as requests to a server have them)."""
@@ -154,10 +155,11 @@ def _with_system(row: dict[str, Any], turns: Turns) -> Turns:
         if words_of(read[key]) != words_of(read[first]):
             raise RowError(f"has two system prompts, {first} and {key}, which differ")
     given = turns.given
-    if isinstance(given[0], dict) and role_of(given[0], 0)[0] == "system":
-        if words_of(read_message(given[0], 0, media="placeholder").message).strip() != words_of(read[first]).strip():
-            raise RowError(f"has two system prompts, {first} and message 0, which differ")
-    else:
+    role = role_of(given[0], 0)[0] if isinstance(given[0], dict) else ""
+    same = role in ("system", "developer") and words_of(read_message(given[0], 0, media="placeholder").message).strip() == words_of(read[first]).strip()
+    if role == "system" and not same:
+        raise RowError(f"has two system prompts, {first} and message 0, which differ")
+    if not same:
         given = [read[first], *given]
     return Turns(turns.key, given, turns.columns | set(there))
 
@@ -221,7 +223,7 @@ def switches_of(row: Mapping[str, Any]) -> list[str]:
 
 
 def repeated(row: Mapping[str, Any], messages: tuple[dict[str, Any], ...]) -> set[str]:
-    """Question and answer columns that say what messages beside them say: their first question, all before the last answer, the last answer."""
+    """Columns that say what messages beside them say: their first question, all before the last answer, the last answer."""
     if row.keys().isdisjoint((*QUESTION_KEYS, *ANSWER_KEYS)):
         return set()
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]

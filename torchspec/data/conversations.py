@@ -1,7 +1,8 @@
 """What one row may look like, judged row by row, so that a bad one costs a line of a report and not the run.
 
-A row holds messages (``columns.py`` finds them, ``messages.py`` reads one); or text that was rendered elsewhere (``text``); or tokens (``input_ids`` with
-``loss_mask``). What of it has no meaning here is named in ``Conversation.unused``.
+A row holds messages (``columns.py`` finds them, ``messages.py`` reads one); or text that was rendered elsewhere
+(``text``); or tokens (``input_ids`` with ``loss_mask``). What of it has no meaning here is named in
+``Conversation.unused``.
 """
 
 from __future__ import annotations

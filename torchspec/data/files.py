@@ -1,7 +1,8 @@
 """Which files of a folder are data, and of which split: everything else is told by name.
 
-Hidden and backup files, files of other kinds, broken links and second names of a file are left out. What ``datasets`` saved (``save_to_disk``) is read by its
-own list of files. Splits are told by names as on the hub: ``data/SPLIT-00000-of-00003.parquet``, or a word for train, validation or test in a path.
+Hidden and backup files, files of other kinds, broken links and second names of a file are left out. What ``datasets``
+saved (``save_to_disk``) is read by its own list of files. Splits are told by names as on the hub:
+``data/SPLIT-00000-of-00003.parquet``, or a word for train, validation or test in a path.
 """
 
 from __future__ import annotations
@@ -36,6 +37,17 @@ KEYWORDS = {
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 _SAVED = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """JSON files of ``datasets`` that hold no rows."""
+_NO_ROWS = frozenset(
+    {
+        *_SAVED,
+        *("provenance.json", "failed_samples.jsonl", "bad_rows.jsonl"),
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        *("added_tokens.json", "vocab.json", "preprocessor_config.json", "model.safetensors.index.json"),
+    }
+)
+"""JSON files that never hold rows: of saved data sets, of runs, of models."""
+_PASSING = ("__pycache__", "__MACOSX", "_temporary", "_delta_log", "_spark_metadata")
+"""Folders of programs' own, and of what they have not finished."""
 _NAMED = 20
 """Names told in one line."""
 
@@ -175,7 +187,7 @@ def list_folder(folder: Path, *, written: Sequence[Path] = ()) -> Listing:
         name = path.name
         if not path.is_file() or kind_of(name) is None:
             leave_out(path)
-        elif name in _SAVED or name.endswith(".failed.jsonl") or (name.startswith("cache-") and name.endswith(".arrow")):
+        elif name in _NO_ROWS or name.endswith(".failed.jsonl") or (name.startswith("cache-") and name.endswith(".arrow")):
             leave_out(path, "no rows of the data set")
         else:
             take(path, split)
@@ -238,7 +250,7 @@ def _keywords(name: str) -> str:
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith(".") or name.endswith("~") or name in ("__pycache__", "__MACOSX") or (name.startswith("#") and name.endswith("#"))
+    return name.startswith(".") or name.endswith("~") or name in _PASSING or (name.startswith("#") and name.endswith("#"))
 
 
 def _made_here(folder: Path) -> str:

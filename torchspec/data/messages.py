@@ -1,6 +1,7 @@
 """One message of a row: its role by all its names, its content, calls and thinking, and whether it is to be trained.
 
-What comes out is OpenAI's form, whatever went in: ShareGPT's ``{from, value}``, the older ``function_call``, Anthropic's blocks of thinking, calls and results.
+What comes out is OpenAI's form, whatever went in: ShareGPT's ``{from, value}``, the older ``function_call``,
+Anthropic's blocks of thinking, calls and results.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _MARKED = frozenset({*MARKS, *UNCLEAR})
 _SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 Message = dict[str, Any]
-"""``{role, content, ...}`` in OpenAI's form; ``content`` is text, or a list of ``{type: text, text}`` and ``{type: image | video | audio}``."""
+"""``{role, content, ...}`` as OpenAI has it; content is text, or a list of ``{type: text, text}`` and ``{type: image | video | audio}``."""
 
 
 class RowError(Exception):
@@ -130,7 +131,7 @@ def content_of(given: dict[str, Any], index: int) -> Any:
 
 
 def unfolded(given: Sequence[Any]) -> Iterator[Any]:
-    """Messages one by one: results of calls that stand in a user's message (Anthropic) and pairs of question and answer (``{human, assistant}``) apart."""
+    """Messages one by one: results of calls in a user's message (Anthropic) and pairs ``{human, assistant}`` taken apart."""
     for message in given:
         if isinstance(message, dict) and len(message) == 2 and "assistant" in message and message.keys() & {"human", "user"}:
             yield from ({"role": role, "content": words} for role, words in sorted(message.items(), reverse=True))

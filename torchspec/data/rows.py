@@ -1,8 +1,9 @@
 """Rows of one file as JSON text, without holding more than a piece of it.
 
-Lines are given on as they are, so that a broken one costs a row. A ``.json`` file may also be an array, several arrays or objects one after the other, or one
-object with a list of rows (``{"data": [...]}``). Columns of parquet and arrow files have one type for all rows, so a struct has the keys of all of them, null
-where a row has none: these are left out.
+Lines are given on as they are, so that a broken one costs a row. A ``.json`` file may also be an array, several
+arrays or objects one after the other, or one object with a list of rows (``{"data": [...]}``). Columns of parquet and
+arrow files have one type for all rows, so a struct has the keys of all of them, null where a row has none: these are
+left out.
 """
 
 from __future__ import annotations

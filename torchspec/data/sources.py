@@ -1,8 +1,9 @@
 """Where rows come from: files, folders, hub data sets.
 
-A source is a file (``files.KINDS``), a folder of them (``folder:split`` where it has several), or a hub data set ``org/name`` or ``org/name:split``. Several
-may be mixed: a table of source → how many times each of its conversations is trained an epoch. Reading only finds the rows and says where each one is;
-``conversations.parse`` judges them. Whatever reads rows for a command reads them through this.
+A source is a file (``files.KINDS``), a folder of them (``folder:split`` where it has several), or a hub data set
+``org/name`` or ``org/name:split``. Several may be mixed: a table of source → how many times each of its conversations
+is trained an epoch. Reading only finds the rows and says where each one is; ``conversations.parse`` judges them.
+Whatever reads rows for a command reads them through this.
 """
 
 from __future__ import annotations
@@ -146,6 +147,8 @@ def _find(name: str, config_key: str, written: Sequence[Path], say: Callable[[st
         if doubtful := _alike(sources):
             say(f"{config_key}: {name}: all of these are read: {doubtful}")
         return sources
+    if path.exists():
+        raise UserError(config_key, name, "is no file and no folder", "write it to a file: it is read several times")
     if path.is_symlink():
         raise UserError(config_key, name, "is a link that leads nowhere", "mend the link, or give the file")
     if kind_of(path.name) is not None or not _HUB_ID.fullmatch(name):
