@@ -60,7 +60,11 @@ def main() -> None:
         numbers = reader.find(found.hashes)
         rows += [(np.asarray(found.ids(i), dtype=np.int64), np.asarray(found.mask(i), dtype=np.int64), int(numbers[i])) for i in range(len(found))]
         parts.append(len(found))
-    columns: dict[str, list[Any]] = {"input_ids": [ids for ids, _, _ in rows], "loss_mask": [mask for _, mask, _ in rows], "seq_len": [len(ids) for ids, _, _ in rows]}
+    columns: dict[str, list[Any]] = {
+        "input_ids": [ids for ids, _, _ in rows],
+        "loss_mask": [mask for _, mask, _ in rows],
+        "seq_len": [len(ids) for ids, _, _ in rows],
+    }
     numbers_of = datasets.List(datasets.Value("int64"))
     features = datasets.Features({"input_ids": numbers_of, "loss_mask": numbers_of, "seq_len": datasets.Value("int64")})
     table = datasets.Dataset.from_dict(columns, features=features)
