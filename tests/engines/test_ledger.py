@@ -206,6 +206,21 @@ def test_a_lost_workers_samples_go_to_others_under_new_keys(one: Ledger) -> None
     assert [m.pack for _, m in out(one).ready] == [0]
 
 
+def test_workers_that_are_told_to_end_cost_no_attempt(one: Ledger) -> None:
+    """Nodes that are given back, one after the other, with the same sample in hand: it is not given up, nor taken for a poisonous one."""
+    one.submit(0, "train", 0, [pack(0, 3, 4)])
+    one.leave("w", "told to end", in_order=True)
+    for i in range(10):
+        one.join(f"w{i}", 1000)
+        assert len(one.pull(f"w{i}", 64, 1000, 0.0)) == 2  # the last attempt would travel alone
+        one.leave(f"w{i}", "told to end", in_order=True)
+        delete(one)
+    one.join("v", 1000)
+    finish(one, "v", one.pull("v", 64, 1000, 0.0))
+    ((_, ready),) = out(one).ready
+    assert not ready.failed and len(ready.records) == 2
+
+
 def test_late_and_double_results_are_harmless(one: Ledger) -> None:
     one.submit(0, "train", 0, [pack(0, 3)])
     (lease,) = one.pull("w", 1, 100, 0.0)

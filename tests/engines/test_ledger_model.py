@@ -165,7 +165,7 @@ class Delivery(RuleBasedStateMachine):
     def fate(self, what: str, pick: int) -> None:
         match what:
             case "a worker dies" if pick % 4 < 2 or len(self.workers) > 1:
-                self.die(pick, wrote=bool(pick & 1), heard=bool(pick & 2))
+                self.die(pick, wrote=bool(pick & 1), heard=bool(pick & 2), in_order=pick % 3 == 0)
             case "time passes" | "much time passes":
                 self.time_passes(2.0 if what == "time passes" else TIMEOUT + 1, wrote=bool(pick & 1))
             case _ if len(self.workers) < 3:
@@ -333,12 +333,12 @@ class Delivery(RuleBasedStateMachine):
         name = next(n for n, s in self.workers.items() if s is side)
         side.up.append(lambda: self.ledger.fail(name, lease, "no luck", retry=retry))
 
-    def die(self, pick: int, wrote: bool, heard: bool) -> None:
+    def die(self, pick: int, wrote: bool, heard: bool, in_order: bool = False) -> None:
         """With or without a last record written, with or without its last words arriving."""
         if self.workers:
-            self.end(sorted(self.workers)[pick % len(self.workers)], wrote=wrote, heard=heard)
+            self.end(sorted(self.workers)[pick % len(self.workers)], wrote=wrote, heard=heard, in_order=in_order)
 
-    def end(self, name: str, *, wrote: bool, heard: bool) -> None:
+    def end(self, name: str, *, wrote: bool, heard: bool, in_order: bool = False) -> None:
         side = self.workers[name]
         while heard and side.up:
             side.up.popleft()()
@@ -348,7 +348,7 @@ class Delivery(RuleBasedStateMachine):
         for lease in [*side.held.values(), *on_their_way]:
             if wrote and lease.key in self.ledger.leases.paying:
                 self.store[lease.key] = len(lease.ids) // 4
-        self.ledger.leave(name, "killed")
+        self.ledger.leave(name, "killed", in_order=in_order)
         self.settle()
 
     def time_passes(self, seconds: float, wrote: bool) -> None:

@@ -455,6 +455,28 @@ def test_a_worker_started_by_hand_works_and_ends_with_the_run(make: Callable[...
     assert worker.returncode == 0 and b"ended the run" in output
 
 
+def test_a_worker_that_is_told_to_end_gives_back_what_it_holds(make: Callable[..., EngineGroup]) -> None:
+    """SIGTERM, with no attempt left: its samples are not given up."""
+    group = make(engines={"workers": 0, "max_attempts": 1}, budget=SMALL)
+    said: list[str] = []
+    group._say = said.append
+    endpoint = group.start()
+    first = hand_started(endpoint, token=endpoint.token, name="first")
+    rank = Rank(endpoint, group.config.spec, random_packs(6))
+    rank.take()
+    first.send_signal(signal.SIGTERM)
+    words, _ = first.communicate(timeout=15)
+    assert first.returncode == 0 and b"goes to others" in words, words
+    wait_until(lambda: len(said) > 1, timeout=10, what="the line")
+    assert said[1].startswith("worker first left (host ") and said[1].endswith(", it was told to end): 0 alive")
+    second = hand_started(endpoint, token=endpoint.token, name="second")
+    rank.take_all()
+    assert not rank.failed
+    rank.close()
+    group.close()
+    assert second.wait(15) == 0
+
+
 def test_a_worker_by_hand_does_not_take_the_name_of_one_that_is_loading(make: Callable[..., EngineGroup]) -> None:
     group = make(budget=SMALL)
     endpoint = group.start()

@@ -15,7 +15,7 @@ import torchspec
 from torchspec.engines.attendance import Attendance
 from torchspec.engines.connection import Peer
 from torchspec.engines.ledger import Ledger, ProtocolError
-from torchspec.engines.messages import ANSWERER, Beat, NewDraft, Pull, Ready, Report, Stop, Unfit
+from torchspec.engines.messages import ANSWERER, Beat, Leave, NewDraft, Pull, Ready, Report, Stop, Unfit
 from torchspec.engines.views import WorkerView, mismatch
 from torchspec.errors import UserError
 
@@ -128,6 +128,9 @@ class Desk:
                 view.beat, view.last_beat = m, self._now()
             case Ready() if not view.ready:
                 self._ready(peer, view, m)
+            case Leave():
+                view.told = view.in_order = True
+                view.ending = "it was told to end"
             case Unfit():
                 self._unfit(peer, view, m)
             case _:
@@ -145,7 +148,7 @@ class Desk:
         if not view.ready and not view.told:
             log.error("%s was lost before it was ready", peer.name)
             self._say(f"worker {peer.name} ({peer.host}) ended before it was ready; what it printed says why")
-        self._leave(peer.name, "was lost", view.ending or "its connection ended")
+        self._leave(peer.name, "was lost", view.ending or "its connection ended", in_order=view.in_order)
 
     def ended(self, name: str, how: str) -> None:
         """The process of one of ours is reaped: it can write nothing more."""
@@ -208,9 +211,9 @@ class Desk:
             view.ending = "it cannot go on"
             self._say(f"worker {peer.name} ({peer.host}) cannot serve, the run goes on without it: {problem}")
 
-    def _leave(self, name: str, how: str, why: str) -> None:
+    def _leave(self, name: str, how: str, why: str, *, in_order: bool = False) -> None:
         """What a worker held goes to others."""
-        self._on_late(self._ledger.leave(name, f"{name} {how}"))
+        self._on_late(self._ledger.leave(name, f"{name} {how}", in_order=in_order))
         self._attendance.left(name, why)
 
     def _end(self, name: str, why: str) -> None:

@@ -24,6 +24,7 @@ from torchspec.engines.messages import (
     Cancel,
     CloseStage,
     Hello,
+    Leave,
     NewDraft,
     Opened,
     OpenStage,
@@ -50,7 +51,7 @@ _TOLD, _MOST_TOLD = 60.0, 100
 """Seconds in which the same is said once of workers that are not let in, and how much of it."""
 _FROM: dict[str, Any] = {
     "trainer": OpenStage | Submit | Acknowledge | Reissue | CloseStage | NewDraft | Ask,
-    "worker": Ready | Unfit | Pull | Report | Beat,
+    "worker": Ready | Unfit | Leave | Pull | Report | Beat,
     "observer": Ask,
 }
 

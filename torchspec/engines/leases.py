@@ -127,7 +127,7 @@ class Leases:
         if sample is not None:
             self.again(sample, reason, retry=retry)
 
-    def leave(self, worker: str, reason: str) -> list[str]:
+    def leave(self, worker: str, reason: str, *, in_order: bool) -> list[str]:
         """See :meth:`Ledger.leave`."""
         state = self.workers.pop(worker, None)
         if state is None:
@@ -137,6 +137,7 @@ class Leases:
         self._out.delete.extend(cancelled)
         for sample in state.leases.values():
             sample.lease = None
+            sample.attempt -= in_order  # counted in a moment
             self.again(sample, reason, retry=True)
         return keys
 

@@ -211,13 +211,17 @@ class Ledger:
         """A lease produced nothing."""
         self.leases.fail(worker, lease, reason, retry=retry)
 
-    def leave(self, worker: str, reason: str) -> list[str]:
+    def leave(self, worker: str, reason: str, *, in_order: bool = False) -> list[str]:
         """A worker is gone: what it held goes to others.
+
+        Args:
+            worker, reason: which, and why.
+            in_order: it was told to end: that is no attempt at the samples that it held, which may have killed it otherwise.
 
         Returns:
             keys that it may have been writing. They are to be deleted already; where the worker may still live, once more later.
         """
-        return self.leases.leave(worker, reason)
+        return self.leases.leave(worker, reason, in_order=in_order)
 
     def overdue(self, now: float) -> dict[str, int]:
         """Workers with leases past their deadline, and how many."""

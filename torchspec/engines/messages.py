@@ -4,7 +4,7 @@ A frame is a 4-byte little-endian length, a 4-byte number and one MessagePack ma
 a frame out of order is refused and the connection closed. The coordinator speaks first (:class:`Challenge`), a client answers with :class:`Hello`.
 
     trainer  -> Hello OpenStage Submit Acknowledge Reissue CloseStage NewDraft Ask   <- Challenge Welcome Opened PackReady Answer Pulse Stop
-    worker   -> Hello Ready Unfit Pull Report Beat                                   <- Challenge Welcome Work Cancel NewDraft Pulse Stop
+    worker   -> Hello Ready Unfit Leave Pull Report Beat                             <- Challenge Welcome Work Cancel NewDraft Pulse Stop
     observer -> Hello Ask                                                            <- Challenge Welcome Answer Pulse Stop
 """
 
@@ -237,6 +237,10 @@ class Unfit(Message, frozen=True, kw_only=True):
     """``UserError.words``."""
 
 
+class Leave(Message, frozen=True, kw_only=True):
+    """This worker was told to end: what it holds goes to others, and no sample is to blame for it."""
+
+
 class Pull(Message, frozen=True, kw_only=True):
     """Room for so much; answered by :class:`Work` as soon as there is any. A later Pull replaces an unanswered one."""
 
@@ -344,6 +348,6 @@ class Stop(Message, frozen=True, kw_only=True, omit_defaults=True):
     """``UserError.words`` of the same, where the user can mend it."""
 
 
-ToCoordinator = Hello | Ask | OpenStage | Submit | Acknowledge | Reissue | CloseStage | NewDraft | Ready | Unfit | Pull | Report | Beat
+ToCoordinator = Hello | Ask | OpenStage | Submit | Acknowledge | Reissue | CloseStage | NewDraft | Ready | Unfit | Leave | Pull | Report | Beat
 ToTrainer = Challenge | Welcome | Opened | PackReady | Answer | Pulse | Stop
 ToWorker = Challenge | Welcome | Work | Cancel | NewDraft | Pulse | Stop

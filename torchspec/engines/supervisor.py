@@ -47,6 +47,8 @@ class WorkerProcess:
     """It is not started again."""
     refused: str = ""
     """Why what this process would do is of no use to the run: another one would be no better."""
+    killed: str = ""
+    """Why it was killed, where it was."""
     late: str = ""
     """Why it was killed before it was ready."""
     user: list[str] = field(default_factory=list)
@@ -76,7 +78,7 @@ class WorkerProcess:
                 [*module, *options], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
             )
         self.started = now
-        self.ready, self.kill_at, self.seen_dead, self.refused, self.late, self.user = False, None, False, "", "", []
+        self.ready, self.kill_at, self.seen_dead, self.refused, self.late, self.killed, self.user = False, None, False, "", "", "", []
         log.info("%s started: pid %d, device %s, log %s", self.name, self.process.pid, self.device, self.log_file)
 
     def kill(self) -> None:
@@ -190,6 +192,7 @@ class Supervisor:
         for process in self.processes:
             if process.name == name and process.process is not None and process.process.poll() is None:
                 log.error("%s: %s", name, why)
+                process.killed = process.killed or why
                 process.kill()
 
     def watch(self, now: float, beats: Mapping[str, float]) -> None:
@@ -231,7 +234,7 @@ class Supervisor:
     def _ended(self, process: WorkerProcess, code: int, now: float) -> None:
         process.kill()  # what is left of its group
         how = f"signal {-code}" if code < 0 else f"code {code}"
-        self._on_end(process.name, f"ended with {how}")
+        self._on_end(process.name, process.killed or f"ended with {how}")
         ending = process.late or f"{process.name} ended with {how}"
         if process.refused or not process.was_ready or process.restarts >= self._limits["max_restarts"]:
             process.given_up = True

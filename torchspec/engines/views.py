@@ -35,6 +35,8 @@ class WorkerView:
     """It answers prompts and writes no records."""
     told: bool = False
     """The user knows already why it ends."""
+    in_order: bool = False
+    """It said that it was told to end."""
     ending: str = ""
     """Why we ended it."""
     pull: Pull | None = None

@@ -12,6 +12,7 @@ import faulthandler
 import importlib
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -31,6 +32,7 @@ from torchspec.engines.messages import (
     Cancel,
     Failed,
     Finished,
+    Leave,
     NewDraft,
     Pull,
     Ready,
@@ -97,6 +99,10 @@ def work(host: str, port: int, *, token: str, name: str, device: str, word: str 
         except UserError as error:
             _tell(connection, error)
             raise
+        except ToldToEnd:
+            log.info("told to end: what this worker holds goes to others")
+            with contextlib.suppress(Closed):
+                connection.send(Leave())
         except Closed:
             if not _was_stopped(connection):
                 raise
@@ -111,6 +117,10 @@ def work(host: str, port: int, *, token: str, name: str, device: str, word: str 
         raise UserError("coordinator", where, f"does not speak as a coordinator of this version ({error})", "install the same version everywhere") from error
     finally:
         connection.close()
+
+
+class ToldToEnd(BaseException):
+    """SIGTERM came: a node is given back, say."""
 
 
 class TurnedDown(Exception):
@@ -260,8 +270,13 @@ def main(argv: list[str] | None = None) -> None:
     serve(args.coordinator, token=os.environ.get("TORCHSPEC_TOKEN", ""), name=args.name, device=args.device, word=word)
 
 
+def _told_to_end(number: int, frame: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+    raise ToldToEnd
+
+
 def serve(coordinator: str, *, token: str, name: str, device: str, word: str = "") -> NoReturn:
-    """:func:`work`, and then the end of this process: 0 after a run's end, 2 for what a user can mend, 1 for anything else.
+    """:func:`work`, and then the end of this process: 0 after a run's end or SIGTERM, 2 for what a user can mend, 1 for anything else.
 
     No engine's atexit may hold the process, and a thread that is still inside torch when the interpreter says good-bye aborts it (Python below 3.14).
 
@@ -271,6 +286,8 @@ def serve(coordinator: str, *, token: str, name: str, device: str, word: str = "
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     code = 0
+    if not word:  # those of ours are the coordinator's to end
+        signal.signal(signal.SIGTERM, _told_to_end)
     try:
         host, port = split_host_port(coordinator, field="coordinator")
         work(host, port, token=token, name=name, device=device, word=word)
@@ -280,6 +297,8 @@ def serve(coordinator: str, *, token: str, name: str, device: str, word: str = "
     except UserError as error:
         log.error("%s", error)
         code = 2
+    except ToldToEnd:  # before it was let in
+        log.info("told to end")
     except KeyboardInterrupt:
         code = 130
     except Exception:
