@@ -1,7 +1,8 @@
 """Errors of Lightning, of a logger or of the command line's classes that a user can mend, as one line.
 
-What counts is who raised it: a ``raise`` of Lightning's own code, reached through nothing but Lightning, the command line and this package, is about the
-configuration. Anything that a user's own code takes part in, and any call that fails without a ``raise`` of Lightning's, keeps its traceback.
+What counts is who raised it: a ``raise`` of Lightning's own code, reached through nothing but Lightning, the command
+line and this package, is about the configuration. Anything that a user's own code takes part in, and any call that
+fails without a ``raise`` of Lightning's, keeps its traceback.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ def mendable(error: BaseException) -> ConfigurationRefused | None:
     package, kind = _package(frames[-1]), type(error)
     if kind.__module__.startswith("wandb.") and isinstance(error, Exception):
         return ConfigurationRefused(f"W&B: {reason_of(error)}", "log in (wandb login), set WANDB_MODE=offline, or use another trainer.logger")
+    if kind is ValueError and str(frames[-1].tb_frame.f_globals.get("__name__")).startswith("torch.optim") and _raised(frames[-1]):
+        return ConfigurationRefused(f"model.optimizer or model.lr_scheduler: {reason_of(error)}")
     if package not in _LIGHTNING or not _raised(frames[-1]):
         return None
     if isinstance(error, ImportError):

@@ -1,6 +1,8 @@
-"""What of Lightning's a training of a draft refuses, by name, before anything is started (docs/lightning.md has the whole table).
+"""What of Lightning's a training of a draft refuses, by name, before anything is started (docs/lightning.md has the
+whole table).
 
-Each would train another draft than asked for, or lose a checkpoint, without a word: the message says what to use instead.
+Each would train another draft than asked for, or lose a checkpoint, without a word: the message says what to use
+instead.
 """
 
 from __future__ import annotations
@@ -122,14 +124,14 @@ def _check_averaging(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:
     """One average at a time, of whole weights, and for Lightning's older one only where whole epochs decide."""
     found = [callback for callback in callbacks if isinstance(callback, WeightAveraging | StochasticWeightAveraging)]
     averages = [*found, *(callback for callback in callbacks if callback not in found and getattr(callback, "averages_weights", False))]
+    if len(averages) > 1:
+        names = ", ".join(type(callback).__name__ for callback in averages)
+        raise UserError("trainer.callbacks", names, "would each put its own average in the draft's place", "keep one")
     if not found:
         return
     name = type(found[0]).__name__
     if isinstance(trainer.strategy, ModelParallelStrategy):
         raise UserError("trainer.callbacks", name, "does not average sharded weights (trainer.strategy: fsdp2)", f"use {_OURS}, or strategy ddp")
-    if len(averages) > 1:
-        names = ", ".join(type(callback).__name__ for callback in averages)
-        raise UserError("trainer.callbacks", names, "would each put its own average in the draft's place", "keep one")
     if isinstance(found[0], StochasticWeightAveraging) and (trainer.max_steps != -1 or not (trainer.max_epochs or 0) > 0):
         problem = f"counts whole epochs up to trainer.max_epochs, and the run has max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}"
         raise UserError("trainer.callbacks", name, problem, "set max_epochs alone, or use lightning.pytorch.callbacks.EMAWeightAveraging")

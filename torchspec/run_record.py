@@ -1,7 +1,9 @@
-"""The record that a run keeps of itself (config.yaml, provenance.json, pipeline.json, ...): plain values, and never the end of the run.
+"""The record that a run keeps of itself (config.yaml, provenance.json, pipeline.json, ...): plain values, and never the
+end of the run.
 
-A configuration may hold what YAML and JSON have no form for: an enum default of somebody's callback, a device, a duration, an object given in Python. It is
-written as text, in the form that the command line reads back where there is one.
+A configuration may hold what YAML and JSON have no form for: an enum default of somebody's callback, a device, a
+duration, an object given in Python. It is written as text, in the form that the command line reads back where there is
+one.
 """
 
 from __future__ import annotations
@@ -76,7 +78,8 @@ def config_text(parser: Any, config: Any) -> str:
 
 @contextmanager
 def or_without(path: Path) -> Iterator[None]:
-    """Around the writing of a file that says something of the run: a disk that refuses it is told of, and the run goes on."""
+    """Around the writing of a file that says something of the run: a disk that refuses it is told of, and the run goes
+    on."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,5 @@
-"""Lightning's weight averaging: with pruning in any order, resumed exactly, and what is validated, saved and exported is the average."""
+"""Lightning's weight averaging: with pruning in any order, resumed exactly, and what is validated, saved and exported
+is the average."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheck
 from safetensors.torch import load_file
 
 from tests.trainer.world import equal, fit, weights
+from torchspec.callbacks.average import Average
 from torchspec.callbacks.export import ExportDraft
 from torchspec.callbacks.last import LastCheckpoint
 from torchspec.callbacks.vocabulary import VocabularyPruning
@@ -44,7 +46,8 @@ class Trajectory(Callback):
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_pruned_draft_stays_pruned_wherever_averaging_stands(world: dict[str, str], tmp_path: Path, place: int) -> None:
-    """Lightning's callback builds the draft in its ``setup``; the target's frozen tables, integer ones among them, are no part of the average."""
+    """Lightning's callback builds the draft in its ``setup``; the target's frozen tables, integer ones among them, are
+    no part of the average."""
     seen = Trajectory()
     callbacks: list[Callback] = [VocabularyPruning(128), ExportDraft(), seen]
     callbacks.insert(place, ema())
@@ -67,7 +70,8 @@ def test_a_pruned_draft_stays_pruned_wherever_averaging_stands(world: dict[str, 
 
 @pytest.mark.parametrize("stop", ["max_steps", "error", "error in validation"])
 def test_an_averaged_run_is_resumed_exactly(world: dict[str, str], tmp_path: Path, stop: str) -> None:
-    """From the last checkpoint of an end, of an error between steps, and of one while the average stands in the draft's place."""
+    """From the last checkpoint of an end, of an error between steps, and of one while the average stands in the draft's
+    place."""
 
     class Fails(Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
@@ -122,7 +126,8 @@ def test_the_best_checkpoint_holds_what_was_validated(world: dict[str, str], tmp
 
 
 def test_swa_averages_exports_and_resumes(world: dict[str, str], tmp_path: Path) -> None:
-    """Lightning's older callback copies the draft in its ``setup``, before Lightning has it built; and restores its schedule where an epoch begins."""
+    """Lightning's older callback copies the draft in its ``setup``, before Lightning has it built; and restores its
+    schedule where an epoch begins."""
 
     class Fails(Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
@@ -156,6 +161,7 @@ def test_swa_averages_exports_and_resumes(world: dict[str, str], tmp_path: Path)
         (lambda: StochasticWeightAveraging(1e-3), {"strategy": "fsdp2"}, "'StochasticWeightAveraging' does not average sharded weights"),
         (lambda: StochasticWeightAveraging(1e-3), {"max_steps": 5}, "counts whole epochs up to trainer.max_epochs"),
         (lambda: [ema(), WeightAveraging()], {}, "would each put its own average in the draft's place"),
+        (lambda: [Average(), ema()], {}, "'EMAWeightAveraging, Average' would each put its own average"),
     ],
 )
 def test_averaging_that_cannot_be_right_is_refused_by_name(world: dict[str, str], tmp_path: Path, made: Any, changes: dict[str, Any], said: str) -> None:

@@ -1,4 +1,5 @@
-"""Every callback of Lightning's: it works beside ours, or is refused by name before anything starts (docs/lightning.md)."""
+"""Every callback of Lightning's: it works beside ours, or is refused by name before anything starts
+(docs/lightning.md)."""
 
 from __future__ import annotations
 
@@ -150,6 +151,17 @@ def test_accumulation_that_a_callback_sets_while_training_ends_the_run(world: di
 
     with pytest.raises(UserError, match=r"trainer\.accumulate_grad_batches=3 was set by a callback while training, and data\.packs_per_step means 2"):
         fit(world, tmp_path, Sets())
+
+
+def test_a_state_that_no_checkpoint_is_read_back_with_is_refused(world: dict[str, str], tmp_path: Path) -> None:
+    """Not found by a resume, when the training is done."""
+
+    class Keeps(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"best": [Path("somewhere")]}
+
+    with pytest.raises(UserError, match=r"trainer\.callbacks='Keeps' returns from state_dict\(\) what no checkpoint is read back with"):
+        fit(world, tmp_path, Keeps(), LastCheckpoint(1))
 
 
 def test_pruning_after_the_draft_was_built_is_refused(world: dict[str, str], tmp_path: Path) -> None:

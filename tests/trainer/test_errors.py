@@ -1,4 +1,5 @@
-"""What a user can mend is one line and exit code 2, whoever raised it; mistakes in somebody's own code keep their traceback; the run's record never ends it."""
+"""What a user can mend is one line and exit code 2, whoever raised it; mistakes in somebody's own code keep their
+traceback; the run's record never ends it."""
 
 from __future__ import annotations
 
@@ -72,6 +73,7 @@ def add(name: str, **arguments: Any) -> list[str]:
         (["--trainer.barebones", "true", "--trainer.log_every_n_steps", "3", "--trainer.callbacks", "[]"], "barebones"),
         (["--trainer.profiler", "xla"], "xla"),
         (["--trainer.no_such_flag", "1"], "no_such_flag"),
+        (["--model.optimizer.lr", "-1"], "Invalid learning rate: -1"),
         (add(CALLBACKS + "NoSuchCallback"), "NoSuchCallback"),
         (["--trainer.logger", LOGGERS + "CometLogger"], "pip install comet-ml"),
         (["--trainer.logger", LOGGERS + "MLFlowLogger"], "pip install mlflow"),

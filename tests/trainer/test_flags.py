@@ -1,4 +1,5 @@
-"""Every flag of Lightning's Trainer: it works, is refused by name before anything starts, or changes nothing (docs/lightning.md)."""
+"""Every flag of Lightning's Trainer: it works, is refused by name before anything starts, or changes nothing
+(docs/lightning.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A tiny target, its true hidden states on disk, and runs of the Trainer on them, all in this process: what Lightning's own tools meet in a training."""
+"""A tiny target, its true hidden states on disk, and runs of the Trainer on them, all in this process: what Lightning's
+own tools meet in a training."""
 
 from __future__ import annotations
 

@@ -92,6 +92,7 @@ class ExportDraft(pl.Callback):
     def _checkpoint(self, trainer: pl.Trainer) -> Path:
         best = self._best(trainer) if self.which == "best" else None
         if best is not None and best.best_model_path:
+            rank_zero_info(f"best by {best.monitor}: {best.best_model_path}")
             return Path(best.best_model_path)
         if best is not None:
             log.warning("callbacks.ExportDraft.which=best: %s of this run was never validated, so the last state is exported", best.monitor)

@@ -1,11 +1,12 @@
 """Weight averaging in checkpoints.
 
-Of ours (``callbacks/average.py``): the names of the weights whose average the optimizer's state holds, and reading them.
+Of ours (``callbacks/average.py``): the names of the weights whose average the optimizer's state holds, and reading
+them.
 
 Of Lightning's: ``state_dict`` is what was validated and is exported, and a resume finds everything again. Its
-``WeightAveraging`` (and so ``EMAWeightAveraging``) puts the average into ``state_dict`` and the weights in training beside
-it. Two gaps are closed here: an average that has not begun is a copy of the weights at the start, and a checkpoint of
-weights alone never asks the callback.
+``WeightAveraging`` (and so ``EMAWeightAveraging``) puts the average into ``state_dict`` and the weights in training
+beside it. Two gaps are closed here: an average that has not begun is a copy of the weights at the start, and a
+checkpoint of weights alone never asks the callback.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def begun(callback: WeightAveraging) -> bool:
 
 
 def settle(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """See to it that a checkpoint's ``state_dict`` is the average once there is one, and the weights in training before. After the callbacks' own hooks."""
+    """See to it that a checkpoint's ``state_dict`` is the average once there is one, and the weights in training
+    before. After the callbacks' own hooks."""
     optimizers = trainer.optimizers
     held = names_of_averages(trainer.lightning_module, optimizers[0]) if optimizers else []
     if any(held) and "optimizer_states" in checkpoint:
