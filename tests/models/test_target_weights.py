@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.quantised import FP8, fp8, int4
 from torchspec.errors import UserError
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.rope import frequencies
@@ -157,3 +158,82 @@ def test_rope_kinds_equal_transformers(rope: dict[str, Any]) -> None:
     inverse, factor = frequencies(draft)
     torch.testing.assert_close(inverse, theirs.inv_freq)
     assert factor == pytest.approx(theirs.attention_scaling)
+
+
+def rewritten(folder: Path, head: dict[str, torch.Tensor], *, quantization: dict[str, Any] | None = None) -> Target:
+    """A tiny Llama whose head is stored in another way."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    build(folder, "llama untied")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file({**tensors, **head}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | ({"quantization_config": quantization} if quantization else {})))
+    return Target(TargetConfig(str(folder), dtype="float32"))
+
+
+@pytest.mark.parametrize("layout", [fp8, int4], ids=["8 bits", "4 bits"])
+def test_a_quantised_head_is_its_numbers(layout: Any, tmp_path: Path) -> None:
+    """8-bit codes without their scales would be another teacher."""
+    pack = layout("lm_head.weight", torch.randn(96, 32))
+    target = rewritten(tmp_path, pack.stored, quantization=FP8)
+    torch.testing.assert_close(TargetHead.of(target).weight, pack.meant, rtol=1e-2 if layout is int4 else 1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        ({"lm_head.qweight": torch.zeros(4, 96, dtype=torch.int32)}, "holds lm_head.weight quantised in a way"),
+        ({"lm_head.weight": torch.zeros(96, 32, dtype=torch.int8)}, "holds lm_head.weight quantised in a way"),
+        ({"lm_head.weight": torch.zeros(96, 32).to(torch.float8_e4m3fn)}, "without a scale"),
+        ({"lm_head.weight": torch.zeros(90, 32)}, r"of \[90, 32\], where the configuration says \[96, 32\]"),
+        ({}, "holds no tensor lm_head.weight"),
+    ],
+    ids=["GPTQ", "INT8", "no scale", "rows", "none"],
+)
+def test_a_head_that_cannot_be_read_is_refused(stored: dict[str, torch.Tensor], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        TargetHead.of(rewritten(tmp_path, stored))
+
+
+def test_the_file_that_transformers_takes_is_read(tmp_path: Path) -> None:
+    """An index left over beside ``model.safetensors`` is not looked at."""
+    import json
+
+    target, model = build(tmp_path, "llama untied")
+    index = {"weight_map": dict.fromkeys(model.state_dict(), "gone.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(TargetHead.of(target).weight, model.lm_head.weight)
+
+
+def test_the_type_is_that_of_the_files_where_the_configuration_says_none(tmp_path: Path) -> None:
+    import json
+
+    build(tmp_path, "llama untied")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in {"dtype", "torch_dtype"}}))
+    assert Target(TargetConfig(str(tmp_path))).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "scale", "cap"),
+    [
+        ("HyperCLOVAXConfig", {"logits_scaling": 0.125}, 0.125, None),
+        ("FalconH1Config", {"lm_head_multiplier": 0.25, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16}, 0.25, None),
+        ("RecurrentGemmaConfig", {"logits_soft_cap": 7.0, "lru_width": 32}, 1.0, 7.0),
+        ("NanoChatConfig", {"final_logit_softcapping": 9.0}, 1.0, 9.0),
+    ],
+)
+def test_what_a_class_does_to_logits_is_asked_of_it(kind: str, more: dict[str, Any], scale: float, cap: float | None, tmp_path: Path) -> None:
+    import transformers
+
+    from torchspec.models.target_tensors import on_meta, tensors_of
+
+    config = getattr(transformers, kind)(**{**SMALL, **more})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    target = Target(TargetConfig(str(tmp_path)))
+    assert type(on_meta(target)).__name__.endswith("ForCausalLM")
+    assert (tensors_of(target).rule.scale, tensors_of(target).rule.soft_cap) == (scale, cap)
