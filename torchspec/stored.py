@@ -35,7 +35,7 @@ class StoredTensors:
         quantization: ``quantization_config`` of its configuration, wherever it stands.
 
     Raises:
-        UserError: no safetensors.
+        UserError: no safetensors, or an adapter beside them.
     """
 
     def __init__(self, config: TargetConfig, *, explicit: str | None = None, quantization: dict[str, Any] | None = None) -> None:
@@ -48,6 +48,9 @@ class StoredTensors:
         """Name → file name."""
         from safetensors import safe_open
 
+        if self._file("adapter_config.json") is not None:
+            problem = "holds adapter_config.json: Transformers would load the adapter over the weights where peft is installed, servers would not"
+            raise UserError("data.target.path", self.config.path, problem, "merge the adapter into the weights, or remove its files")
         for name in [self.explicit] if self.explicit else ["model.safetensors", "model.safetensors.index.json"]:
             found = self._file(name)
             if found is None:

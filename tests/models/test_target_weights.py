@@ -237,3 +237,11 @@ def test_what_a_class_does_to_logits_is_asked_of_it(kind: str, more: dict[str, A
     target = Target(TargetConfig(str(tmp_path)))
     assert type(on_meta(target)).__name__.endswith("ForCausalLM")
     assert (tensors_of(target).rule.scale, tensors_of(target).rule.soft_cap) == (scale, cap)
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
+    """Who applies it would be another teacher than who does not."""
+    target, _ = build(tmp_path, "llama untied")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="merge the adapter"):
+        TargetHead.of(target)
