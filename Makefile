@@ -12,7 +12,7 @@ export DO_NOT_TRACK := 1
 PROCESSES ?= $(if $(wildcard /dev/nvidia0),0,2)
 # Neither asks a hub. Side by side a process has one thread: two that share cores wait for each other most of the time.
 PYTEST := WANDB_MODE=offline HF_HUB_OFFLINE=1 $(PYTHON_BIN) -m pytest
-SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(PYTEST) -n $(PROCESSES) --dist loadfile
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(PYTEST) -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint format types fast test test-all quickstart doctor build clean

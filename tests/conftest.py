@@ -44,6 +44,12 @@ def pytest_configure(config: pytest.Config) -> None:
         forks.install()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: side by side, short ones then fill the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.stash[SECONDS].count(_COLLECTION)
 

@@ -453,11 +453,13 @@ class TestAnsweredApart(AnsweredApart.TestCase):  # type: ignore[name-defined, m
     settings = settings(SHORT, max_examples=120)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 class TestDeliveryAtLength(Delivery.TestCase):  # type: ignore[name-defined, misc]
     settings = LONG
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 class TestAnsweredApartAtLength(AnsweredApart.TestCase):  # type: ignore[name-defined, misc]
     settings = settings(LONG, max_examples=250)
