@@ -265,6 +265,24 @@ def test_a_checkpoint_of_another_program_is_left_as_it_is(target: Target, tmp_pa
     assert tree(tmp_path / "checkpoints") == before
 
 
+def test_a_csv_of_the_users_is_not_removed_by_lightnings_logger(target: Target, tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import CSVLogger
+
+    from tests.defects.fits import fit, module
+
+    def run() -> None:
+        fit(tmp_path, module(target), steps=1, logger=CSVLogger(str(tmp_path), name="", version=""))
+
+    (tmp_path / "metrics.csv").write_text("name,score\nmine,1\n")
+    with pytest.raises(UserError, match=r"metrics.csv.*no list of metrics"):
+        run()
+    assert (tmp_path / "metrics.csv").read_text() == "name,score\nmine,1\n"
+    (tmp_path / "metrics.csv").unlink()
+    run()
+    run()  # over its own
+    assert "step" in (tmp_path / "metrics.csv").read_text()
+
+
 def test_hidden_files_of_others_beside_checkpoints_stay(tmp_path: Path) -> None:
     for name in (".download.partial", ".settings.previous", ".last.ckpt.partial"):
         (tmp_path / name).write_text("mine")

@@ -70,6 +70,16 @@ def _keep_end(logger: Any) -> None:
         logger.finalize = closing
 
 
+def _refuse_foreign_metrics(logger: Any) -> None:
+    """Raises UserError where Lightning's CSVLogger, which removes an earlier ``metrics.csv`` of its folder, would remove somebody else's."""
+    if type(logger).__name__ != "CSVLogger":
+        return
+    place = Path(logger.log_dir) / "metrics.csv"
+    if place.is_file() and "step" not in place.read_bytes().partition(b"\n")[0].decode(errors="replace").strip().split(","):
+        problem = "is there and no list of metrics: the logger would remove it"
+        raise UserError("trainer.logger", str(place), problem, "move it away, or give the logger another save_dir, name or version")
+
+
 def _refuse_foreign_checkpoint(callback: ModelCheckpoint) -> None:
     """Raises UserError where a checkpoint whose name is always the same would take the place of a file that is none of ours."""
     if callback._enable_version_counter:
@@ -203,6 +213,8 @@ class Trainer(pl.Trainer):
 
     def _place_checkpoints(self, *, mend: bool = False) -> None:
         """A ModelCheckpoint without a folder saves under the run's; what a crash left half-way there is put right by the run that writes there."""
+        for logger in self.loggers if self.is_global_zero else ():
+            _refuse_foreign_metrics(logger)
         for callback in self.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 if callback.dirpath is None:
