@@ -41,3 +41,19 @@ class Odd(Callback):
 class FailsAtTheEnd(CSVLogger):
     def finalize(self, status: str) -> None:
         raise ConnectionError("the server is gone")
+
+
+class FailsAtStepTwo(CSVLogger):
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if step is not None and step >= 1:  # counted from 0
+            raise ConnectionError("the server is gone")
+
+
+class WandbLogger(CSVLogger):
+    """Known by its name, as the package may be missing; its server takes no artifact."""
+
+    _wandb_init: dict[str, Any] = {}
+
+    @property
+    def version(self) -> str:
+        return "no such run"

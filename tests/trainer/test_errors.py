@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from tests.e2e.runs import config
-from tests.trainer.broken import FailsAtTheEnd, Shade
+from tests.trainer.broken import FailsAtStepTwo, FailsAtTheEnd, Shade, WandbLogger
 from tests.trainer.world import fit
 from torchspec import cli
 from torchspec.callbacks.export import ExportDraft
@@ -130,3 +130,15 @@ def test_a_logger_that_fails_at_the_end_costs_nothing(world: dict[str, str], tmp
     fit(world, tmp_path, LastCheckpoint(100), ExportDraft(), logger=FailsAtTheEnd(tmp_path), max_steps=2)
     assert (tmp_path / "checkpoints" / "last.ckpt").is_file() and (tmp_path / "draft" / "config.json").is_file()
     assert "FailsAtTheEnd failed while closing" in caplog.text
+
+
+def test_a_logger_that_fails_while_training_loses_no_step(world: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError, match="the server is gone"):
+        fit(world, tmp_path, LastCheckpoint(100), logger=FailsAtStepTwo(tmp_path))
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_an_artifact_that_is_not_taken_leaves_the_draft(world: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit(world, tmp_path, LastCheckpoint(100), ExportDraft(), logger=WandbLogger(tmp_path), max_steps=1)
+    assert (tmp_path / "draft" / "config.json").is_file()
+    assert "is not logged as an artifact" in caplog.text
