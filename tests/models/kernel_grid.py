@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -136,6 +139,34 @@ def test_scale(dtype: torch.dtype) -> None:
 )
 def test_merge(shape: tuple[int, int, int, int], count: int, dtype: torch.dtype) -> None:
     cases.merge(*shape, 3, count, dtype)
+
+
+def test_merge_of_heads_more_than_31_bits_apart(tmp_path: Path) -> None:
+    """cuDNN lays heads one after the other: those of one long conversation with many heads end past 2^31 elements."""
+    from torchspec.models.kernels import merge
+
+    apart, number, heads, size = 2**30, 2, 3, 8
+    length = (heads - 1) * apart + number * size
+    if REAL:
+        memory = torch.empty(length, dtype=torch.float16, device=cases.DEVICE)
+    else:  # pages of a sparse file, of which a handful are touched
+        with (tmp_path / "heads").open("wb") as file:
+            file.truncate(2 * length)
+        memory = torch.from_file(str(tmp_path / "heads"), shared=True, size=length, dtype=torch.float16)
+    make = lambda *shape, seed: cases.make(*shape, dtype=torch.float16, seed=seed)  # noqa: E731
+    near = make(number, heads, size, seed=1)
+    far = memory.as_strided((number, heads, size), (size, apart, 1))
+    far.copy_(near)
+    query, extra = make(number, heads, size, seed=2), [make(number, 2, heads, size, seed=seed) for seed in (3, 4)]
+    lse, rows = make(number, heads, seed=5).float(), torch.arange(number, device=cases.DEVICE)
+    rules: dict[str, Any] = {"rows": rows, "entries": rows, "count": 2, "scale": 0.5}
+    found = []
+    for causal in (near, far):
+        out, merged = merge.forward(causal, lse, query, *extra, **rules)
+        sums = [torch.zeros(number, 2, heads, size, device=cases.DEVICE) for _ in range(2)]
+        found.append((out, merged, merge.backward(make(number, heads, size, seed=6), query, out, merged, *extra, causal, *sums, **rules)))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

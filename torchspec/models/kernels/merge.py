@@ -32,7 +32,7 @@ def _forward(
     """A program does one row and one key-value head."""
     r, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     member, column = tl.arange(0, GROUP), tl.arange(0, SIZE)
-    head = g * group + member
+    head = (g * group + member).to(tl.int64)  # heads of a long pack may be more than 2^31 elements apart
     mine = member < group
     seen = mine[:, None] & (column[None, :] < size)
     n = tl.load(rows + r).to(tl.int64)
@@ -65,7 +65,7 @@ def _backward(
     """A program does one row and one key-value head."""
     r, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     member, column = tl.arange(0, GROUP), tl.arange(0, SIZE)
-    head = g * group + member
+    head = (g * group + member).to(tl.int64)  # heads of a long pack may be more than 2^31 elements apart
     mine = member < group
     seen = mine[:, None] & (column[None, :] < size)
     n = tl.load(rows + r).to(tl.int64)
