@@ -16,7 +16,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from torchspec.errors import GroupStopped, UserError
+from torchspec.errors import DeviceLost, GroupStopped, UserError
 from torchspec.imports import heavy_imports
 from torchspec.paths import at_home, expand_all
 from torchspec.proxies import spare_this_machine
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from torchspec.lightning_errors import missing_logger
 
         _fail(missing_logger(str(error)) or f"{' '.join(str(error).split())}. Fix: see main.py {words[0]} --help")
-    except GroupStopped as error:
+    except (GroupStopped, DeviceLost) as error:
         _fail(error, code=1)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -200,7 +200,7 @@ def _train(words: list[str]) -> None:
 
 def _leave_at_once(error: BaseException) -> None:
     """End this process now, with the words and the code it would have ended with."""
-    if isinstance(error, UserError | GroupStopped):
+    if isinstance(error, UserError | GroupStopped | DeviceLost):
         print(f"error: {error}", file=sys.stderr)
     elif not isinstance(error, SystemExit):
         traceback.print_exception(error)

@@ -72,3 +72,7 @@ def _plain(value: Any) -> bool:
 
 class GroupStopped(Exception):
     """The engine group ended while it was needed; the message, one line, says why."""
+
+
+class DeviceLost(Exception):
+    """The device failed for good; the message, one line, says why and what is left. The process can only end."""

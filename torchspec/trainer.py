@@ -32,7 +32,8 @@ from torchspec import ranks
 from torchspec.agreement import Agreement, Vote
 from torchspec.callbacks.first import First
 from torchspec.callbacks.last import LastCheckpoint
-from torchspec.errors import UserError
+from torchspec.device_lost import device_failure
+from torchspec.errors import DeviceLost, UserError
 from torchspec.lightning_rules import check_arguments, check_trainer
 from torchspec.models.checkpoint import is_failed_write, is_ours, partial_of, publish, read_entries, recover, remove, unwrapped
 from torchspec.models.parallelize import register_strategies
@@ -54,6 +55,13 @@ def _continue_wandb_run(trainer: pl.Trainer, checkpoint: str) -> None:
         if run_id is not None and not logger._wandb_init.get("id"):
             logger._wandb_init.update(id=run_id, resume="allow")
             logger._id = run_id
+
+
+def _lost_behind(error: BaseException | None) -> DeviceLost | None:
+    """The end of the device that an error came after."""
+    while error is not None and not isinstance(error, DeviceLost):
+        error = error.__context__
+    return error
 
 
 def _keep_end(logger: Any) -> None:
@@ -257,8 +265,11 @@ class Trainer(pl.Trainer):
         """A rank that fails while others go on does not wait for them to save a checkpoint with it: they will not."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self.breaks_off = True
+            gone = device_failure(error)
+            if gone is not None:
+                raise self._lost(gone) from error  # which keeps the frames, and so the tensors: freeing them would fail
             if self.world_size > 1:
                 ranks.leave_children_alone(self)
                 self.torn = not self.agreement.all_leave()
@@ -267,6 +278,15 @@ class Trainer(pl.Trainer):
                 elif not self.agreement.alike(self._moment()):
                     self._give_up_saving("the ranks stopped at different moments of a step")
             raise
+
+    def _lost(self, reason: str) -> DeviceLost:
+        """Leave without another call on the device."""
+        ranks.leave_children_alone(self)
+        self.torn = True
+        self._give_up_saving("the device is gone")
+        saved = [c.last_model_path for c in self.checkpoint_callbacks if isinstance(c, LastCheckpoint) and c.last_model_path]
+        left = f"{saved[0]} is whole: go on with --ckpt_path last" if saved else "nothing was saved yet"
+        return DeviceLost(f"the device failed after {self.global_step} optimizer steps ({reason}); {left}")
 
     def _moment(self) -> int:
         """Optimizer steps that this rank's state stands for; -1 inside a step, and before training."""
@@ -307,6 +327,9 @@ class Trainer(pl.Trainer):
             raise SystemExit(128 + self.exit_signal if self.global_rank == 0 else 0) from None
         except BaseException as error:
             self._end_ranks()
+            lost = _lost_behind(error)
+            if lost is not None and lost is not error:
+                raise lost from None  # what a callback met on its way out is not what ended the run
             if self.torn and self.exit_signal is not None and isinstance(error, RuntimeError):  # of a collective that the signal made others leave
                 raise SystemExit(128 + self.exit_signal if self.global_rank == 0 else 0) from error
             raise

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchspec.errors import UserError
+from torchspec.errors import DeviceLost, UserError
 from torchspec.models.averages import KEY
 from torchspec.models.checkpoint import read_entries
 
@@ -90,7 +90,7 @@ class Average(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Before the checkpoint of a run that is broken off, which holds the weights in training."""
-        if self._exchanged:
+        if self._exchanged and not isinstance(exception, DeviceLost):
             self._exchange(trainer, pl_module)
 
     @torch.no_grad()

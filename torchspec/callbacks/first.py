@@ -26,7 +26,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 
-from torchspec.errors import UserError
+from torchspec.errors import DeviceLost, UserError
 from torchspec.models.averages import averagers, begun, swa_of
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,8 @@ class First(pl.Callback):
             log.warning("StochasticWeightAveraging: the run ended before its last epoch; the weights are those in training, not the average")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        if isinstance(exception, DeviceLost):
+            return
         for change_back in self._exchanged.values():
             change_back(pl_module)
         self._exchanged.clear()

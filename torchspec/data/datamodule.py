@@ -32,7 +32,7 @@ from torchspec.data.settings import EngineName, check_engine, check_media, check
 from torchspec.data.sources import check_outside
 from torchspec.data.staging import CudaStage
 from torchspec.engines.engine import EngineConfig, OnPolicy
-from torchspec.errors import UserError
+from torchspec.errors import DeviceLost, UserError
 from torchspec.network import host_port
 from torchspec.ranks import told_to_end
 from torchspec.target import Target, TargetConfig
@@ -392,11 +392,11 @@ class DraftDataModule(pl.LightningDataModule):
         self.close()
 
     def on_exception(self, exception: BaseException) -> None:
-        self.close()
+        self.close(loaders=not isinstance(exception, DeviceLost))  # theirs is memory of the device
 
-    def close(self) -> None:
+    def close(self, *, loaders: bool = True) -> None:
         """End loaders and engines. Idempotent."""
-        for loader in self._loaders.values():
+        for loader in self._loaders.values() if loaders else ():
             loader.close()
         if self._writer is not None:
             self._writer.close()
