@@ -306,7 +306,7 @@ def train(name: str, folder: Path, *, engine: str) -> str:
     changes: dict[str, Any] = {"trainer__max_steps": 3, "trainer__max_epochs": None, "data__engine": engine}
     changes |= {"model__aux_layers": [2, 4, 5], "data__target": {"path": str(folder / name), "dtype": "bfloat16"}}
     if engine == "vllm":
-        changes["data__engines"] = {"threads": 1, "engine_args": {"max_model_len": 256}}
+        changes["data__engines"] = {"threads": 1}
     file = config(run_folder, folder / name, rows, None, **changes)
     code, output = run("fit", "--config", str(file), timeout=570)
     exported = next(iter(run_folder.rglob("model.safetensors")), None)
