@@ -131,7 +131,8 @@ def _minimax(**more: Any) -> Twin:
 
 
 def _gpt_oss(**more: Any) -> Twin:
-    rope = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "original_max_position_embeddings": 128, "truncate": False}
+    rope = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "original_max_position_embeddings": 128}
+    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
     config = {**SIZES, **HEADS, "intermediate_size": 256, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32}
     return Twin("gpt_oss", {**config, "rope_parameters": rope, "tie_word_embeddings": False}, PLAIN, **more)
 
