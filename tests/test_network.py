@@ -23,7 +23,7 @@ from torchspec.engines.connection import Closed, Connection
 from torchspec.engines.engine import EngineConfig
 from torchspec.engines.messages import Stop
 from torchspec.errors import UserError
-from torchspec.network import free_port, host_port, is_loopback, own_address, route_to, split_host_port
+from torchspec.network import check_url, free_port, host_port, is_loopback, own_address, route_to, split_host_port
 from torchspec.proxies import opener, proxy_of, spare_this_machine, through, through_to_hub
 from torchspec.transfer.store import StoreConfig
 
@@ -49,6 +49,38 @@ def test_an_address_is_read_and_written_the_same(text: str, host: str) -> None:
 def test_an_ipv6_address_without_brackets_is_refused_with_them(text: str) -> None:
     with pytest.raises(UserError, match=r"without brackets.*write it as \["):
         split_host_port(text, field="x")
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ("::1:5000", r"write it as \[::1\]:5000, or \[::1:5000\]:PORT"),
+        ("[::1]", r"no port.*write it as \[::1\]:PORT"),
+        ("http://node:5000", "it is a URL"),
+        ("node:1:2", "is not host:port"),
+    ],
+)
+def test_what_is_written_instead_is_right(text: str, fix: str) -> None:
+    with pytest.raises(UserError, match=fix):
+        split_host_port(text, field="x")
+
+
+@pytest.mark.parametrize("url", ["http://::1:8000/v1", "http://[::1/v1", "http://host:port/v1", "host:8000/v1", "http:///v1", "ftp://h/v1", "http://h:99999"])
+def test_an_address_of_a_server_that_is_none_is_refused_by_name(url: str) -> None:
+    with pytest.raises(UserError, match=r"server=.* is no address of a server.*http://\[::1\]:8000"):
+        ServerAnswerer(url, model="m", concurrency=1)
+    assert check_url("https://[fd00::1]:8443/v1", field="x", example="y").hostname == "fd00::1"
+
+
+def test_no_proxy_with_spaces_and_this_machines_other_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("http_proxy", "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", "a.corp b.corp,  10.0.0.0/8")
+    for host in ("b.corp", "x.a.corp", "10.1.2.3", "127.1", "2130706433", "vllm.localhost", "localhost.localdomain", "ip6-localhost"):
+        assert proxy_of(f"http://{host}:8000/v1") is None, host
+    for host in ("c.corp", "11.0.0.1", "128.1", "localhost.corp", "1.2.3.4.5"):
+        assert proxy_of(f"http://{host}:8000/v1") is not None, host
 
 
 @pytest.mark.parametrize("text", ["[::1]", "[]:5", "[::1]:x", "[::1]:70000", "host", ":5"])

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from urllib.parse import SplitResult, urlsplit
 
 from torchspec.errors import UserError
+
+_LOCAL = ("localhost", "localhost.localdomain", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback")
+"""Names of this machine alone, as hosts files have them; so is every name below ``localhost`` (RFC 6761)."""
 
 
 def split_host_port(text: str, *, field: str, lowest: int = 1, example: str = "10.0.0.1:50051") -> tuple[str, int]:
@@ -22,11 +26,33 @@ def split_host_port(text: str, *, field: str, lowest: int = 1, example: str = "1
     """
     given, colon, port = text.rpartition(":")
     host = bare(given)
-    if ":" in given and host == given:
-        raise UserError(field, text, "is an IPv6 address without brackets", f"write it as [{_address(text) or given}]:PORT")
-    if not colon or not host or not port.isdecimal() or not lowest <= int(port) < 65536:
+    if "://" in text:
+        raise UserError(field, text, "is not host:port (it is a URL)", f"write it as HOST:PORT, such as {example}")
+    if (whole := _address(bare(text))) is not None:
+        also = f"[{_address(given)}]:{port}, or " if _address(given) is not None else ""
+        problem = "is not host:port (it has no port)" if bare(text) != text else "is an IPv6 address without brackets"
+        raise UserError(field, text, problem, f"write it as {also}[{whole}]:PORT")
+    if ":" in given and host == given and _address(given) is not None:
+        raise UserError(field, text, "is an IPv6 address without brackets", f"write it as [{_address(given)}]:{port or 'PORT'}")
+    if (":" in given and host == given) or not colon or not host or not port.isdecimal() or not lowest <= int(port) < 65536:
         raise UserError(field, text, "is not host:port", f"write it as HOST:PORT, such as {example} or [::1]:{example.rpartition(':')[2]}")
     return host, int(port)
+
+
+def check_url(text: str, *, field: str, example: str) -> SplitResult:
+    """Parts of an address of a server, ``http://host:port/...`` or ``https://``.
+
+    Raises:
+        UserError: naming ``field``: no such scheme, no host, a port that is none, an IPv6 address without brackets.
+    """
+    try:
+        parts = urlsplit(text)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a bracket without its other, or of a port
+        whole = False
+    if not whole:
+        raise UserError(field, text, "is no address of a server", f"write it as {example} (an IPv6 address in brackets, http://[::1]:8000)")
+    return parts
 
 
 def _address(text: str) -> str | None:
@@ -111,11 +137,22 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
+def _written_out(host: str) -> str:
+    """An IPv4 address in four parts, also of a shorter form that resolvers take (``127.1``); anything else as it is."""
+    if not host.replace(".", "").isdecimal():
+        return host
+    try:
+        return socket.inet_ntoa(socket.inet_aton(host))
+    except OSError:
+        return host
+
+
 def is_loopback(address: str) -> bool:
     """Whether only this machine reaches an address (or ``localhost``)."""
     try:
-        found = ipaddress.ip_address(bare(address))
+        found = ipaddress.ip_address(_written_out(bare(address)))
     except ValueError:
-        return address.lower().rstrip(".") == "localhost"
+        name = address.lower().rstrip(".")
+        return name in _LOCAL or name.endswith(".localhost")
     mapped = getattr(found, "ipv4_mapped", None)
     return bool((mapped or found).is_loopback)

@@ -1,7 +1,7 @@
 """Which proxy a request goes through: none to this machine, else what the environment says; and its name for an error, since it is the proxy that was asked.
 
 Variables are ``http_proxy``, ``https_proxy``, ``all_proxy`` and ``no_proxy``, small or capital letters, small ones first. In ``no_proxy`` stand hosts, domains,
-addresses and networks (``10.0.0.0/8``), with or without a port, or ``*``.
+addresses and networks (``10.0.0.0/8``), with or without a port, or ``*``; between them commas or spaces.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _excepted(host: str, port: int) -> bool:
 
 def _exceptions() -> Iterator[str]:
     said = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    yield from (entry.strip().lower() for entry in said.split(",") if entry.strip())
+    yield from said.lower().replace(",", " ").split()
 
 
 def through(url: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from torchspec.data.conversations import Conversation, RowError, parse
+from torchspec.data.unused import Unused
 
 USER, SAY = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
@@ -37,6 +38,9 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "role and value": ({"messages": [{"role": "user", "value": "u"}, {"role": "assistant", "text": "a"}]}, [USER, SAY]),
     "gemma's role": ({"messages": [USER, {"role": "model", "content": "a"}]}, [USER, SAY]),
+    "a list of objects as older datasets keep it": ({"conversations": {"from": ["human", "gpt"], "value": ["u", "a"], "weight": None}}, [USER, SAY]),
+    "a prompt's messages and its answer": ({"messages": [SYSTEM, USER], "response": "a", "prompt": "u"}, [SYSTEM, USER, SAY]),
+    "messages of both": ({"messages": [USER], "completion": [SAY]}, [USER, SAY]),
     "lmsys": ({"conversation_id": "x", "conversation": [USER, SAY], "turn": 1, "language": "English"}, [USER, SAY]),
     "two columns of the same": ({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}], "messages": [USER, SAY]}, [USER, SAY]),
     "an empty second column": ({"conversations": [], "messages": [USER, SAY]}, [USER, SAY]),
@@ -97,6 +101,8 @@ def test_questions_alone_are_prompts() -> None:
         ({"prompt": "u", "instruction": "v", "output": "a"}, r"two different questions (prompt, instruction)"),
         ({"prompt": "u", "response": "a", "output": "b"}, "two different answers (response, output)"),
         ({"prompt": "u", "chosen": [USER, SAY], "rejected": [USER, SAY]}, "has chosen or rejected answers and none that is said to be trained"),
+        ({"messages": [USER], "response": "a", "output": "b"}, "messages without an answer, and two different answers (response, output)"),
+        ({"conversations": {"from": ["human", "gpt"], "value": ["u"]}}, "conversations is an object, not a list of messages"),
         ({"instruction": "u", "input": [USER], "output": "a"}, "an instruction and an input that are not both text"),
         ({"instruction": "u", "output": "a", "history": "q"}, "history is not a list of pairs"),
         ({"messages": [{"role": "user", "content": "u", "value": "v"}, SAY]}, "message 0 has content and value, which differ"),
@@ -280,9 +286,27 @@ def test_keys_that_are_not_used_are_named() -> None:
         "id", "source", "score", "parallel_tool_calls", "weight",
         "messages[].mood", "messages[].tool_calls", "messages[].thinking", "messages[].tool_calls[].index",
     }  # fmt: skip
+    nested = {"metadata": {"system": "s", "n": 1}, "extra_body": {"chat_template_kwargs": {"x": 1}}, "messages": [USER, SAY]}
+    assert set(parsed(nested).unused) == {"metadata", "metadata.system", "extra_body", "extra_body.chat_template_kwargs"}
     parts = [{"type": "text", "text": "u", "cache_control": {"type": "ephemeral"}}]
     assert parsed({"messages": [{"role": "user", "content": parts}, SAY], "images": ["a.png"]}).unused == ("images", "messages[].content[].cache_control")
     assert parsed({"input_ids": [1], "loss_mask": [1], "messages": [USER], "tools": [TOOL], "mood": 1, "tokenizer": "x"}).unused == ("mood",)
+
+
+def test_null_arguments_of_json_are_named() -> None:
+    """``Dataset.to_json`` writes the nulls that a column put into a row; in text they are meant."""
+    padded = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1, "n": None, "m": {"y": None}}}}]}
+    meant = {"role": "assistant", "content": "", "tool_calls": ['{"name": "f", "arguments": "{\\"n\\": null}"}']}
+    given = {**BARE, "parameters": {"type": "object", "properties": {"x": {"type": "integer", "default": None}, "n": None}}}
+    row = parsed({"messages": [USER, padded, {"role": "tool", "content": "1"}, SAY], "tools": given})
+    assert row.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1, "n": None, "m": {"y": None}}
+    assert row.unused == ("messages[].tool_calls[].arguments.n: null", "messages[].tool_calls[].arguments.m.y: null")
+    assert row.tools is not None and row.tools[0]["function"]["parameters"]["properties"] == {"x": {"type": "integer", "default": None}}
+    assert not parsed({"messages": [USER, meant, {"role": "tool", "content": "1"}, SAY]}).unused
+    counted = Unused()
+    counted.add("a", row.unused)
+    (line,) = counted.lines("data.train")
+    assert "arguments that are null are kept, and trained" in line and "arguments.n (1 row)" in line and "not used" not in line
 
 
 def test_tokens_with_labels_and_padding() -> None:

@@ -241,7 +241,36 @@ def test_a_run_and_a_model_in_a_folder_are_no_data(tmp_path: Path) -> None:
         put(tmp_path / name)
     said: list[str] = []
     assert ids(tmp_path, said) == ["a.jsonl"]
-    assert "draft/config.json (no rows of the data set)" in said[0] and "run/provenance.json" in said[0]
+    assert "draft/ (a model)" in said[0] and "run/provenance.json" in said[0]
+
+
+def test_the_target_an_adapter_and_logs_in_a_folder_are_no_data(tmp_path: Path) -> None:
+    put(tmp_path / "a.jsonl")
+    for name in (
+        *("target/config.json", "target/model-00001-of-00002.safetensors", "target/processor_config.json", "target/chat_template.json"),
+        *("lora/adapter_config.json", "lora/adapter_model.safetensors", "lora/trainer_state.json", "wandb/run-1/files/wandb-summary.json"),
+        *("mistral/params.json", "mistral/tekken.json", "mistral/consolidated.safetensors.index.json", "~$a.json"),
+    ):
+        put(tmp_path / name)
+    put(tmp_path / "params" / "params.json", "read")  # a name alone is none
+    said: list[str] = []
+    assert ids(tmp_path, said) == ["a.jsonl", "read"]
+    assert all(f"{name}/ (a model)" in said[0] for name in ("target", "lora", "mistral")) and "wandb/ (no data)" in said[0]
+
+
+def test_what_is_no_path_is_told_so(tmp_path: Path) -> None:
+    put(tmp_path / "d:1" / "train.jsonl")
+    assert ids(f"{tmp_path}/d:1") == ids(f"{tmp_path}/d:1:train") == ["train.jsonl"]
+    for given, said in (
+        ("", "is empty"),
+        (" ", "is empty"),
+        ("https://example.org/a.jsonl", "is a URL"),
+        (f"{tmp_path}/*.jsonl", "patterns are not expanded"),
+        (f"{tmp_path}/d:1:train[:10%]", "names a slice of a file or folder"),
+        (f"{tmp_path}/d:1:test", "names the split test"),
+    ):
+        with pytest.raises(UserError, match=said):
+            ids(given)
 
 
 def test_a_cache_in_a_folder_is_no_data(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,9 @@ FORMS = {
     "objects in one line with a space": f"{ONE} {TWO}\n",
     "files with a mark at their beginning, joined": f"\ufeff[{ONE}]\n\ufeff[{TWO}]",
     "lines with a mark at their beginning": f"\ufeff{ONE}\n\ufeff{TWO}",
+    "lines, then an array": f"{ONE}\n[{TWO}]\n",
+    "an array a line": f"[{ONE}]\n[]\n[{TWO}]\n",
+    "objects with their rows, joined": f'{{"data": [{ONE}]}}\n{{"data": [{TWO}]}}\n',
     "an object with its rows": f'{{"data": [{ONE}, {TWO}]}}',
     "an object with its rows, over lines": f'{{\n "rows" : [\n{PRETTY}\n,{TWO}]\n}}\n',
 }
@@ -50,6 +55,23 @@ FORMS = {
 def test_second_json_array_and_every_other_form_is_read_to_its_end(tmp_path: Path, form: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchspec.data.rows._CHUNK", chunk)
     assert numbers(tmp_path / "a.json", FORMS[form]) == [1, 2]
+
+
+@pytest.mark.parametrize("form", ["arrays joined by cat", "an array a line", "lines, then an array", "objects over several lines", "lines"])
+def test_every_form_is_read_whatever_suffix_it_has(tmp_path: Path, form: str) -> None:
+    assert numbers(tmp_path / "a.jsonl", FORMS[form]) == [1, 2]
+
+
+def test_a_file_is_unpacked_by_what_it_holds(tmp_path: Path) -> None:
+    assert numbers(tmp_path / "a.jsonl", gzip.compress(FORMS["lines"].encode())) == [1, 2]  # copied under its old name
+    assert numbers(tmp_path / "a.json.bz2", lzma.compress(FORMS["arrays joined by cat"].encode())) == [1, 2]
+    assert numbers(tmp_path / "a.jsonl.gz", FORMS["lines"]) == [1, 2]  # a browser unpacked it
+
+
+def test_a_pointer_of_git_lfs_is_named_and_not_read_as_rows(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.parquet"):
+        with pytest.raises(UserError, match=r"is a pointer of Git LFS, not the data.*git lfs pull"):
+            numbers(tmp_path / name, "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
 
 
 @pytest.mark.parametrize(

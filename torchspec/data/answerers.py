@@ -20,6 +20,7 @@ from torchspec.data.render import Renderer
 from torchspec.engines.engine import Generator, Sampling
 from torchspec.errors import UserError
 from torchspec.files import dumps
+from torchspec.network import check_url
 from torchspec.proxies import around, opener, through
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -118,6 +119,7 @@ class ServerAnswerer:
     """
 
     def __init__(self, url: str, *, model: str, concurrency: int, retries: int = 5, timeout: float = 600.0, extra: Mapping[str, Any] | None = None) -> None:
+        check_url(url, field="server", example="http://HOST:8000/v1")
         self._url, self._model, self._concurrency = url.rstrip("/"), model, concurrency
         self._retries, self._timeout, self._extra = retries, timeout, dict(extra or {})
         self._stopped, self._opener = threading.Event(), opener(url)

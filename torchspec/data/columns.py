@@ -9,7 +9,7 @@ reads is named (``unused.py``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,7 @@ def find_turns(row: dict[str, Any], *, messages_key: str | None, need_answer: bo
         for key in there[1:]:
             if _plain(lists[key]) != _plain(found.given):
                 raise RowError(f"has {there[0]} and {key}, which differ: name one with data.messages_key")
+        found = _answered(row, found)
     else:
         found = None if messages_key else _asked(row, None, need_answer=need_answer)
     return None if found is None else _with_system(row, found)
@@ -72,12 +73,24 @@ def find_turns(row: dict[str, Any], *, messages_key: str | None, need_answer: bo
 def _listed(given: Any, key: str) -> list[Any]:
     if isinstance(given, str) and _is_list(given):
         given = as_json(given, key)
+    if isinstance(given, dict) and given.keys() & {"role", "from"}:
+        given = _turned(given, key)
     if not isinstance(given, list) or not given:
         raise RowError(f"{key} is not a list of messages")
     return list(unfolded([as_json(one, f"{key}[{i}]") if isinstance(one, str) and one.lstrip().startswith("{") else one for i, one in enumerate(given)]))
 
 
+def _turned(given: dict[str, Any], key: str) -> list[Any]:
+    """Messages of an object of lists, as older ``datasets`` keep a list of objects: ``{from: [...], value: [...]}``."""
+    lists = {name: value for name, value in given.items() if value is not None}
+    if not all(isinstance(value, list) for value in lists.values()) or len({len(value) for value in lists.values()}) > 1:
+        raise RowError(f"{key} is an object, not a list of messages, and its values are no lists of one length")
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+
+
 def _is_list(given: Any) -> bool:
+    if isinstance(given, dict):
+        return bool(given.keys() & {"role", "from"})
     return isinstance(given, list) or (isinstance(given, str) and given.lstrip().startswith("["))
 
 
@@ -122,6 +135,20 @@ def _asked(row: dict[str, Any], answer_key: str | None, *, need_answer: bool = T
     for key, answer in list(answers.items())[:1]:
         turns += [{"role": "assistant", "content": answer}] if isinstance(answer, str) else _listed(answer, key)
     return Turns(next(iter(answers), first), turns, frozenset(columns))
+
+
+def _answered(row: dict[str, Any], turns: Turns) -> Turns:
+    """With the answer of a column of its own, where the messages are those of a prompt: without any answer, and a question last."""
+    roles = [role_of(message, i)[0] for i, message in enumerate(turns.given) if isinstance(message, dict)]
+    if "assistant" in roles or roles[-1:] != ["user"]:
+        return turns
+    answers = {key: row[key] for key in ANSWER_KEYS if key not in turns.columns and _talks(row.get(key))}
+    if any(answer != next(iter(answers.values())) for answer in answers.values()):
+        raise RowError(f"has messages without an answer, and two different answers ({', '.join(answers)}): leave one out")
+    for key, answer in list(answers.items())[:1]:
+        more = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else _listed(answer, key)
+        return Turns(turns.key, [*turns.given, *more], turns.columns | answers.keys())
+    return turns
 
 
 def _question(row: dict[str, Any]) -> Any:
@@ -181,11 +208,25 @@ def _tools(given: Any, key: str) -> list[dict[str, Any]]:
         given = as_json(given, key)
     if not given or (isinstance(given, str) and not given.strip()):
         return []
+    if isinstance(given, dict):
+        given = [given]
     if isinstance(given, list):
         given = [as_json(tool, key) if isinstance(tool, str) else tool for tool in given]
     if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
         raise RowError(f"{key} is not a list of objects")
-    return [_tool(tool) for tool in given]
+    return [_tool(_without_nulls(tool)) for tool in given]
+
+
+def _without_nulls(schema: Any) -> Any:
+    """A tool without parameters that are null, which no JSON schema has: a table of many rows put them there."""
+    if isinstance(schema, list):
+        return [_without_nulls(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    shown = {key: _without_nulls(value) for key, value in schema.items()}
+    if isinstance(listed := shown.get("properties"), dict):
+        shown["properties"] = {name: value for name, value in listed.items() if value is not None}
+    return shown
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
@@ -215,6 +256,13 @@ def template_args_of(row: dict[str, Any]) -> dict[str, Any]:
             raise RowError(f"has {key} and chat_template_kwargs, which differ")
         given = {**given, key: row[key]}
     return dict(given)
+
+
+def inside(row: Mapping[str, Any]) -> Iterator[str]:
+    """Columns whose names mean something here, inside an object beside them (``metadata.system``, ``extra_body.chat_template_kwargs``)."""
+    for name, value in row.items():
+        if isinstance(value, dict) and name not in (*TEMPLATE_KEYS, *TOOL_KEYS, *MESSAGE_KEYS):
+            yield from (f"{name}.{key}" for key in (*MESSAGE_KEYS, *SYSTEM_KEYS, *TOOL_KEYS, *TEMPLATE_KEYS) if says(value.get(key)))
 
 
 def switches_of(row: Mapping[str, Any]) -> list[str]:

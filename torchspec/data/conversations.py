@@ -13,7 +13,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchspec.data.columns import MESSAGE_KEYS, SYSTEM_KEYS, TEMPLATE_KEYS, TOOL_KEYS, Turns, find_turns, repeated, switches_of, template_args_of, tools_of
+from torchspec.data.columns import (
+    MESSAGE_KEYS,
+    SYSTEM_KEYS,
+    TEMPLATE_KEYS,
+    TOOL_KEYS,
+    Turns,
+    find_turns,
+    inside,
+    repeated,
+    switches_of,
+    template_args_of,
+    tools_of,
+)
 from torchspec.data.messages import MEDIA, SOURCE_KEYS, Message, Read, RowError, media_of, read_message, reasoning_of, says, words_of
 
 __all__ = ["MEDIA", "MESSAGE_KEYS", "Conversation", "Message", "RowError", "media_of", "parse", "reasoning_of", "words_of"]
@@ -188,7 +200,11 @@ def _unused_of(row: dict[str, Any], turns: Turns, read: list[Read], messages: tu
     used = {*turns.columns, *TOOL_KEYS, "chat_template_kwargs", "finish_reason", *switches_of(row)} | repeated(row, messages)
     if images or any(one.parts for one in read):  # as placeholders they are known to go nowhere
         used |= {"images", "image"}
-    return (*_unused(row, used), *dict.fromkeys(f"{turns.key}[].{key}" for one in read for key in one.unused))
+    return (
+        *_unused(row, used),
+        *inside({key: value for key, value in row.items() if key not in used}),
+        *dict.fromkeys(f"{turns.key}[].{key}" for one in read for key in one.unused),
+    )
 
 
 def _unused(row: dict[str, Any], used: set[str]) -> tuple[str, ...]:

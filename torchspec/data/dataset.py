@@ -36,7 +36,7 @@ from torchspec.data.tokenise import ImageRow
 from torchspec.engines.messages import Image, Sample
 from torchspec.images import temporal_positions
 
-FORMAT = 7
+FORMAT = 8
 """Goes up when rendering, masks or files change: older entries are then built anew."""
 _CHUNK = 1 << 20
 """Tokens looked at in one go when a whole data set is counted."""

@@ -29,11 +29,11 @@ COMPRESSIONS = {".gz": "gz", ".bz2": "bz2", ".xz": "xz", ".zst": "zst"}
 """A second suffix behind that of a text file."""
 READABLE = f"{', '.join(KINDS)}; JSON also with {', '.join(COMPRESSIONS)} behind it"
 KEYWORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("train", "training", "trainset"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val", "devset", "valset"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation", "tests", "testset", "evals", "evalset", "holdout", "heldout"), "test"),
 }
-"""Words in a path that tell a split; the hub has the same (``datasets.data_files.SPLIT_KEYWORDS``)."""
+"""Words in a path that tell a split: those of the hub (``datasets.data_files.SPLIT_KEYWORDS``), and others that are common for data kept apart."""
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 _SAVED = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """JSON files of ``datasets`` that hold no rows."""
@@ -46,8 +46,11 @@ _NO_ROWS = frozenset(
     }
 )
 """JSON files that never hold rows: of saved data sets, of runs, of models."""
-_PASSING = ("__pycache__", "__MACOSX", "_temporary", "_delta_log", "_spark_metadata")
+_PASSING = ("__pycache__", "__MACOSX", "_temporary", "_delta_log", "_spark_metadata", "wandb", "mlruns", "node_modules")
 """Folders of programs' own, and of what they have not finished."""
+_MODEL = ("config.json", "adapter_config.json", "params.json", "tokenizer_config.json")
+"""Files of a model; a folder with one of them and with weights or a tokenizer is a model's, whatever else of JSON lies in it."""
+_MODELS_TOO = re.compile(r"tokenizer(_config)?\.json|tekken\.json|(model|pytorch_model|adapter_model|consolidated).*\.(safetensors|bin|pth)|.*\.gguf")
 _NAMED = 20
 """Names told in one line."""
 
@@ -159,7 +162,7 @@ def list_folder(folder: Path, *, written: Sequence[Path] = ()) -> Listing:
         except OSError as error:
             raise UserError("data", str(here), f"cannot be read ({error.strerror})", "check its permissions") from error
         names = {entry.name for entry in entries}
-        if here != folder and (what := _made_here(here)):
+        if here != folder and (what := _made_here(here, names)):
             leave_out(here, what)
             return
         saved = _saved_files(here) if {"state.json", "dataset_info.json"} <= names else None
@@ -171,7 +174,7 @@ def list_folder(folder: Path, *, written: Sequence[Path] = ()) -> Listing:
             if entry.name in _SAVED and (saved is not None or splits is not None):
                 continue
             if _hidden(entry.name):
-                leave_out(entry, "hidden" if entry.name.startswith(".") else "a backup")
+                leave_out(entry, "hidden" if entry.name.startswith(".") else "no data" if entry.name in _PASSING else "a backup")
             elif saved is not None and entry.name not in saved:
                 leave_out(entry, "no part of the saved data set")
             elif splits is not None and entry.name in splits:
@@ -250,11 +253,18 @@ def _keywords(name: str) -> str:
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith(".") or name.endswith("~") or name in _PASSING or (name.startswith("#") and name.endswith("#"))
+    return name.startswith((".", "~")) or name.endswith("~") or name in _PASSING or (name.startswith("#") and name.endswith("#"))
 
 
-def _made_here(folder: Path) -> str:
-    """What a folder holds that ``extract``, a tee or the cache of tokenised data wrote; "" for any other."""
+def _made_here(folder: Path, names: set[str]) -> str:
+    """What a folder holds that is no data: what ``extract``, a tee or the cache of tokenised data wrote, a model; "" for any other.
+
+    Args:
+        folder: to be looked at.
+        names: of what is in it.
+    """
+    if names.intersection(_MODEL) and any(_MODELS_TOO.fullmatch(name) for name in names):
+        return "a model"
     if (folder / "manifest.json").is_file() and '"record"' in (folder / "manifest.json").read_text(errors="replace")[:4096]:
         return "records of hidden states"
     return "tokenised data" if (folder / "tokens.i32").is_file() else ""

@@ -291,6 +291,8 @@ def _calls(given: dict[str, Any], index: int, content: Any, unused: list[str]) -
     """Calls with their arguments as objects, as vLLM and the templates' authors have them."""
     listed = given.get("tool_calls")
     calls = as_json(listed, f"message {index}: tool_calls") if isinstance(listed, str) and listed.strip() else listed
+    if isinstance(calls, list):
+        calls = [as_json(call, f"message {index}: tool_calls") if isinstance(call, str) else call for call in calls]
     if calls and (not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls)):
         raise RowError(f"message {index}: tool_calls is not a list of objects")
     result = [made for call in calls or [] for made in _one_call(call, index, unused)]
@@ -313,6 +315,8 @@ def _one_call(call: dict[str, Any], index: int, unused: list[str]) -> list[dict[
         raise RowError(f"message {index}: a tool call has no function name")
     arguments = function.get("arguments") if function.get("arguments") is not None else function.get("parameters")
     arguments = arguments or {}
+    if isinstance(arguments, dict):
+        unused += [f"tool_calls[].arguments.{path}: null" for path in _nulls(arguments)]  # meant, or another row's key
     if isinstance(arguments, str):
         arguments = as_json(arguments, f"message {index}: arguments of {function['name']}") or {}
     if not isinstance(arguments, dict):
@@ -323,6 +327,15 @@ def _one_call(call: dict[str, Any], index: int, unused: list[str]) -> list[dict[
     unused += [f"tool_calls[].{key}" for key, value in {**call, **function}.items() if key not in known and says(value)]
     kept = {key: call[key] for key in ("id",) if call.get(key) is not None}
     return [{**kept, "type": "function", "function": {"name": function["name"], "arguments": arguments}}]
+
+
+def _nulls(given: dict[str, Any]) -> Iterator[str]:
+    """Where an object holds null, in objects inside it as well."""
+    for key, value in given.items():
+        if value is None:
+            yield key
+        elif isinstance(value, dict):
+            yield from (f"{key}.{inner}" for inner in _nulls(value))
 
 
 def as_json(text: str, what: str) -> Any:

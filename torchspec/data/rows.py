@@ -1,7 +1,8 @@
 """Rows of one file as JSON text, without holding more than a piece of it.
 
-Lines are given on as they are, so that a broken one costs a row. A ``.json`` file may also be an array, several
-arrays or objects one after the other, or one object with a list of rows (``{"data": [...]}``). Columns of parquet and
+Lines are given on as they are, so that a broken one costs a row; a line may be an array of rows. A file may also be an
+array over lines, several arrays or objects one after the other, or objects with a list of rows (``{"data": [...]}``).
+Columns of parquet and
 arrow files have one type for all rows, so a struct has the keys of all of them, null where a row has none: these are
 left out.
 """
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 22
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_MAGIC = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
 _HEAD = 1 << 20
-"""Bytes that tell what form a .json file has."""
+"""Bytes that tell what form a file of JSON has."""
 _WRAPPED = re.compile(r'\{\s*"(data|rows|records|examples|instances|items|samples|train)"\s*:\s*\[(?=\s*[{\]])')
 Rows = Iterator[tuple[bytes, int]]
 """Each row as JSON text, with its line or its number (from 1)."""
@@ -54,18 +56,42 @@ def file_rows(path: Path, kind: str, compression: str) -> Rows:
                 number += 1
                 yield row, number
         return
+    compression = _compression(path, compression)
     with _opened(path, compression) as handle:
-        head = handle.read(_HEAD if kind == "json" else 2)
+        head = handle.read(_HEAD)
     if head[:2] in _UTF16:
         raise ValueError("it is UTF-16, not UTF-8")
     with _opened(path, compression) as handle:
-        if kind == "json" and not _is_lines(head):
+        if not _is_lines(head) and (kind == "json" or b"\n" in head or head.lstrip(_BOM + b" \t\r")[:1] == b"["):
             yield from _values(io.TextIOWrapper(handle, encoding="utf-8-sig", newline=""))
             return
         for line, text in enumerate(handle, start=1):
             text = text.removeprefix(_BOM).strip()
-            if text:
+            if text.startswith(b"["):
+                yield from ((row, line) for row in _array(text))
+            elif text:
                 yield text, line
+
+
+def _compression(path: Path, named: str) -> str:
+    """How a text file is compressed by its first bytes, whatever its name says: tools pack and unpack files without renaming them."""
+    with path.open("rb") as handle:
+        head = handle.read(6)
+    found = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
+    return found or ("" if head.removeprefix(_BOM).lstrip()[:1] in (b"{", b"[") else named)
+
+
+def _array(line: bytes) -> Iterator[bytes]:
+    """Rows of a line that holds an array of them; the line itself where it is broken, or the array is one conversation's messages."""
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError):
+        given = None
+    if given and all(isinstance(one, dict) and not one.keys() & {"role", "from"} for one in given):
+        text = line.decode("utf-8", "surrogatepass")
+        yield from _elements(_Text(io.StringIO(text[1:])))
+    elif given != []:
+        yield line
 
 
 @contextmanager
@@ -155,10 +181,10 @@ class _Text:
 
 
 def _values(handle: IO[str]) -> Rows:
-    text, number = _Text(handle), 0
+    text, number, wrapped = _Text(handle), 0, True
     try:
         while first := text.next(also="\ufeff"):
-            if first == "[" or (first == "{" and not number and (key := text.wrapped())):
+            if first == "[" or (first == "{" and wrapped and (key := text.wrapped())):
                 text.at += first == "["
                 for row in _elements(text):
                     number += 1
@@ -168,7 +194,7 @@ def _values(handle: IO[str]) -> Rows:
                         raise ValueError(f"something stands beside the rows in {key!r}")
                     text.at += 1
             elif first == "{":
-                row = text.value()
+                row, wrapped = text.value(), False
                 number += 1
                 yield row, number
             else:

@@ -26,6 +26,9 @@ from torchspec.proxies import through_to_hub
 Given = str | Sequence[str] | Mapping[str, float]
 """What a user may write for data: one source, several, or several with weights."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.:+\[\]%-]+)?")
+_SPLIT = re.compile(r"(.+?):([^:/\[]+(?:\[.*\].*)?)", re.DOTALL)
+"""A folder and its split; of a slice (``train[:10%]``) that is all behind the folder."""
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _CHUNK = 1 << 22
 warn: Callable[[str], None] = logging.getLogger(__name__).warning
 """Says what is not read, where a command has nothing of its own to say it with."""
@@ -119,14 +122,20 @@ def check_outside(output: Path, given: Given, *, field: str) -> None:
 def _folder_of(name: str) -> tuple[Path, str | None]:
     """(path, split) of what a user wrote: ``folder:split`` where the folder is there, and nothing is there under the whole name."""
     path = Path(name).expanduser()
-    before, colon, split = name.rpartition(":")
-    if colon and split and not path.exists() and Path(before).expanduser().exists():
-        return Path(before).expanduser(), split
+    match = _SPLIT.fullmatch(name)
+    if match is not None and not path.exists() and Path(match[1]).expanduser().exists():
+        return Path(match[1]).expanduser(), match[2]
     return path, None
 
 
 def _find(name: str, config_key: str, written: Sequence[Path], say: Callable[[str], None]) -> list[Source]:
+    if not name.strip():
+        raise UserError(config_key, name, "is empty", "give a conversation file, a folder of them, or a hub dataset id")
     path, split = _folder_of(name)
+    if split is not None and "[" in split:
+        raise UserError(
+            config_key, name, "names a slice of a file or folder", "hub data sets have slices; give a weight ({name: 0.1}), or a file of these rows"
+        )
     if path.is_file():
         if split is not None:
             raise UserError(config_key, name, "names a split of a file", f"leave out :{split}; folders and hub data sets have splits")
@@ -134,16 +143,16 @@ def _find(name: str, config_key: str, written: Sequence[Path], say: Callable[[st
             raise UserError(config_key, name, f"is a {''.join(path.suffixes[-2:]) or 'suffix-less'} file", f"give one of {READABLE}")
         if identity(path) in [identity(output) for output in written]:
             raise UserError(config_key, name, "is also the output", "give another output")
-        return [_file_source(path, name, name)]
+        return [_file_source(path, name, name, config_key)]
     if path.is_dir():
         listing = list_folder(path, written=written)
         told = listing.told()
         if not listing.files:
             raise UserError(config_key, name, f"is a folder without anything to read{told and f' ({told})'}", f"give one with {READABLE}")
-        files = of_split(listing, split, name=name if split is None else name.rpartition(":")[0], config_key=config_key)
+        files = of_split(listing, split, name=name if split is None else name.removesuffix(f":{split}"), config_key=config_key)
         if told:
             say(f"{config_key}: {name}: {told}")
-        sources = [_file_source(file, str(file), name) for file in files]
+        sources = [_file_source(file, str(file), name, config_key) for file in files]
         if doubtful := _alike(sources):
             say(f"{config_key}: {name}: all of these are read: {doubtful}")
         return sources
@@ -151,6 +160,11 @@ def _find(name: str, config_key: str, written: Sequence[Path], say: Callable[[st
         raise UserError(config_key, name, "is no file and no folder", "write it to a file: it is read several times")
     if path.is_symlink():
         raise UserError(config_key, name, "is a link that leads nowhere", "mend the link, or give the file")
+    if "://" in name:
+        fix = "copy the data here first, or give a hub dataset by its id (org/name)"
+        raise UserError(config_key, name, "is a URL, and nothing is fetched by URL", fix)
+    if re.search(r"[*?]", name):
+        raise UserError(config_key, name, "does not exist (patterns are not expanded)", "give the folder, or a list of files")
     if kind_of(path.name) is not None or not _HUB_ID.fullmatch(name):
         raise UserError(config_key, name, "does not exist", "check the path; it is taken relative to the folder the command runs in")
     dataset = _load_hub(name, config_key)
@@ -168,16 +182,20 @@ def _alike(sources: Sequence[Source]) -> str:
     return "; ".join(list(said)[:10])
 
 
-def _file_source(path: Path, name: str, given: str) -> Source:
+def _file_source(path: Path, name: str, given: str, config_key: str) -> Source:
     digest = xxhash.xxh3_128()
-    lines = 0
+    lines, pointer = 0, False
     try:
         with path.open("rb") as handle:
+            pointer = handle.read(len(_POINTER)) == _POINTER
+            handle.seek(0)
             while chunk := handle.read(_CHUNK):
                 digest.update(chunk)
                 lines += chunk.count(b"\n")
     except OSError as error:
-        raise UserError("data", name, f"cannot be read ({error.strerror})", "check its permissions") from error
+        raise UserError(config_key, name, f"cannot be read ({error.strerror})", "check its permissions") from error
+    if pointer:
+        raise UserError(config_key, name, "is a pointer of Git LFS, not the data", "run git lfs pull in its repository, or download the file")
     kind, compression = kind_of(path.name) or ("", "")
     known = kind == "jsonl" and not compression
     return Source(name, kind, f"xxh3:{digest.hexdigest()}", lines if known else None, compression, given)

@@ -10,6 +10,8 @@ METADATA = frozenset(
     "meta metadata __index_level_0__ turn num_turns".split()
 )
 """Names that say where a row is from, not what it means; of messages as well."""
+NULL = ": null"
+"""End of a name for a value that is used, and may be one that was never written: tables fill rows up with null."""
 _NAMED = 20
 """Names told in one line."""
 
@@ -42,11 +44,15 @@ class Unused:
 
 def _told(keys: Mapping[str, int]) -> str:
     ordered = sorted(keys, key=lambda key: (-keys[key], key))
-    plain = [key for key in ordered if key.rpartition(".")[2] not in METADATA]
-    known = [key for key in ordered if key not in plain]
+    nulls = [key for key in ordered if key.endswith(NULL)]
+    plain = [key for key in ordered if key.rpartition(".")[2] not in METADATA and key not in nulls]
+    known = [key for key in ordered if key not in plain and key not in nulls]
     parts = []
     if plain:
         parts.append(f"keys that are not used: {_some([f'{key} ({keys[key]} row{_s(keys[key])})' for key in plain])}")
+    if nulls:
+        named = _some([f"{key.removesuffix(NULL)} ({keys[key]} row{_s(keys[key])})" for key in nulls])
+        parts.append(f"arguments that are null are kept, and trained (leave out those that only a table of many rows put there): {named}")
     if known:
         parts.append(f"metadata that is not used: {_some(known)}")
     return "; ".join(parts)

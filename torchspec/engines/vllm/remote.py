@@ -11,13 +11,12 @@ import logging
 import os
 import time
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from torchspec.engines.engine import Sampling
 from torchspec.engines.vllm.capture import CapturingEngine
 from torchspec.engines.vllm.options import answer_values
 from torchspec.errors import UserError
-from torchspec.network import bare, route_to
+from torchspec.network import bare, check_url, route_to
 from torchspec.proxies import around, proxy_of, through
 
 if TYPE_CHECKING:
@@ -48,9 +47,7 @@ class RemoteVLLMEngine(CapturingEngine):
 
         arguments = self.job.config.engine_args
         url = str(arguments.get("url", ""))
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError("data.engines.engine_args.url", url, "is no address of a server", "write it as http://HOST:8000")
+        parts = check_url(url, field="data.engines.engine_args.url", example="http://HOST:8000")
         self.token = os.environ.get(TOKEN_VARIABLE, "")
         if not self.token:
             raise UserError(TOKEN_VARIABLE, None, "is not set", "export the secret that the server was started with (its TORCHSPEC_TOKEN)")
