@@ -83,6 +83,15 @@ def test_an_export_leaves_notes_beside_a_draft_folders_in_it_and_an_edited_readm
     export_variant("plain", target, draft)
 
 
+def test_an_export_of_before_marks_is_told_as_what_it_may_be(target: Target, tmp_path: Path) -> None:
+    draft = export_variant("plain", target, tmp_path / "draft").folder
+    (draft / folders.MARK).unlink()
+    before = tree(draft)
+    with pytest.raises(UserError, match=r"holds files that may be yours: README\.md, .*earlier TorchSpec, which left no mark.* remove it"):
+        export_variant("plain", target, draft)
+    assert tree(draft) == before
+
+
 def test_an_export_replaces_an_export(target: Target, tmp_path: Path) -> None:
     export_variant("plain", target, tmp_path / "draft", max_shard_size="5KB")
     assert len(list((tmp_path / "draft").glob("*.safetensors"))) > 1
@@ -249,8 +258,9 @@ def test_what_lies_in_a_sharded_checkpoint_goes_on_to_its_successor(tmp_path: Pa
     assert tree(tmp_path) == {"last.ckpt": b"", "last.ckpt/notes.txt": b"mine"}
 
 
-@pytest.mark.parametrize(("callback", "name"), [("last", "last.ckpt"), ("best", "best.ckpt")])
+@pytest.mark.parametrize(("callback", "name"), [("ours", "last.ckpt"), ("best", "best.ckpt"), ("lightning", "last.ckpt"), ("link", "last.ckpt")])
 def test_a_checkpoint_of_another_program_is_left_as_it_is(target: Target, tmp_path: Path, callback: str, name: str) -> None:
+    """Whoever writes there: a name that is always the same, and ``last`` of Lightning's own, whatever its version counter."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     from tests.defects.fits import fit, module
@@ -259,10 +269,36 @@ def test_a_checkpoint_of_another_program_is_left_as_it_is(target: Target, tmp_pa
     (tmp_path / "checkpoints").mkdir()
     torch.save({"epoch": 3}, tmp_path / "checkpoints" / name)
     before = tree(tmp_path / "checkpoints")
-    made = LastCheckpoint(1) if callback == "last" else ModelCheckpoint(filename="best", save_top_k=1, every_n_train_steps=1)
+    made = {
+        "ours": lambda: LastCheckpoint(1),
+        "best": lambda: ModelCheckpoint(filename="best", save_top_k=1, every_n_train_steps=1),
+        "lightning": lambda: ModelCheckpoint(save_last=True),
+        "link": lambda: ModelCheckpoint(save_last="link"),
+    }[callback]()
     with pytest.raises(UserError, match=rf"{name}.*left as it is"):
         fit(tmp_path, module(target), steps=1, enable_checkpointing=True, callbacks=[made])
     assert tree(tmp_path / "checkpoints") == before
+
+
+def test_notes_in_a_sharded_checkpoint_are_not_lost_to_a_link(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning removes a folder that stands where its link goes; an empty file holds nothing to lose."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from tests.defects.fits import fit, module
+    from torchspec import trainer
+
+    place = tmp_path / "checkpoints" / "last.ckpt"
+    place.mkdir(parents=True)
+    (place / "notes.txt").write_text("mine")
+    monkeypatch.setattr(trainer, "is_ours", lambda path: path == place)
+    with pytest.raises(UserError, match=r"would become a link, and holds what no run wrote: notes\.txt"):
+        fit(tmp_path, module(target), steps=1, enable_checkpointing=True, callbacks=[ModelCheckpoint(save_last="link")])
+    assert (place / "notes.txt").read_text() == "mine"
+    (place / "notes.txt").unlink()
+    place.rmdir()
+    place.touch()
+    fit(tmp_path, module(target), steps=1, enable_checkpointing=True, callbacks=[ModelCheckpoint(save_last=True)])
+    assert place.stat().st_size > 0
 
 
 def test_a_csv_of_the_users_is_not_removed_by_lightnings_logger(target: Target, tmp_path: Path) -> None:

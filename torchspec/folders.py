@@ -30,6 +30,8 @@ from torchspec.files import dumps
 MARK = ".torchspec.json"
 _PARTIAL, _PREVIOUS = ".torchspec-partial-", ".torchspec-previous"
 _FIRST = "config.json"
+_SIGNED = "Written by TorchSpec"
+"""In the card of every export."""
 _EXCHANGE = 2
 _AT_FDCWD = -100
 _CHUNK = 1 << 22
@@ -94,8 +96,19 @@ def check_output(folder: Path, *, field: str, reads: Path | None = None) -> Path
     if names:
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
         fix = "give a new or empty folder, or move these files away; an export replaces only what an export wrote"
+        if _marked(place) is None and _SIGNED in _card(place):
+            fix = "if it is an export of an earlier TorchSpec, which left no mark, and you need it no more, remove it; else give a new or empty folder"
+            raise UserError(field, str(folder), f"holds files that may be yours: {shown}", fix)
         raise UserError(field, str(folder), f"holds what no export wrote: {shown}", fix)
     return place
+
+
+def _card(folder: Path) -> str:
+    """Its README, or nothing."""
+    try:
+        return (folder / "README.md").read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def digest(file: Path) -> str:

@@ -18,6 +18,8 @@ from torchspec.reasons import missing_package, reason_of
 _LIGHTNING = ("lightning", "lightning_utilities")
 _NO_USERS_CODE = (*_LIGHTNING, "torchspec", "jsonargparse", "torch", "contextlib", "functools", "importlib", "typing", "__main__", "wandb", "main")
 """Packages whose frames may be on the way to an error; ``__main__`` is main.py."""
+_FILES = ("fsspec", "os", "pathlib", "shutil", "csv")
+"""Packages that a logger writes its files with."""
 _PACKAGES = {"comet_ml": "comet-ml", "neptune": "neptune", "tensorboard": "tensorboard", "tensorboardx": "tensorboard", "bitsandbytes": "bitsandbytes"}
 """What to install for a module whose package has another name, or of which Lightning names several."""
 _LOGGERS = {
@@ -49,6 +51,8 @@ class ConfigurationRefused(UserError):
 def mendable(error: BaseException) -> ConfigurationRefused | None:
     """The same in one line, where an error is about what the user configured; None for any other."""
     frames = _frames(error.__traceback__)
+    if isinstance(error, OSError) and (refused := _unwritable(error, frames)) is not None:
+        return refused
     if not frames or not all(_package(frame) in _NO_USERS_CODE for frame in frames):
         return None
     if error.__cause__ is not None and _package(frames[-1]) == "jsonargparse":
@@ -56,8 +60,10 @@ def mendable(error: BaseException) -> ConfigurationRefused | None:
     package, kind = _package(frames[-1]), type(error)
     if kind.__module__.startswith("wandb.") and isinstance(error, Exception):
         return ConfigurationRefused(f"W&B: {reason_of(error)}", "log in (wandb login), set WANDB_MODE=offline, or use another trainer.logger")
-    if kind is ValueError and str(frames[-1].tb_frame.f_globals.get("__name__")).startswith("torch.optim") and _raised(frames[-1]):
-        return ConfigurationRefused(f"model.optimizer or model.lr_scheduler: {reason_of(error)}")
+    module = str(frames[-1].tb_frame.f_globals.get("__name__"))
+    if module.startswith("torch.optim") and (kind is ZeroDivisionError or (kind in (ValueError, TypeError, RuntimeError) and _raised(frames[-1]))):
+        whose = "trainer.callbacks" if module.endswith(".swa_utils") else "model.optimizer or model.lr_scheduler"
+        return ConfigurationRefused(f"{whose}: {reason_of(error)}")
     if package not in _LIGHTNING or not _raised(frames[-1]):
         return None
     if isinstance(error, ImportError):
@@ -65,6 +71,17 @@ def mendable(error: BaseException) -> ConfigurationRefused | None:
     if kind.__name__ == "MisconfigurationException" or kind in (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError, AttributeError):
         return ConfigurationRefused(f"Lightning: {reason_of(error)}")
     return None
+
+
+def _unwritable(error: OSError, frames: list[TracebackType]) -> ConfigurationRefused | None:
+    """Of a logger or profiler of Lightning's whose folder takes no files."""
+    if error.filename is None or not all(_package(frame) in (*_NO_USERS_CODE, *_FILES) for frame in frames):
+        return None
+    last = next((frame for frame in reversed(frames) if _package(frame) in _LIGHTNING), None)
+    kind = None if last is None else next((kind for kind in ("logger", "profiler") if f".{kind}s." in str(last.tb_frame.f_globals.get("__name__"))), None)
+    if kind is None:
+        return None
+    return ConfigurationRefused(f"trainer.{kind}: {error.filename} cannot be written ({error.strerror})", f"give the {kind} another folder")
 
 
 def missing_logger(said: str) -> ConfigurationRefused | None:

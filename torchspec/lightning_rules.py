@@ -54,7 +54,18 @@ _REFUSED: dict[type[pl.Callback], tuple[str, str]] = {
 }
 
 
-def check_arguments(*, callbacks: Any, enable_checkpointing: bool | None, barebones: bool, default_root_dir: Any, strategy: Any, precision: Any) -> None:
+def check_arguments(
+    *,
+    callbacks: Any,
+    enable_checkpointing: bool | None,
+    barebones: bool | None,
+    default_root_dir: Any,
+    strategy: Any,
+    precision: Any,
+    gradient_clip_val: Any,
+    val_check_interval: Any,
+    check_val_every_n_epoch: Any,
+) -> None:
     """Before the Trainer is made: arguments that contradict each other in a way of which Lightning says something else.
 
     Raises:
@@ -64,6 +75,11 @@ def check_arguments(*, callbacks: Any, enable_checkpointing: bool | None, barebo
         refuse_fsdp1(strategy)
     if precision is not None:
         _check_precision(precision)
+    if isinstance(gradient_clip_val, int | float) and not gradient_clip_val >= 0:  # Lightning would clip nothing, or make every weight NaN
+        raise UserError("trainer.gradient_clip_val", gradient_clip_val, "is no limit of a norm", "use a number above 0, or leave it out")
+    for field, value in {"val_check_interval": val_check_interval, "check_val_every_n_epoch": check_val_every_n_epoch}.items():
+        if value is not None and value == 0:
+            raise UserError(f"trainer.{field}", value, "is no interval", "give 1 or more; trainer.limit_val_batches: 0 validates nothing")
     listed = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
     keeps = next((type(callback).__name__ for callback in listed if isinstance(callback, Checkpoint)), None)
     if keeps is not None and (barebones or enable_checkpointing is False):

@@ -12,6 +12,7 @@ ranks beside the first exit with 0, since launchers take anything else for a cra
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import signal
@@ -35,7 +36,7 @@ from torchspec.callbacks.last import LastCheckpoint
 from torchspec.device_lost import device_failure
 from torchspec.errors import DeviceLost, UserError
 from torchspec.lightning_rules import check_arguments, check_trainer
-from torchspec.models.checkpoint import is_failed_write, is_ours, partial_of, publish, read_entries, recover, remove, unwrapped
+from torchspec.models.checkpoint import beside_shards, is_failed_write, is_ours, partial_of, publish, read_entries, recover, remove, unwrapped
 from torchspec.models.parallelize import register_strategies
 from torchspec.paths import expand_all
 from torchspec.reasons import reason_of
@@ -89,15 +90,18 @@ def _refuse_foreign_metrics(logger: Any) -> None:
 
 
 def _refuse_foreign_checkpoint(callback: ModelCheckpoint) -> None:
-    """Raises UserError where a checkpoint whose name is always the same would take the place of a file that is none of ours."""
-    if callback._enable_version_counter:
-        return  # another name is taken then
-    names = [callback.CHECKPOINT_NAME_LAST] * bool(callback.save_last) + [callback.filename] * (callback.save_top_k != 0)
+    """Raises UserError where a checkpoint whose name is always the same would take the place of something that is none of ours."""
+    numbered = callback._enable_version_counter  # which takes another name instead; ``last`` is replaced all the same (``callbacks/first.py``)
+    names = [callback.CHECKPOINT_NAME_LAST] * bool(callback.save_last) + [callback.filename] * (callback.save_top_k != 0 and not numbered)
     for name in names:
         place = Path(str(callback.dirpath)) / f"{name}{callback.FILE_EXTENSION}"
-        if name is not None and "{" not in name and place.exists() and not is_ours(place):
-            fix = "move it away, or set dirpath of that callback"
+        if name is None or "{" in name or not place.exists() or (place.is_file() and place.stat().st_size == 0):
+            continue
+        fix = "move it away, or set dirpath of that callback"
+        if not is_ours(place):
             raise UserError("trainer.callbacks", str(place), "is there and no checkpoint of a draft: it is left as it is", fix)
+        if callback.save_last == "link" and not place.is_symlink() and (others := beside_shards(place)):
+            raise UserError("trainer.callbacks", str(place), f"would become a link, and holds what no run wrote: {', '.join(others)}", fix)
 
 
 class Trainer(pl.Trainer):
@@ -118,8 +122,8 @@ class Trainer(pl.Trainer):
 
     def __init__(self, **kwargs: Any) -> None:
         register_strategies()
-        given = {name: kwargs.get(name) for name in ("callbacks", "enable_checkpointing", "default_root_dir", "strategy", "precision")}
-        check_arguments(barebones=bool(kwargs.get("barebones")), **given)
+        names = inspect.signature(check_arguments).parameters
+        check_arguments(**{name: kwargs.get(name) for name in names})
         super().__init__(**kwargs)
 
     @property
@@ -231,7 +235,8 @@ class Trainer(pl.Trainer):
                     callback._enable_version_counter = False  # one name is one file: that of the newest run
                 if mend and self.is_global_zero and "://" not in str(callback.dirpath):
                     recover(Path(callback.dirpath))
-                    _refuse_foreign_checkpoint(callback)
+                    if not self.fast_dev_run:  # type: ignore[attr-defined]
+                        _refuse_foreign_checkpoint(callback)
 
     def _run(self, model: Any, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         self.resume_path = None if ckpt_path is None else str(ckpt_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,12 @@ def mean(values: list[Tensor], horizon: float) -> Tensor:
 
 def made(target: Target, **changes: Any) -> Any:
     return module(target, optimizer=lambda given: MuonAdamW(given, lr=1e-2), **changes)
+
+
+@pytest.mark.parametrize("given", [{"horizon": 0}, {"horizon": math.nan}, {"start": -1}, {"start": math.nan}, {"start": math.inf}])
+def test_nonsense_is_refused(given: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=rf"callbacks\.Average\.{next(iter(given))}=.* Fix: use"):
+        Average(**given)
 
 
 @pytest.mark.parametrize(("given", "horizon", "start"), [((3.0,), 3.0, 0), ((0.5, 0.25), 4.0, 2), ((100.0,), 100.0, 0)])

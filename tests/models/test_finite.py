@@ -107,6 +107,17 @@ def test_a_resume_from_what_is_no_number_is_refused(target: Target, tmp_path: Pa
     assert good["global_step"] == 2
 
 
+def test_a_draft_that_begins_as_no_number_is_the_targets(target: Target, tmp_path: Path) -> None:
+    """Where nothing was restored or started from, no checkpoint is named."""
+
+    class Spoiled(pl.Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.task.draft.norm.weight.data[0] = NAN
+
+    with pytest.raises(UserError, match=r"data\.target\.path=.* gives no draft to begin with: .*norm\.weight"):
+        fit(tmp_path, module(target, optimizer=adamw()), steps=1, callbacks=[Spoiled()])
+
+
 def test_drafts_and_checkpoints_with_nan_are_refused_wherever_they_are_read(target: Target, tmp_path: Path) -> None:
     fit(tmp_path, module(target, optimizer=adamw()), steps=1, enable_checkpointing=True, callbacks=[LastCheckpoint()])
     last = tmp_path / "checkpoints" / "last.ckpt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -74,7 +75,10 @@ def test_a_resumed_schedule_goes_on_where_it_was() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(whole[6])
 
 
-@pytest.mark.parametrize(("make", "kwargs"), [(Linear, {"warmup_steps": -1}), (Linear, {"final": 2.0}), (WSD, {"decay": 0.0}), (Constant, {"final": 0.1})])
+@pytest.mark.parametrize(("make", "kwargs"), [
+    (Linear, {"warmup_steps": -1}), (Linear, {"warmup_steps": math.nan}), (Linear, {"warmup_steps": math.inf}), (Linear, {"final": 2.0}),
+    (WSD, {"decay": 0.0}), (Constant, {"final": 0.1}),
+])  # fmt: skip
 def test_nonsense_is_refused(make: type[Schedule], kwargs: dict[str, float]) -> None:
     with pytest.raises(UserError, match="Fix:"):
         rates(make, 10, **kwargs)

@@ -113,7 +113,8 @@ def test_limits(world: dict[str, str], tmp_path: Path) -> None:
     assert fit(world, tmp_path, limit_train_batches=0).global_step == 0
     assert fit(world, tmp_path, AcceptanceLength(2), enable_checkpointing=False, limit_val_batches=0).global_step == 6
     assert fit(world, tmp_path, max_time=timedelta(0)).global_step <= 1
-    for field, value in {"overfit_batches": 2, "reload_dataloaders_every_n_epochs": 1, "limit_train_batches": 3, "accumulate_grad_batches": 3}.items():
+    odd = {"val_check_interval": 0, "check_val_every_n_epoch": 0, "gradient_clip_val": float("nan")}
+    for field, value in {**odd, "overfit_batches": 2, "reload_dataloaders_every_n_epochs": 1, "limit_train_batches": 3, "accumulate_grad_batches": 3}.items():  # type: ignore[assignment]
         with pytest.raises(UserError, match=rf"trainer\.{field}={value}"):
             fit(world, tmp_path / field, **{field: value})
 

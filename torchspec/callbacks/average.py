@@ -6,6 +6,7 @@ resume is exact on any number of ranks and the weights in training stay what the
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ class Average(pl.Callback):
     """For the rule that one average at a time stands in the weights' place."""
 
     def __init__(self, horizon: float = 0.1, start: float = 0.0) -> None:
-        if horizon <= 0:
+        if not horizon > 0:  # NaN neither
             raise UserError("callbacks.Average.horizon", horizon, "is not above 0", "use steps, or a share of the run below 1")
-        if start < 0:
-            raise UserError("callbacks.Average.start", start, "is negative", "use steps, or a share of the run below 1")
+        if not 0 <= start < math.inf:
+            raise UserError("callbacks.Average.start", start, "is no number of steps", "use 0 or more steps, or a share of the run below 1")
         self.horizon, self.start = horizon, start
         self._running = False
         self._saved = False

@@ -63,12 +63,19 @@ def _retire(previous: Path, final: Path) -> None:
 
     A successor that is a file has ``NAME.others`` beside it for that.
     """
-    for path in list(previous.iterdir()):
+    for name in beside_shards(previous):
         place = final if final.is_dir() else final.with_name(f"{final.name}.others")
-        if path.name not in (_FOLDER_FACTS, ".metadata") and path.suffix != ".distcp" and not (place / path.name).exists():
+        if not (place / name).exists():
             place.mkdir(exist_ok=True)
-            path.rename(place / path.name)
+            (previous / name).rename(place / name)
     remove(previous)
+
+
+def beside_shards(path: Path) -> list[str]:
+    """Names in the folder of a sharded checkpoint that are no part of it; none for a file."""
+    if not path.is_dir():
+        return []
+    return sorted(each.name for each in path.iterdir() if each.name not in (_FOLDER_FACTS, ".metadata") and each.suffix != ".distcp")
 
 
 def _sync(path: Path) -> None:

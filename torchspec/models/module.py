@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from torchspec.batch import PackedBatch
 from torchspec.errors import UserError
@@ -207,6 +207,9 @@ class DraftModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         mark_hidden_matrices(self)
         optimizer = self.optimizer_callable(p for p in self.parameters() if p.requires_grad)
+        if isinstance(optimizer, LBFGS):
+            problem = "evaluates a step many times over, of which a micro-batch is only a part"
+            raise UserError("model.optimizer", "LBFGS", problem, "use another, such as torch.optim.AdamW")
         scheduler = None if self.lr_scheduler_callable is None else self.lr_scheduler_callable(optimizer)
         path = getattr(self.trainer, "resume_path", None)
         if path is not None:

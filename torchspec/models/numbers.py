@@ -34,8 +34,11 @@ def check_start(module: DraftModule) -> None:
     problem = unsound({"state_dict": dict(module.named_parameters()), "optimizer_states": states})
     if not trainer.strategy.reduce_boolean_decision(not problem):
         path = getattr(trainer, "resume_path", None)
-        field, value = ("ckpt_path", path) if path is not None else ("model.start_from", None if module.start is None else module.start.source)
-        raise UserError(field, value, f"cannot be trained on from: {problem or _ELSEWHERE}", "use an earlier checkpoint")
+        said, source = problem or _ELSEWHERE, None if module.start is None else module.start.source
+        if path is None and source is None:
+            raise UserError("data.target.path", module.target.config.path, f"gives no draft to begin with: {said}", "check the target's files")
+        field, value = ("model.start_from", source) if path is None else ("ckpt_path", path)
+        raise UserError(field, value, f"cannot be trained on from: {said}", "use an earlier checkpoint")
 
 
 def check_saved(module: DraftModule, checkpoint: Mapping[str, Any]) -> None:

@@ -36,8 +36,8 @@ class Schedule(LRScheduler):
     """What a resumed run must have as the checkpoint has it."""
 
     def __init__(self, optimizer: Optimizer, warmup_steps: float = 0.0, total_steps: int | None = None, final: float = 0.0) -> None:
-        if warmup_steps < 0:
-            raise UserError("lr_scheduler.warmup_steps", warmup_steps, "is negative", "use 0 or more")
+        if not 0 <= warmup_steps < math.inf:
+            raise UserError("lr_scheduler.warmup_steps", warmup_steps, "is no number of steps", "use 0 or more, or a share of the run below 1")
         if not 0.0 <= final <= 1.0:
             raise UserError("lr_scheduler.final", final, "is no share of the peak", "use a number from 0 to 1")
         self.warmup_steps = warmup_steps
