@@ -21,6 +21,11 @@ Ours = Callable[[Path], bool]
 """Whether a file that is there was written by us."""
 
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+FETCH = "run git lfs pull in its repository, or download the file"
+"""What to do about a pointer."""
+
+
 def dumps(value: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
     """JSON of plain values; numbers that JSON cannot say (NaN, infinity) become null."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
@@ -32,6 +37,16 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name if not isinstance(name, float) or math.isfinite(name) else str(name): _finite(entry) for name, entry in value.items()}
     return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS keeps in the place of a large one that was not fetched.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as handle:
+        return handle.read(len(_POINTER)) == _POINTER
 
 
 def write(path: Path, content: str | bytes) -> None:

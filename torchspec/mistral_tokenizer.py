@@ -1,7 +1,8 @@
 """Tokenizers of Mistral's models: ``tokenizer.json`` where there is one, else a fast one made from ``tekken.json``, both held against mistral-common.
 
 vLLM takes mistral-common, for ids and for the chat format, where a target has Mistral's own weight files (``consolidated*.safetensors``) beside its own
-tokenizer (``tekken.json``, ``tokenizer.model.v*``); of all others it asks Transformers, with ``mistral_format=False``. Some published ``tokenizer.json`` cut
+tokenizer (``tekken.json``, ``tokenizer.model.v*``); of all others it asks Transformers, with ``mistral_format=False``, which gives mistral-common where
+``tokenizer_config.json`` names its class. Some published ``tokenizer.json`` cut
 words otherwise than the models were trained with (Transformers' ``fix_mistral_regex``); mistral-common's ids show it.
 """
 
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchspec.custom_code import reason_of
 from torchspec.errors import UserError
-from torchspec.tokenizer import Loaded, Served, agreeing, automatic, folder_of
+from torchspec.tokenizer import Loaded, Served, agreeing, automatic, described_tokenizer, folder_of, remade
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,12 +60,13 @@ def load_mistral(config: TargetConfig, hf_config: PretrainedConfig, names: froze
     assert name is not None
     file = folder / name
     common = _common(file)
-    by_common = served_by_mistral_common(names)
+    named = described_tokenizer(config, names).get("tokenizer_class") == "MistralCommonBackend"
+    by_common = named or served_by_mistral_common(names)
     ways: list[Callable[[], Any]] = []
     if "tokenizer.json" in names:
-        ways.append(lambda: automatic(config, hf_config))
+        ways.append(lambda: _of_file(config, hf_config, names))
         if by_common:
-            ways.append(lambda: automatic(config, hf_config, fix_mistral_regex=True))
+            ways.append(lambda: _of_file(config, hf_config, names, fix_mistral_regex=True))
     if name == "tekken.json" and (by_common or "tokenizer.json" not in names):
         ways.append(lambda: _converted(config, file))
     if not ways:
@@ -75,7 +77,8 @@ def load_mistral(config: TargetConfig, hf_config: PretrainedConfig, names: froze
             raise UserError("data.target.path", config.path, problem, "pip install mistral-common")
         return Loaded(agreeing(ways, None, path=config.path))
     if by_common:
-        fix = "give rows with input_ids and loss_mask (main.py regenerate with --engine server writes them), or move consolidated*.safetensors away"
+        why = "let tokenizer_class in tokenizer_config.json be TokenizersBackend" if named else "move consolidated*.safetensors away"
+        fix = f"give rows with input_ids and loss_mask (main.py regenerate with --engine server writes them), or {why}"
         served = Served("mistral-common, which vLLM takes for this target", fix, encode=_encode(common), prompt=_prompt(common))
     else:
         fix = 'set "fix_mistral_regex": true in tokenizer_config.json, for training and serving alike, or add the right tokenizer.json'
@@ -84,6 +87,16 @@ def load_mistral(config: TargetConfig, hf_config: PretrainedConfig, names: froze
     if not tokenizer.chat_template or by_common:
         tokenizer.chat_template = _template(file) or tokenizer.chat_template
     return Loaded(tokenizer, served)
+
+
+def _of_file(config: TargetConfig, hf_config: PretrainedConfig, names: frozenset[str], **more: Any) -> Any:
+    """The tokenizer of tokenizer.json, also where tokenizer_config.json names mistral-common's class, which AutoTokenizer then takes instead."""
+    tokenizer = automatic(config, hf_config, **more)
+    if getattr(tokenizer, "is_fast", False):
+        return tokenizer
+    from tokenizers import Tokenizer
+
+    return remade(config, Tokenizer.from_file(str(folder_of(config) / "tokenizer.json")), described_tokenizer(config, names))
 
 
 def _common(file: Path) -> Any | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchspec.errors import UserError
+from torchspec.files import FETCH, is_pointer
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,22 @@ FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Types that weights are computed in, by safetensors' names."""
 PACKED = ("weight_packed", "qweight", "weight_blocks", "weight.qdata", "weight.absmax", "blocks")
 """Last parts of names under which quantised checkpoints keep a weight that is not stored as itself."""
+
+
+def _opened(file: Path) -> Any:
+    """One file, its header read.
+
+    Raises:
+        UserError: it is cut short, or something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        if is_pointer(file):
+            raise UserError("data.target.path", str(file), "is a pointer of Git LFS, not the weights", FETCH) from error
+        raise UserError("data.target.path", str(file), f"is no whole file of safetensors ({error})", "copy it from the target's publisher anew") from error
 
 
 class StoredTensors:
@@ -46,8 +63,6 @@ class StoredTensors:
     @cached_property
     def shards(self) -> dict[str, str]:
         """Name → file name."""
-        from safetensors import safe_open
-
         if self._file("adapter_config.json") is not None:
             problem = "holds adapter_config.json: Transformers would load the adapter over the weights where peft is installed, servers would not"
             raise UserError("data.target.path", self.config.path, problem, "merge the adapter into the weights, or remove its files")
@@ -56,9 +71,13 @@ class StoredTensors:
             if found is None:
                 continue
             if name.endswith(".index.json"):
-                shards: dict[str, str] = json.loads(found.read_text())["weight_map"]
+                try:
+                    shards: dict[str, str] = dict(json.loads(found.read_text())["weight_map"])
+                except (ValueError, KeyError, TypeError) as error:
+                    problem = f"is no index of safetensors ({type(error).__name__}: {error})"
+                    raise UserError("data.target.path", str(found), problem, "copy it from the target's publisher anew") from error
                 return shards
-            with safe_open(found, framework="pt") as handle:
+            with _opened(found) as handle:
                 return dict.fromkeys(handle.keys(), name)
         raise UserError(
             "data.target.path", self.config.path, "holds no safetensors weights", "convert the checkpoint: load it with Transformers and save_pretrained it"
@@ -70,14 +89,14 @@ class StoredTensors:
         Raises:
             UserError: a shard that is not there, or lacks what the index says.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         shard = self.shards[name]
         file = self._file(shard)
         if file is None:
             raise UserError("data.target.path", self.config.path, f"lacks the shard {shard}", "complete the checkpoint")
         try:
-            with safe_open(file, framework="pt") as handle:
+            with _opened(file) as handle:
                 tensor: Tensor = handle.get_tensor(name)
         except SafetensorError as error:
             raise UserError("data.target.path", self.config.path, f"lacks {name} in {shard} ({error})", "complete the checkpoint") from error
@@ -85,12 +104,10 @@ class StoredTensors:
 
     def floating_type(self, name: str) -> str | None:
         """float32, bfloat16 or float16 if a tensor is stored so; nothing of it is read."""
-        from safetensors import safe_open
-
         file = self._file(self.shards[name])
         if file is None:
             return None
-        with safe_open(file, framework="pt") as handle:
+        with _opened(file) as handle:
             return FLOATS.get(handle.get_slice(name).get_dtype())
 
     def common_type(self) -> str | None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchspec.custom_code import does_not_run, reason_of
 from torchspec.errors import UserError
+from torchspec.files import FETCH, is_pointer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 PATTERNS = ("*.json", "*.jinja", "*.py", "*.model", "*.model.v*", "*.tiktoken", "*.txt", "additional_chat_templates/*")
 """Files of a hub repository that a tokenizer may be made of."""
+_LARGE = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model")
+"""Files of a tokenizer that repositories keep in Git LFS."""
 PROBES = (
     "It's what they'll say: we've 1234567 THINGS, don't we? it's that's you're",
     "Hello  world,\n\n   x = {'a': [1, 2.50]};\t// HTTPServer camelCase\r\n",
@@ -86,10 +89,17 @@ def load_tokenizer(config: TargetConfig, hf_config: PretrainedConfig) -> Loaded:
     except UserError:
         raise
     except Exception as error:  # files that are no tokenizer's raise whatever reads them
+        for file in sorted(Path(config.path) / name for name in names if name in _LARGE and Path(config.path).is_dir()):
+            if is_pointer(file):
+                raise UserError("data.target.path", str(file), "is a pointer of Git LFS, not the tokenizer", FETCH) from error
         fix = "add the tokenizer files to the target (tokenizer.json and tokenizer_config.json)"
         raise UserError("data.target.path", config.path, f"has no tokenizer that loads ({reason_of(error)})", fix) from error
     if not found.tokenizer.chat_template and "chat_template.json" in names:  # a processor's; servers fall back to it
-        found.tokenizer.chat_template = json.loads((folder_of(config) / "chat_template.json").read_text())["chat_template"]
+        try:
+            found.tokenizer.chat_template = json.loads((folder_of(config) / "chat_template.json").read_text())["chat_template"]
+        except (ValueError, KeyError, TypeError) as error:
+            problem = f"has a chat_template.json without a chat template ({reason_of(error)})"
+            raise UserError("data.target.path", config.path, problem, "copy that file from the target's publisher anew, or add chat_template.jinja") from error
     return found
 
 

@@ -267,6 +267,41 @@ def test_tokenizer_json_is_used_beside_tekken(tekken: Path) -> None:
     assert len(ids_of(target.tokenizer(), "it's")) == 1 and check(target, chat("it's 12", "that's it")) == 1
 
 
+@pytest.mark.parametrize("consolidated", [False, True])
+def test_tokenizer_json_is_used_where_the_configuration_names_mistral_commons_class(tekken: Path, consolidated: bool) -> None:
+    """What ``MistralCommonBackend`` saves beside a tokenizer.json: AutoTokenizer then gives that class, which has no offsets."""
+    Target(TargetConfig(str(tekken))).tokenizer().save_pretrained(tekken)
+    described = json.loads((tekken / "tokenizer_config.json").read_text())
+    (tekken / "tokenizer_config.json").write_text(json.dumps({**described, "tokenizer_class": "MistralCommonBackend"}))
+    if consolidated:
+        (tekken / "consolidated.safetensors").touch()
+    target = Target(TargetConfig(str(tekken)))
+    assert target.tokenizer().is_fast and check(target, chat("it's 12 hats", "that's  it")) == 1
+    assert target.served is not None and target.served.prompt is not None
+
+
+def test_files_that_hold_something_else_are_named(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    (tmp_path / "chat_template.jinja").unlink()
+    for text in ("{}", "{", "[]"):
+        (tmp_path / "chat_template.json").write_text(text)
+        with pytest.raises(UserError, match=r"has a chat_template\.json without a chat template"):
+            Target(TargetConfig(str(tmp_path))).tokenizer()
+    for file, text, said in (
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS, not the weights"),
+        ("model.safetensors", "x", "is no whole file of safetensors"),
+        ("model.safetensors.index.json", "{}", "is no index of safetensors"),
+    ):
+        (tmp_path / file).write_text(text)
+        with pytest.raises(UserError, match=said):
+            _ = Target(TargetConfig(str(tmp_path))).stored.shards
+        (tmp_path / file).unlink()
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError, match=r"tokenizer\.json' is a pointer of Git LFS, not the tokenizer.*git lfs pull"):
+        Target(TargetConfig(str(tmp_path))).tokenizer()
+
+
 def test_a_target_without_a_template_says_what_to_add(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(SIZES))

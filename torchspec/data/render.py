@@ -78,7 +78,7 @@ class Renderer:
         if supervise not in SUPERVISE:
             raise UserError("data.supervise", supervise, "is unknown", f"use one of {', '.join(SUPERVISE)}")
         self.template = ChatTemplate(tokenizer, name=name, variables=variables)
-        if not tokenizer.is_fast:
+        if not getattr(tokenizer, "is_fast", False):
             raise UserError(
                 "data.target.path",
                 name,

@@ -21,6 +21,7 @@ import xxhash
 from torchspec.data.files import READABLE, identity, kind_of, list_folder, of_split, stem_of
 from torchspec.data.rows import BROKEN, Rows, file_rows, plain_rows
 from torchspec.errors import UserError
+from torchspec.files import FETCH, is_pointer
 from torchspec.proxies import through_to_hub
 
 Given = str | Sequence[str] | Mapping[str, float]
@@ -28,7 +29,6 @@ Given = str | Sequence[str] | Mapping[str, float]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.:+\[\]%-]+)?")
 _SPLIT = re.compile(r"(.+?):([^:/\[]+(?:\[.*\].*)?)", re.DOTALL)
 """A folder and its split; of a slice (``train[:10%]``) that is all behind the folder."""
-_POINTER = b"version https://git-lfs.github.com/spec/"
 _CHUNK = 1 << 22
 warn: Callable[[str], None] = logging.getLogger(__name__).warning
 """Says what is not read, where a command has nothing of its own to say it with."""
@@ -184,18 +184,17 @@ def _alike(sources: Sequence[Source]) -> str:
 
 def _file_source(path: Path, name: str, given: str, config_key: str) -> Source:
     digest = xxhash.xxh3_128()
-    lines, pointer = 0, False
+    lines = 0
     try:
+        pointer = is_pointer(path)
         with path.open("rb") as handle:
-            pointer = handle.read(len(_POINTER)) == _POINTER
-            handle.seek(0)
             while chunk := handle.read(_CHUNK):
                 digest.update(chunk)
                 lines += chunk.count(b"\n")
     except OSError as error:
         raise UserError(config_key, name, f"cannot be read ({error.strerror})", "check its permissions") from error
     if pointer:
-        raise UserError(config_key, name, "is a pointer of Git LFS, not the data", "run git lfs pull in its repository, or download the file")
+        raise UserError(config_key, name, "is a pointer of Git LFS, not the data", FETCH)
     kind, compression = kind_of(path.name) or ("", "")
     known = kind == "jsonl" and not compression
     return Source(name, kind, f"xxh3:{digest.hexdigest()}", lines if known else None, compression, given)
