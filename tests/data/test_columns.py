@@ -90,6 +90,8 @@ def test_questions_alone_are_prompts() -> None:
     for row in ({"prompt": "u"}, {"instruction": "u", "input": ""}, {"prompt": [USER]}, {"messages": [USER]}, {"question": "u"}):
         assert parsed(row, need_answer=False).messages == (USER,)
         assert "has no" in refused(row)
+    for row in ({"instruction": "u", "output": None}, {"question": "u", "answer": 42}, {"prompt": "u", "response": ["a"]}):
+        assert f"has no answer to its {next(iter(row))}: text or messages in completion or" in refused(row)
     with_choice = parsed({"prompt": "u", "chosen": "a", "rejected": "b"}, need_answer=False)
     assert with_choice.messages == (USER,) and with_choice.unused == ("chosen", "rejected")
 

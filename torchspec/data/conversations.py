@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchspec.data.columns import (
+    ANSWER_KEYS,
     MESSAGE_KEYS,
+    QUESTION_KEYS,
     SYSTEM_KEYS,
     TEMPLATE_KEYS,
     TOOL_KEYS,
@@ -129,6 +131,9 @@ def _no_messages(row: dict[str, Any], messages_key: str | None) -> RowError:
     keys = ", ".join(map(str, row)) or "none"
     if messages_key is None and {"chosen", "rejected"} & row.keys():
         return RowError(f"has chosen or rejected answers and none that is said to be trained: name one with data.messages_key (keys: {keys})")
+    asked = next((key for key in QUESTION_KEYS if messages_key is None and isinstance(row.get(key), str | list) and row[key]), None)
+    if asked is not None:
+        return RowError(f"has no answer to its {asked}: text or messages in {' or '.join(ANSWER_KEYS)} (keys: {keys})")
     return RowError(f"has no {messages_key or ' or '.join(MESSAGE_KEYS[:2])} (keys: {keys})")
 
 

@@ -51,7 +51,7 @@ class RemoteVLLMEngine(CapturingEngine):
         self.token = os.environ.get(TOKEN_VARIABLE, "")
         if not self.token:
             raise UserError(TOKEN_VARIABLE, None, "is not set", "export the secret that the server was started with (its TORCHSPEC_TOKEN)")
-        self.report_host = bare(str(arguments.get("report_host") or "")) or str(route_to(parts.hostname, parts.port or 80))
+        self.report_host = bare(str(arguments.get("report_host") or "")) or str(route_to(str(parts.hostname), parts.port or 80))
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)  # the server closes after 5
