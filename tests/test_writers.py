@@ -280,6 +280,17 @@ def test_a_checkpoint_of_another_program_is_left_as_it_is(target: Target, tmp_pa
     assert tree(tmp_path / "checkpoints") == before
 
 
+def test_a_file_in_the_place_of_the_checkpoints_is_told_before_training(target: Target, tmp_path: Path) -> None:
+    from tests.defects.fits import fit, module
+    from torchspec.callbacks.last import LastCheckpoint
+
+    (tmp_path / "checkpoints").write_text("mine")
+    for dirpath in (None, str(tmp_path / "checkpoints" / "below")):
+        with pytest.raises(UserError, match=r"trainer\.callbacks=.*checkpoints.* is no folder"):
+            fit(tmp_path, module(target), steps=1, enable_checkpointing=True, callbacks=[LastCheckpoint(1, dirpath=dirpath)])
+    assert (tmp_path / "checkpoints").read_text() == "mine" and not (tmp_path / "logs").exists()
+
+
 def test_notes_in_a_sharded_checkpoint_are_not_lost_to_a_link(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning removes a folder that stands where its link goes; an empty file holds nothing to lose."""
     from lightning.pytorch.callbacks import ModelCheckpoint

@@ -234,7 +234,10 @@ class Trainer(pl.Trainer):
                 if callback.filename is not None and "{" not in callback.filename and callback.save_top_k == 1:
                     callback._enable_version_counter = False  # one name is one file: that of the newest run
                 if mend and self.is_global_zero and "://" not in str(callback.dirpath):
-                    recover(Path(callback.dirpath))
+                    folder = Path(callback.dirpath)
+                    if any(place.exists() and not place.is_dir() for place in (folder, *folder.parents)):
+                        raise UserError("trainer.callbacks", str(folder), "is no folder, so no checkpoint could be saved there", "set dirpath of that callback")
+                    recover(folder)
                     if not self.fast_dev_run:  # type: ignore[attr-defined]
                         _refuse_foreign_checkpoint(callback)
 
