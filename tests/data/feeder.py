@@ -73,8 +73,8 @@ class FedDataModule(DraftDataModule):
             self._server.start()
         return Feeder(self._server.address, self.spec)
 
-    def close(self) -> None:
-        super().close()
+    def close(self, *, loaders: bool = True) -> None:
+        super().close(loaders=loaders)
         if hasattr(self, "_server"):
             self._server.close()
             del self._server

@@ -107,6 +107,9 @@ def test_what_arrives_is_what_was_sent_up_to_the_first_breach(sent: list[Any], h
     assert got == sent[:kept]
 
 
+pytestmark = pytest.mark.cold_start  # the memory of the coordinator is measured, and a fork counts what its parent imported
+
+
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineGroup]:
     folder: Path = tmp_path_factory.mktemp("fuzz")

@@ -104,7 +104,7 @@ class _FusedLoss(torch.autograd.Function):
             loss=torch.empty(total, dtype=torch.float32, device=device),
             hit=torch.empty(total, dtype=torch.int8, device=device),
             alpha=torch.empty(total if measure else 1, dtype=torch.float32, device=device),
-            chosen=torch.empty(total, dtype=torch.int64, device=device) if plan.measure else None,
+            chosen=torch.zeros(total, dtype=torch.int64, device=device) if plan.measure else None,
         )
         order = torch.argsort(rows.source, stable=True)
         every = torch.cat(states)
