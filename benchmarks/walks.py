@@ -23,6 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from torchspec.files import lines_with, refuse_foreign, write
+from torchspec.looping import LOOPING, repeats
 from torchspec.paths import expand_all
 
 _SAMPLES = 2000
@@ -49,10 +50,11 @@ class Walk:
         return 1.0 + sum(self.accepted) / max(sum(self.stops), 1)
 
 
-def loops(ids: list[int], *, gram: int = 8, share: float = 0.3) -> bool:
-    """Whether more than ``share`` of an answer's 8-grams stood in it before: loops are easy to draft and flatter every draft."""
-    grams = [tuple(ids[i : i + gram]) for i in range(len(ids) - gram + 1)]
-    return bool(grams) and 1 - len(set(grams)) / len(grams) > share
+def loops(answers: list[np.ndarray]) -> bool:
+    """Whether a conversation repeats itself, as ``AcceptanceLength`` judges it: loops are easy to draft and flatter every draft."""
+    counts = [repeats(answer) for answer in answers]
+    pieces, again = sum(pieces for pieces, _ in counts), sum(again for _, again in counts)
+    return pieces > 0 and again > LOOPING * pieces
 
 
 def measure(draft: str, *, target: str, records: str, sets: dict[str, str], ks: list[int], config: dict[str, Any]) -> list[Walk]:
@@ -96,8 +98,9 @@ def measure(draft: str, *, target: str, records: str, sets: dict[str, str], ks: 
                 for k in ks:
                     stops, right, _ = serving_walk([accepted[i] for i in mine], [turn[i] for i in mine], k)
                     found.setdefault((dataloader_idx, k), {})[sample] = (stops, right)
-                answer = [ids[i] for i, s in enumerate(owner) if s == number and turns[i] >= 0]
-                looping.setdefault(dataloader_idx, {})[sample] = loops(answer)
+                own = [(turns[i], ids[i]) for i, s in enumerate(owner) if s == number and turns[i] >= 0]
+                answers = [np.array([token for t, token in own if t == each]) for each in dict.fromkeys(t for t, _ in own)]
+                looping.setdefault(dataloader_idx, {})[sample] = loops(answers)
 
     trainer = pl.Trainer(
         accelerator="auto", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
