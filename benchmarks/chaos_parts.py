@@ -28,6 +28,7 @@ from torchspec.engines.client import Endpoint, TrainerClient
 from torchspec.engines.engine import EngineStats, Job
 from torchspec.engines.messages import Failed, Finished, Lease, Sample
 from torchspec.engines.record_writer import put_when_room
+from torchspec.supervision import Unroll
 from torchspec.transfer import open_store
 from torchspec.transfer.mooncake import MooncakeStore
 from torchspec.transfer.record import RecordSpec, seal, views
@@ -70,7 +71,7 @@ class Conversations:
     def mismatch(self, index: int, ids: Tensor) -> str:
         return "" if np.array_equal(ids.numpy(), self._ids[index]) else f"holds the tokens of another sample than {index}"
 
-    def supervision(self, index: int, tokens: int) -> np.ndarray:
+    def loss_mask(self, index: int, tokens: int) -> np.ndarray:
         return np.ones(tokens, dtype=np.uint8)
 
     def positions(self, index: int, tokens: int) -> None:
@@ -193,6 +194,7 @@ def run_rank(
         "world": job.world,
         "spec": SPEC,
         "window_bytes": job.window,
+        "supervision": Unroll(STEPS),
         "prefetch_packs": 2,
         "failed_path": job.failed_path,
         "pin": False,

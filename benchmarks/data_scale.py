@@ -76,6 +76,7 @@ def main() -> None:
 
     from torchspec.data.plan import Plan
     from torchspec.data.prepare import DataOptions, prepare
+    from torchspec.supervision import Unroll
     from torchspec.target import Target, TargetConfig
 
     with tempfile.TemporaryDirectory() as name:
@@ -100,7 +101,7 @@ def main() -> None:
             epoch=0,
             max_tokens=args.max_tokens,
             packs_per_step=8,
-            counts=data.supervised_counts(7),
+            counts=data.measured(Unroll(7))[0],
             content=data.content,
         )
         planned = time.monotonic()

@@ -33,7 +33,6 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from torchspec.batch import supervised_counts
 from torchspec.data.collate import collate
 from torchspec.data.conversations import parse
 from torchspec.data.render import Renderer
@@ -46,6 +45,7 @@ from torchspec.models.draft_config import DraftConfig
 from torchspec.models.task import DraftTask
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.paths import expand_all
+from torchspec.supervision import Unroll
 from torchspec.target import Target, TargetConfig
 from torchspec.transfer import StoreConfig, StoreServer, make_server, open_store
 from torchspec.transfer.record import Record, RecordSpec, open_record
@@ -56,7 +56,7 @@ _STEPS = 4
 class _AllAnswers:
     """What ``collate`` asks of a dataset; every token is supervised."""
 
-    def supervision(self, index: int, tokens: int) -> np.ndarray:
+    def loss_mask(self, index: int, tokens: int) -> np.ndarray:
         return np.ones(tokens, dtype=np.uint8)
 
     def positions(self, index: int, tokens: int) -> None:
@@ -226,8 +226,20 @@ def loss_of(task: DraftTask, records: dict[int, Record], spec: RecordSpec, devic
         packs[-1].append(i)
     dataset, total = _AllAnswers(), 0.0
     for pack in filter(None, packs):
-        counts = sum(supervised_counts(dataset.supervision(i, records[i].input_ids.shape[0]), _STEPS) for i in pack)
-        batch = collate(records, dataset=dataset, samples=pack, spec=spec, counts=np.asarray(counts), pack_index=0, stage="train")  # type: ignore[arg-type]  # all that it asks of a dataset is supervision()
+        masks = [dataset.loss_mask(i, records[i].input_ids.shape[0]) for i in pack]
+        rule, bounds = Unroll(_STEPS), np.cumsum([0, *map(len, masks)])
+        counts = rule.counts(np.concatenate(masks), bounds).sum(axis=0)
+        batch = collate(
+            records,
+            dataset=dataset,  # type: ignore[arg-type]  # it has what collation asks of a data set
+            samples=pack,
+            keys=np.zeros(len(pack), dtype=np.uint64),
+            spec=spec,
+            supervision=rule,
+            counts=counts,
+            pack_index=0,
+            stage="train",
+        )
         with torch.no_grad():
             total += float(task(batch.to(device)).loss)
     return total / len(packs)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.plain_step import PlainStep
-from torchspec.batch import PackedBatch, supervised_counts, turns, unroll_rows
+from torchspec.batch import PackedBatch
 from torchspec.files import dumps
 from torchspec.hardware import working_dtype
 from torchspec.models.draft_config import DraftConfig
@@ -33,6 +33,7 @@ from torchspec.models.fp8 import Fp8
 from torchspec.models.target_weights import TargetHead
 from torchspec.models.task import DraftTask, start_from_target
 from torchspec.paths import expand_all
+from torchspec.supervision import Unroll, turns
 
 _AUX = (2, 15, 27)
 _EPS = 1e-5
@@ -82,8 +83,8 @@ def make_batch(ids: Tensor, aux: Tensor, last: Tensor, steps: int) -> PackedBatc
     return PackedBatch(
         input_ids=ids.long(), position=torch.arange(total), sequence=torch.zeros(total, dtype=torch.int64), turn=torch.from_numpy(turn), aux=aux, last=last,
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)), sample_ids=(0,),
-        counts=torch.from_numpy(np.maximum(supervised_counts(np.ones(total, dtype=np.uint8), steps), 1).astype(np.float32)),
-        rows=unroll_rows(turn, bounds, steps),
+        counts=torch.from_numpy(np.maximum(Unroll(steps).counts(np.ones(total, dtype=np.uint8), bounds)[0], 1).astype(np.float32)),
+        rows=Unroll(steps).rows(turn, bounds),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchspec.batch import PackedBatch
 from torchspec.models.task import DraftTask
+from torchspec.supervision import as_unroll
 
 
 class PlainStep(nn.Module):
@@ -60,7 +61,7 @@ class PlainStep(nn.Module):
         keys: list[Tensor] = []
         values: list[Tensor] = []
         total = torch.zeros((), device=best.device)
-        for k in range(batch.rows.steps):
+        for k in range(as_unroll(batch.rows).steps):
             embedded = F.embedding(batch.input_ids.roll(-1 - k), draft.embedding_table)
             both = torch.cat([self._norm(embedded, layer.input_layernorm.weight), self._norm(hidden, layer.hidden_norm.weight)], dim=-1)  # type: ignore[union-attr, arg-type]
             query, key, value = (project(both).unflatten(-1, (-1, size)).transpose(0, 1) for project in (attention.q_proj, attention.k_proj, attention.v_proj))  # type: ignore[union-attr, operator]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.plain_step import PlainStep
-from torchspec.batch import PackedBatch, supervised_counts, turns, unroll_rows
+from torchspec.batch import PackedBatch
 from torchspec.files import dumps
 from torchspec.hardware import working_dtype
 from torchspec.models.clipping import clip
@@ -35,6 +35,7 @@ from torchspec.models.eagle3 import Eagle3Draft, RMSNorm
 from torchspec.models.fp8 import Fp8
 from torchspec.models.target_weights import TargetHead
 from torchspec.models.task import DraftTask
+from torchspec.supervision import Unroll, as_unroll, turns
 
 _GIB = 2**30
 
@@ -57,7 +58,7 @@ def make_batch(config: DraftConfig, lengths: list[int], *, steps: int, dtype: to
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     total = int(bounds[-1])
     turn = turns(np.ones(total, dtype=np.uint8), bounds)
-    counts = sum(supervised_counts(np.ones(n, dtype=np.uint8), steps) for n in lengths)
+    counts = Unroll(steps).counts(np.ones(total, dtype=np.uint8), bounds).sum(axis=0)
     batch = PackedBatch(
         input_ids=torch.randint(0, config.vocab_size, (total,), generator=generator, device=device),
         position=torch.from_numpy(np.arange(total) - np.repeat(bounds[:-1], lengths)),
@@ -68,7 +69,7 @@ def make_batch(config: DraftConfig, lengths: list[int], *, steps: int, dtype: to
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         sample_ids=tuple(range(len(lengths))),
         counts=torch.from_numpy(np.maximum(counts, 1).astype(np.float32)),
-        rows=unroll_rows(turn, bounds, steps),
+        rows=Unroll(steps).rows(turn, bounds),
     )
     return batch.to(device)
 
@@ -94,7 +95,8 @@ def make_task(config: DraftConfig, *, steps: int, dtype: torch.dtype, device: to
 def step_flops(config: DraftConfig, batch: PackedBatch) -> dict[str, float]:
     """Floating-point operations of a step by part: a product counts 2, and its backward twice as much (attention: 2.5 times)."""
     heads, size, width = config.num_heads, config.head_dim, config.hidden_size
-    rows = sum(int(index.shape[0]) for index in batch.rows.index)
+    unroll = as_unroll(batch.rows)
+    rows = sum(index.shape[0] for index in unroll.index)
     projections = 2 * width * (heads + 2 * config.num_kv_heads) * size + heads * size * width
     layer = projections + 3 * width * config.intermediate_size
     lengths = batch.cu_seqlens.diff().double()
@@ -103,7 +105,7 @@ def step_flops(config: DraftConfig, batch: PackedBatch) -> dict[str, float]:
         "backbone": 6.0 * (rows * layer * config.num_layers + fc),
         "draft_head": 6.0 * rows * width * config.draft_vocab_size,
         "target_head": 2.0 * batch.rows.base.shape[0] * config.target_hidden_size * config.vocab_size,
-        "attention": 3.5 * 2 * heads * size * float(lengths.square().sum()) * batch.rows.steps * config.num_layers,
+        "attention": 3.5 * 2 * heads * size * float(lengths.square().sum()) * unroll.steps * config.num_layers,
     }
 
 
@@ -157,7 +159,7 @@ def memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Pack
     step_peak = torch.cuda.max_memory_allocated()
     parameters = [p for p in model.parameters() if p.requires_grad]
     fields = [getattr(batch, name) for name in ("input_ids", "position", "sequence", "turn", "aux", "last")]
-    rows = batch.rows
+    rows = as_unroll(batch.rows)
     lists = [rows.base, rows.at, rows.step, rows.where, *rows.index, *rows.keep, *rows.onto]
     parts = {
         "masters": size([p.data for p in parameters]),

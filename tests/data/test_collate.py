@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from torchspec.batch import PackedBatch
 from torchspec.data.collate import collate
 from torchspec.data.dataset import TokenizedDataset
 from torchspec.data.prepare import DataOptions, prepare
+from torchspec.supervision import Unroll
 from torchspec.transfer.record import Record, RecordSpec, open_record, seal, views
 
 SPEC = RecordSpec(target="t", tokenizer="", aux_layers=(1, 3), hidden_size=8, dtype="bfloat16")
@@ -35,10 +38,15 @@ def record(dataset: TokenizedDataset, index: int, rows: int | None = None) -> Re
     return open_record(seal(buffer, SPEC, tokens, rows, producer="test"), SPEC)
 
 
+def made(records: dict[int, Record], dataset: TokenizedDataset, *, samples: list[int], **given: Any) -> PackedBatch:
+    keys = np.array([10 + i for i in samples], dtype=np.uint64)
+    return collate(records, dataset=dataset, samples=samples, keys=keys, spec=SPEC, supervision=Unroll(2), stage="train", **given)
+
+
 def test_a_pack_of_three(tmp_path: Path) -> None:
     dataset = data(tmp_path)
     records = {0: record(dataset, 0), 1: record(dataset, 1), 2: record(dataset, 2, rows=7)}
-    batch = collate(records, dataset=dataset, samples=[2, 0, 1], spec=SPEC, counts=np.array([9, 0]), pack_index=5, stage="train")
+    batch = made(records, dataset, samples=[2, 0, 1], counts=np.array([9, 0]), pack_index=5)
     assert batch.sample_ids == (2, 0, 1) and batch.pack_index == 5 and batch.num_tokens == 17
     assert batch.cu_seqlens.tolist() == [0, 8, 14, 17] and batch.cu_seqlens.dtype == torch.int32
     assert batch.position.tolist() == [*range(8), *range(6), *range(3)]
@@ -54,11 +62,11 @@ def test_a_pack_of_three(tmp_path: Path) -> None:
 
 def test_a_failed_sample_is_absent_and_its_positions_stay_in_the_counts(tmp_path: Path) -> None:
     dataset = data(tmp_path)
-    batch = collate({1: record(dataset, 1)}, dataset=dataset, samples=[2, 0, 1], spec=SPEC, counts=np.array([9, 5]), pack_index=0, stage="train")
+    batch = made({1: record(dataset, 1)}, dataset, samples=[2, 0, 1], counts=np.array([9, 5]), pack_index=0)
     assert batch.sample_ids == (1,) and batch.num_tokens == 3 and batch.counts.tolist() == [9.0, 5.0]
 
 
 def test_an_empty_pack(tmp_path: Path) -> None:
-    batch = collate({}, dataset=data(tmp_path), samples=[], spec=SPEC, counts=np.array([3, 1]), pack_index=7, stage="train")
+    batch = made({}, data(tmp_path), samples=[], counts=np.array([3, 1]), pack_index=7)
     assert batch.num_tokens == 0 and batch.cu_seqlens.tolist() == [0] and batch.aux.shape == (0, 16) and batch.last.shape == (0, 8)
     assert batch.rows.base.numel() == 0 and batch.rows.steps == 2

@@ -24,6 +24,7 @@ from torchspec.data.plan import Plan
 from torchspec.data.prepare import DataOptions, prepare
 from torchspec.engines.messages import Damaged, Failure, Pack, PackReady, RecordRef
 from torchspec.errors import GroupStopped
+from torchspec.supervision import Unroll
 from torchspec.transfer import StoreConfig, StoreError, make_server, open_store
 from torchspec.transfer.record import RecordSpec, seal, views
 from torchspec.transfer.shm import ShmStore
@@ -125,7 +126,7 @@ class World:
         self.dataset: TokenizedDataset = prepare(
             str(folder / "a.jsonl"), options=DataOptions(max_length=64), tokenizer=None, vocab_size=100, cache_dir=folder / "cache", target_name="t"
         )
-        self.plan = Plan(self.dataset.lengths, seed=0, epoch=0, max_tokens=80, packs_per_step=4, counts=self.dataset.supervised_counts(STEPS))
+        self.plan = Plan(self.dataset.lengths, seed=0, epoch=0, max_tokens=80, packs_per_step=4, counts=self.dataset.measured(Unroll(STEPS))[0])
         self.coordinator = Coordinator(address)
         self.coordinator.samples_of = lambda packs: {int(i) for p in packs for i in self.plan.pack(p)}
         self.failed = folder / "run" / "failed_samples.jsonl"
@@ -144,6 +145,7 @@ class World:
             "world": world,
             "dataset": self.dataset,
             "spec": SPEC,
+            "supervision": Unroll(STEPS),
             "window_bytes": 1 << 20,
             "prefetch_packs": 3,
             "failed_path": self.failed,

@@ -101,6 +101,17 @@ def test_counts_are_those_of_the_step() -> None:
         assert plan.step_counts(step).tolist() == counts[members].sum(axis=0).tolist()
 
 
+def test_draw_keys_are_of_seed_epoch_and_sample_alone() -> None:
+    """Whichever pack a sample is in, and however long the plan was used before: also after a resume."""
+    plan = made([5, 9, 60, 30, 31, 7], seed=3, epoch=2)
+    alone = {i: int(plan.keys(np.array([i]))[0]) for i in range(6)}
+    assert [plan.keys(plan.pack(i)).tolist() for i in range(len(plan))] == [[alone[j] for j in plan.pack(i).tolist()] for i in range(len(plan))]
+    assert made([1] * 6, seed=3, epoch=2, packs_per_step=1, max_tokens=200).keys(np.arange(6)).tolist() == list(alone.values())
+    others = [made([1] * 6, seed=seed, epoch=epoch).keys(np.arange(6)) for seed, epoch in ((3, 2), (3, 1), (4, 2), (2**40, 2))]
+    assert len({key for keys in others for key in keys.tolist()}) == 24 and plan.keys(np.zeros(0, dtype=np.int64)).shape == (0,)
+    assert alone[0] == 11475712343069784169  # it stays what a run of before drew with
+
+
 def test_a_conversation_longer_than_a_pack_is_refused() -> None:
     with pytest.raises(UserError, match=r"data\.max_tokens=64 is below the longest conversation of 65 tokens"):
         made([3, 65])

@@ -18,11 +18,11 @@ import xxhash
 from transformers import AutoTokenizer
 
 from tests.tiny import save_conversations, save_tokenizer
-from torchspec.batch import supervised_counts
 from torchspec.data.dataset import TokenizedDataset
 from torchspec.data.prepare import DataOptions, prepare
 from torchspec.data.tokenise import Tokenise
 from torchspec.errors import UserError
+from torchspec.supervision import Unroll
 
 VOCAB = 384
 
@@ -65,12 +65,17 @@ def test_samples_come_back_in_order_with_their_place(tmp_path: Path, tokenizer: 
     assert data.end_ids == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
+def counts_of(mask: Any, steps: int) -> list[int]:
+    """Of one conversation alone."""
+    return list(Unroll(steps).counts(np.asarray(mask), np.array([0, len(mask)]))[0].tolist())
+
+
 def test_counts_are_those_of_the_rule(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     data = build(save_conversations(tmp_path / "a.jsonl", 40, turns=3), tmp_path / "cache", tokenizer)
-    expected = [supervised_counts(data.mask(i), 5).tolist() for i in range(40)]
-    assert data.supervised_counts(5).tolist() == expected
+    expected = [counts_of(data.mask(i), 5) for i in range(40)]
+    assert data.measured(Unroll(5))[0].tolist() == expected
     monkeypatch.setattr("torchspec.data.dataset._CHUNK", 100)  # many chunks, some smaller than a conversation
-    assert data.supervised_counts(5).tolist() == expected
+    assert data.measured(Unroll(5))[0].tolist() == expected
     counted = np.zeros(VOCAB, dtype=np.int64)
     for i in range(40):
         np.add.at(counted, data.ids(i)[data.mask(i) == 1], 1)
@@ -83,7 +88,7 @@ def test_counts_of_masks_that_begin_or_end_a_conversation(tmp_path: Path) -> Non
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps({"input_ids": list(range(len(m))), "loss_mask": m}) + "\n" for m in masks))
     data = build(source, tmp_path / "cache", None)
-    assert data.supervised_counts(4).tolist() == [supervised_counts(np.array(m), 4).tolist() for m in masks]
+    assert data.measured(Unroll(4))[0].tolist() == [counts_of(m, 4) for m in masks]
     assert data.tokenizer == "" and data.mask(3).tolist() == masks[3]
 
 
@@ -206,13 +211,14 @@ def test_weights_say_how_often_an_epoch(tmp_path: Path, tokenizer: Any) -> None:
     places = Counter(mixed.place(i) for i in range(len(mixed)))
     assert sorted(n for place, n in places.items() if str(one) in place) == [2] * 10 + [3] * 10
     assert sum(n for place, n in places.items() if str(two) in place) == 20 and sum(n for place, n in places.items() if str(three) in place) == 5
-    assert len(mixed) == 75 == len(mixed.lengths) == len(mixed.hashes) == len(mixed.supervised_counts(3)) and mixed.content != plain.content
+    assert len(mixed) == 75 == len(mixed.lengths) == len(mixed.hashes) == len(mixed.measured(Unroll(3))[0]) and mixed.content != plain.content
     again = build({str(one): 2.5, str(two): 1, str(three): 0.25}, tmp_path / "cache", tokenizer)
     assert again.content == mixed.content
     counted = np.zeros(VOCAB, dtype=np.int64)
+    supervised = mixed.measured(Unroll(3))[0]
     for i in range(len(mixed)):
         np.add.at(counted, mixed.ids(i)[mixed.mask(i) == 1], 1)
-        assert mixed.lengths[i] == len(mixed.ids(i)) and mixed.supervised_counts(3)[i].tolist() == supervised_counts(mixed.mask(i), 3).tolist()
+        assert mixed.lengths[i] == len(mixed.ids(i)) and supervised[i].tolist() == counts_of(mixed.mask(i), 3)
     assert mixed.token_counts(VOCAB).tolist() == counted.tolist()
     with pytest.raises(UserError, match=r"data\.train\..*a\.jsonl=0 is no weight"):
         build({str(one): 0}, tmp_path / "cache", tokenizer)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from torchspec.batch import turns, unroll_rows
 from torchspec.data.dataset import TokenizedDataset
 from torchspec.data.plan import Plan
 from torchspec.data.prepare import DataOptions, prepare
@@ -18,6 +17,7 @@ from torchspec.data.prompts import Prompts, answer_counts
 from torchspec.engines.engine import OnPolicy
 from torchspec.engines.messages import Continue
 from torchspec.errors import UserError
+from torchspec.supervision import Unroll, turns
 
 MASKS = [
     [0, 0, 1, 1, 1, 0, 0, 1, 1, 0],  # two answers: at 2 and 7
@@ -57,7 +57,7 @@ def test_a_record_must_continue_its_prompt(tmp_path: Path) -> None:
     prompts = Prompts(data(tmp_path), OnPolicy(max_new_tokens=5), max_length=12)
     ids = torch.tensor([20, 21, 22, 23, 24, 25, 77, 78], dtype=torch.int32)
     assert prompts.mismatch(1, ids) == ""
-    assert prompts.supervision(1, 8).tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert prompts.loss_mask(1, 8).tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
     assert "prompt 1" in prompts.mismatch(1, ids + 1)
     assert "6 tokens" in prompts.mismatch(1, ids[:6]) and "12 tokens" in prompts.mismatch(1, torch.cat([ids, ids[:4]]))
 
@@ -69,9 +69,9 @@ def test_counts_of_answers_are_what_collation_supervises(lengths: list[int]) -> 
     for length in lengths:
         mask = np.array([0, 0, 0] + [1] * length, dtype=np.uint8)
         bounds = np.array([0, mask.shape[0]])
-        rows = unroll_rows(turns(mask, bounds), bounds, steps)
+        rows = Unroll(steps).rows(turns(mask, bounds), bounds)
         total += [len(index) for index in rows.index]
-    assert answer_counts(lengths, steps).tolist() == total.tolist()
+    assert answer_counts(lengths, Unroll(steps)).tolist() == total.tolist()
 
 
 def test_the_plan_depends_on_how_prompts_are_answered(tmp_path: Path) -> None:

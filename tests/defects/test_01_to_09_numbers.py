@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +20,6 @@ from tests.models import reference
 from tests.models.differences import PRUNED, against_reference
 from tests.models.exports import LAYERS, export_variant, random_draft, save_plain_target
 from tests.models.packs import conversation, counts, draft_config, head_weight, pack, task
-from torchspec.batch import supervised_counts
 from torchspec.callbacks.vocabulary import VocabularyPruning
 from torchspec.engines.hooks import HiddenStates
 from torchspec.errors import UserError
@@ -29,6 +29,7 @@ from torchspec.models.import_draft import import_draft
 from torchspec.models.rope import frequencies
 from torchspec.models.rope_parameters import rope_of
 from torchspec.models.target_weights import TargetHead, read_embedding
+from torchspec.supervision import Unroll
 from torchspec.target import Target
 
 
@@ -74,7 +75,7 @@ def test_defect_02_resume_keeps_the_optimizers_moments_and_refuses_a_checkpoint_
 
 def test_defect_03_the_last_supervised_position_has_the_targets_distribution() -> None:
     """Of a supervised turn that ends a conversation, whose last state is zero because nobody computed it: through the head it would be a uniform target."""
-    assert supervised_counts(torch.tensor([0, 0, 1, 1, 1, 1]).numpy(), 4).tolist() == [3, 2, 1, 0]
+    assert Unroll(4).counts(np.array([0, 0, 1, 1, 1, 1]), np.array([0, 6])).tolist() == [[3, 2, 1, 0]]
     config, steps = draft_config(), [1.0, 0.8, 0.5]
     made = task(config, draft_ids=None, step_weights=steps)
     given = conversation(config, [0, 0, 1, 1, 1, 1], 0)

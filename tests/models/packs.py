@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchspec.batch import PackedBatch, supervised_counts, turns, unroll_rows
+from torchspec.batch import PackedBatch
 from torchspec.models.draft_config import DraftConfig
 from torchspec.models.eagle3 import Eagle3Draft
 from torchspec.models.target_weights import TargetHead
 from torchspec.models.task import DraftTask
+from torchspec.supervision import Unroll, turns
 
 
 class PlainNorm(nn.Module):
@@ -73,7 +74,8 @@ def task(config: DraftConfig, *, draft_ids: list[int] | None, step_weights: list
 
 
 def counts(conversations: list[Conversation], steps: int) -> list[float]:
-    total = sum((supervised_counts(np.array(c.mask, dtype=np.uint8), steps) for c in conversations), np.zeros(steps, dtype=np.int64))
+    bounds = np.cumsum([0] + [len(c.mask) for c in conversations])
+    total = Unroll(steps).counts(np.array([m for c in conversations for m in c.mask], dtype=np.uint8), bounds).sum(axis=0)
     return [float(max(c, 1)) for c in total]
 
 
@@ -95,5 +97,5 @@ def pack(
         cu_seqlens=torch.from_numpy(cu.astype(np.int32)),
         sample_ids=tuple(range(len(conversations))),
         counts=torch.tensor(global_counts or counts(conversations, steps)),
-        rows=unroll_rows(turn, cu, steps),
+        rows=Unroll(steps).rows(turn, cu),
     )

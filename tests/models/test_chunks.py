@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchspec.batch import turns, unroll_rows
 from torchspec.models.loss_fused import _CHUNK_ELEMENTS, _CHUNK_ROWS, _TILE, chunks
+from torchspec.supervision import Unroll, turns
 
 
 @settings(max_examples=60, deadline=None)
@@ -16,7 +16,7 @@ from torchspec.models.loss_fused import _CHUNK_ELEMENTS, _CHUNK_ROWS, _TILE, chu
 def test_cut(answers: list[int], width: int, steps: int) -> None:
     mask = np.concatenate([np.zeros(1, dtype=np.uint8), *[np.array([0] + [1] * length, dtype=np.uint8) for length in answers]])
     cu = np.array([0, len(mask)])
-    rows = unroll_rows(turns(mask, cu), cu, steps)
+    rows = Unroll(steps).rows(turns(mask, cu), cu)
     depth, cut = rows.depth.numpy(), chunks(rows, width)
     total, most = len(depth), max(1, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // width) // steps)
     lows, ends = [low for low, *_ in cut], [high for _, high, *_ in cut]
@@ -41,5 +41,5 @@ def test_cut(answers: list[int], width: int, steps: int) -> None:
 def test_the_last_chunk_is_no_single_row(steps: int, total: int, width: int, sizes: list[int]) -> None:
     mask = np.array([0] + [1] * (total + 1), dtype=np.uint8)
     cu = np.array([0, len(mask)])
-    cut = chunks(unroll_rows(turns(mask, cu), cu, steps), width)
+    cut = chunks(Unroll(steps).rows(turns(mask, cu), cu), width)
     assert [high - low for low, high, *_ in cut] == sizes

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from tests.models.exports import Exported
-from torchspec.batch import PackedBatch, UnrollRows
+from torchspec.batch import PackedBatch
 from torchspec.models.eagle3 import Eagle3Draft
+from torchspec.supervision import UnrollRows
 
 TIE = 1e-4
 """Logits nearer than this may be ordered either way in fp32."""

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from torchspec.batch import PackedBatch, turns, unroll_rows
+from torchspec.batch import PackedBatch
 from torchspec.data.samples import Samples
+from torchspec.supervision import Supervision, turns
 from torchspec.transfer.record import Record, RecordSpec
 
 
@@ -21,7 +22,9 @@ def collate(
     *,
     dataset: Samples,
     samples: Sequence[int],
+    keys: np.ndarray,
     spec: RecordSpec,
+    supervision: Supervision,
     counts: np.ndarray,
     pack_index: int,
     stage: str,
@@ -33,8 +36,10 @@ def collate(
         records: record of each sample that arrived.
         dataset: gives loss masks and positions.
         samples: the pack's samples in the plan's order; those without a record are left out.
+        keys: [S] uint64 draw keys, one for each of ``samples`` (``Plan.keys``).
         spec: widths and type of the states.
-        counts: [K] supervised positions of the whole optimizer step.
+        supervision: the family's rule of this stage.
+        counts: [Q] normalisers of the whole optimizer step.
         pack_index: index in the epoch's plan.
         stage: ``train``, ``validate``.
         pin: page-locked memory.
@@ -42,7 +47,8 @@ def collate(
     Returns:
         A batch of N tokens; N may be 0.
     """
-    arrived = [int(i) for i in samples if int(i) in records]
+    there = [place for place, i in enumerate(samples) if int(i) in records]
+    arrived = [int(samples[place]) for place in there]
     lengths = np.array([records[i].input_ids.shape[0] for i in arrived], dtype=np.int64)
     bounds = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
     total, width = int(bounds[-1]), len(spec.aux_layers) * spec.hidden_size
@@ -55,14 +61,14 @@ def collate(
         record = records[i]
         rows = record.aux.shape[0]
         ids[low:high].copy_(record.input_ids)
-        mask[low:high] = dataset.supervision(i, high - low)
+        mask[low:high] = dataset.loss_mask(i, high - low)
         aux[low : low + rows].copy_(record.aux)
         last[low : low + rows].copy_(record.last)
         if low + rows < high:  # the last row is never read, but must be a number
             aux[low + rows : high].zero_()
             last[low + rows : high].zero_()
     turn = turns(mask, bounds)
-    rows_of_step = unroll_rows(turn, bounds, counts.shape[0])
+    rows_of_pack = supervision.rows(turn, bounds, keys[there])
     sequence = np.repeat(np.arange(len(arrived), dtype=np.int64), lengths)
     position = np.arange(total, dtype=np.int64) - np.repeat(bounds[:-1], lengths)
     for i, low, high in zip(arrived, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
@@ -83,8 +89,8 @@ def collate(
         last=last,
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         sample_ids=tuple(arrived),
-        counts=put(np.maximum(counts, 1).astype(np.float32)),  # a step that supervises nothing has a sum of 0: 0 / 1
-        rows=rows_of_step.map(put),
+        counts=put(np.maximum(counts, 1).astype(np.float32)),  # what supervises nothing has a sum of 0: 0 / 1
+        rows=rows_of_pack.map(put),
         pack_index=pack_index,
         stage=stage,
     )

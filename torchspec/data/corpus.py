@@ -23,6 +23,7 @@ from torchspec.engines.engine import OnPolicy
 from torchspec.errors import UserError
 from torchspec.images import VisionTower
 from torchspec.paths import home
+from torchspec.supervision import Unroll
 from torchspec.target import Target
 from torchspec.transfer.record import RecordSpec
 
@@ -191,7 +192,7 @@ class Corpus:
                 epoch=0,
                 max_tokens=self.max_tokens,
                 packs_per_step=world,
-                counts=data.supervised_counts(self.validation_steps),
+                counts=data.measured(Unroll(self.validation_steps))[0],
                 shuffle=False,
                 content=data.content,
             )
@@ -201,7 +202,7 @@ class Corpus:
     def _counts(self) -> np.ndarray | None:
         if self.on_policy is not None:
             return None  # answers come with their lengths
-        return self.dataset("train").supervised_counts(self.unroll_steps)
+        return self.dataset("train").measured(Unroll(self.unroll_steps))[0]
 
     # -- what others need to know
 

@@ -35,6 +35,7 @@ from torchspec.engines.engine import EngineConfig, OnPolicy
 from torchspec.errors import DeviceLost, UserError
 from torchspec.network import host_port
 from torchspec.ranks import told_to_end
+from torchspec.supervision import Unroll
 from torchspec.target import Target, TargetConfig
 from torchspec.transfer.record import Record, RecordSpec
 from torchspec.transfer.sizes import parse_bytes
@@ -334,6 +335,7 @@ class DraftDataModule(pl.LightningDataModule):
                 world=trainer.world_size,
                 dataset=self.corpus.samples(stage),
                 spec=self.spec,
+                supervision=Unroll(self.corpus.unroll_steps if stage == "train" else self.corpus.validation_steps),
                 window_bytes=self.budget,
                 prefetch_packs=self.prefetch_packs,
                 failed_path=self._failed_path,
@@ -344,7 +346,7 @@ class DraftDataModule(pl.LightningDataModule):
                 chained=stage == "train",
                 stage_on=CudaStage(trainer.strategy.root_device) if trainer.strategy.root_device.type == "cuda" else None,
                 tee=self._tee(),
-                answered=self.corpus.unroll_steps if stage == "train" and self.corpus.on_policy is not None else 0,
+                on_policy=stage == "train" and self.corpus.on_policy is not None,
             )
             self._loaders[stage] = PackLoader(config, connect=self.connect, begin=begin, length=length)
         return self._loaders[stage]

@@ -35,6 +35,7 @@ from torch import Tensor
 from torchspec.data.tokenise import ImageRow
 from torchspec.engines.messages import Image, Sample
 from torchspec.images import temporal_positions
+from torchspec.supervision import Supervision
 
 FORMAT = 8
 """Goes up when rendering, masks or files change: older entries are then built anew."""
@@ -192,8 +193,8 @@ class TokenizedDataset:
         """Why a record's ids are not this conversation's."""
         return "" if torch.equal(ids, torch.from_numpy(self.ids(index).astype("int32"))) else f"holds the tokens of another sample than {index}"
 
-    def supervision(self, index: int, tokens: int) -> np.ndarray:
-        """[T] uint8 loss mask."""
+    def loss_mask(self, index: int, tokens: int) -> np.ndarray:
+        """[T] uint8."""
         return self.mask(index)
 
     def place(self, index: int) -> str:
@@ -215,17 +216,19 @@ class TokenizedDataset:
             counts += np.bincount(ids, weights=weight, minlength=vocab_size).astype(np.int64)
         return counts
 
-    def supervised_counts(self, steps: int) -> np.ndarray:
-        """[n, K] int32: supervised positions of each conversation at each unroll step (the rule of ``torchspec.batch``).
+    def measured(self, supervision: Supervision) -> tuple[np.ndarray, np.ndarray]:
+        """What a family's rule makes of each conversation, in one pass over the masks.
 
-        A turn of L tokens supervises L-1-k positions at step k, one fewer where it begins the conversation (position t supervises x_{t+1} first).
+        Returns:
+            [n, Q] int32 normalisers and [n] int64 draft rows.
         """
-        result = np.zeros((self.summary.kept, steps), dtype=np.int32)
+        counts, work = [], []
         for low, high, mask in self._pieces():
-            owner, length = _turns(mask.astype(bool), np.asarray(self._offsets[low : high + 1]) - int(self._offsets[low]))
-            for k in range(steps):
-                result[low:high, k] = np.bincount(owner, weights=np.maximum(length - 1 - k, 0), minlength=high - low)
-        return result if self._rows is None else result[self._rows]
+            bounds = np.asarray(self._offsets[low : high + 1]) - int(self._offsets[low])
+            counts.append(supervision.counts(mask, bounds).astype(np.int32))
+            work.append(supervision.work(mask, bounds))
+        found = np.concatenate(counts), np.concatenate(work)
+        return found if self._rows is None else (found[0][self._rows], found[1][self._rows])
 
     def _pieces(self) -> Iterator[tuple[int, int, np.ndarray]]:
         """(first conversation, one after the last, their masks), about ``_CHUNK`` tokens at a time, of the whole entry."""
@@ -240,24 +243,3 @@ class TokenizedDataset:
         size = np.dtype(dtype).itemsize
         begin, end = int(self._offsets[low]), int(self._offsets[high])
         return np.fromfile(self.folder / name, dtype=dtype, count=end - begin, offset=begin * size)
-
-
-def _turns(on: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(conversation, tokens that can be predicted from inside it plus one) of each turn.
-
-    Args:
-        on: [N] bool loss mask.
-        bounds: [S+1] where conversations begin.
-    """
-    first = on.copy()
-    first[1:] &= ~on[:-1]
-    heads = bounds[:-1][bounds[:-1] < on.shape[0]]
-    at_head = on[heads]
-    first[heads] |= at_head
-    last = on.copy()
-    last[:-1] &= ~on[1:]
-    tails = bounds[1:] - 1
-    last[tails] |= on[tails]
-    begin, end = np.flatnonzero(first), np.flatnonzero(last)
-    owner = np.searchsorted(bounds, begin, side="right") - 1
-    return owner, end - begin + 1 - (begin == bounds[owner])

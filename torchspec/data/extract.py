@@ -23,6 +23,7 @@ from torchspec.data.loader import LoaderConfig, LoaderStats, PackLoader, Pass
 from torchspec.data.plan import Plan
 from torchspec.data.sources import check_outside
 from torchspec.errors import UserError
+from torchspec.supervision import Unroll
 from torchspec.transfer.shards import ShardWriter
 from torchspec.transfer.sizes import parse_bytes
 
@@ -121,14 +122,14 @@ def _go_through(data: DraftDataModule, stage: str, chosen: TokenizedDataset, wri
     """Have every conversation captured and written; the batches are not used."""
     group = data.group
     assert group is not None
-    counts = np.ones((len(chosen), 1), dtype=np.int32)
-    plan = Plan(chosen.lengths, seed=0, epoch=0, max_tokens=data.corpus.max_tokens, packs_per_step=1, counts=counts, shuffle=False)
+    plan = Plan(chosen.lengths, seed=0, epoch=0, max_tokens=data.corpus.max_tokens, packs_per_step=1, counts=np.ones((len(chosen), 1)), shuffle=False)
     config = LoaderConfig(
         stage=stage,
         rank=0,
         world=1,
         dataset=chosen,
         spec=data.spec,
+        supervision=Unroll(1),
         window_bytes=data.budget,
         prefetch_packs=data.prefetch_packs,
         failed_path=output / "failed_samples.jsonl",

@@ -25,6 +25,7 @@ from torchspec.data.prompts import answer_counts
 from torchspec.data.samples import Samples
 from torchspec.data.staging import Stage
 from torchspec.engines.messages import Damaged, Pack, PackReady, RecordRef
+from torchspec.supervision import Supervision
 from torchspec.transfer.reader import READ_LIMIT, Stopped, StoreReader
 from torchspec.transfer.record import NOT_FINITE, Record, RecordError, RecordSpec, is_finite, open_record
 
@@ -81,6 +82,7 @@ class LoaderConfig:
     world: int
     dataset: Samples
     spec: RecordSpec
+    supervision: Supervision
     window_bytes: int
     prefetch_packs: int
     failed_path: Path
@@ -99,8 +101,8 @@ class LoaderConfig:
     """Takes every verified record; what it is given is only valid inside the call."""
     read_limit: float = READ_LIMIT
     """Seconds for a read from the store (and more for a large one); one that takes longer is left behind and repeated with a new client."""
-    answered: int = 0
-    """Unroll steps K where answers are given in the run and their lengths come with the packs (on-policy); 0 where the plan knows what is supervised."""
+    on_policy: bool = False
+    """Answers are given in the run and their lengths come with the packs; else the plan knows what is supervised."""
 
 
 class Channel:
@@ -190,7 +192,7 @@ class Fetcher:
                 num_packs=self.end,
                 rank=self.config.rank,
                 world=self.config.world,
-                step_packs=self.plan.packs_per_step if self.config.answered else 0,
+                step_packs=self.plan.packs_per_step if self.config.on_policy else 0,
             )
             for index in self.mine:
                 batch = self._fetch(index)
@@ -232,7 +234,7 @@ class Fetcher:
     def _submit(self) -> None:
         """Send coming packs while they fit the window."""
         packs = []
-        least = max(_LEAST_PACKS, self.plan.packs_per_step // self.config.world if self.config.answered else 0)  # a step is announced as a whole
+        least = max(_LEAST_PACKS, self.plan.packs_per_step // self.config.world if self.config.on_policy else 0)  # a step is announced as a whole
         while self._submitted < len(self.mine):
             index = self.mine[self._submitted]
             samples = self.plan.pack(index)
@@ -293,12 +295,16 @@ class Fetcher:
 
     def _collate(self, ready: PackReady, records: dict[int, Record]) -> PackedBatch:
         started = time.monotonic()
-        counts = self.plan.step_counts(ready.pack // self.plan.packs_per_step) if ready.answers is None else answer_counts(ready.answers, self.config.answered)
+        supervision, samples = self.config.supervision, self.plan.pack(ready.pack)
+        step = ready.pack // self.plan.packs_per_step
+        counts = self.plan.step_counts(step) if ready.answers is None else answer_counts(ready.answers, supervision)
         batch = collate(
             records,
             dataset=self.config.dataset,
-            samples=self.plan.pack(ready.pack).tolist(),
+            samples=samples.tolist(),
+            keys=self.plan.keys(samples),
             spec=self.config.spec,
+            supervision=supervision,
             counts=counts,
             pack_index=ready.pack,
             stage=self.config.stage,

@@ -45,7 +45,7 @@ class Plan:
         seed, epoch: choose the permutation.
         max_tokens: tokens of a pack at most.
         packs_per_step: packs of an optimizer step.
-        counts: [n, K] supervised positions of each conversation at each step, for :meth:`step_counts`.
+        counts: [n, Q] normalisers of each conversation (``Supervision.counts``), for :meth:`step_counts`.
         shuffle: False keeps the order of the data (validation).
         content: hash of the data, part of the fingerprint.
         num_packs: ``len`` of another epoch of the same plan, to spare finding it again.
@@ -98,6 +98,11 @@ class Plan:
         """Conversations of a pack, [S] int64; none for an empty one."""
         return self._order[self._starts[index] : self._starts[index + 1]]
 
+    def keys(self, samples: np.ndarray) -> np.ndarray:
+        """[S] uint64: what is drawn inside each of these conversations in this epoch is drawn with (``Supervision.rows``)."""
+        seeds = (np.random.SeedSequence([self.seed % 2**63, self.epoch, int(i)]) for i in samples)
+        return np.array([seed.generate_state(1, np.uint64)[0] for seed in seeds], dtype=np.uint64)
+
     def tokens(self) -> np.ndarray:
         """[packs] tokens of each pack."""
         sums = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.lengths[self._order])])
@@ -108,7 +113,7 @@ class Plan:
         return _sum_by_pack(values, self._order, self._starts)
 
     def step_counts(self, step: int) -> np.ndarray:
-        """[K] float32: supervised positions of the whole optimizer step, all ranks and micro-batches."""
+        """[Q] float32: normalisers of the whole optimizer step, all ranks and micro-batches."""
         assert self._counts is not None, "the plan was made without counts"
         low = step * self.packs_per_step
         total: np.ndarray = self._counts[low : low + self.packs_per_step].sum(axis=0)

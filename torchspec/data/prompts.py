@@ -6,6 +6,7 @@ The plan packs prompt + longest answer, since it cannot know more; what really w
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -16,6 +17,7 @@ from torchspec.data.dataset import TokenizedDataset
 from torchspec.engines.engine import OnPolicy
 from torchspec.engines.messages import Continue, Sample
 from torchspec.errors import UserError
+from torchspec.supervision import Supervision
 from torchspec.transfer.keys import key_of
 
 _LEAST = 2
@@ -76,7 +78,7 @@ class Prompts:
             return f"holds {ids.shape[0]} tokens for a prompt of {prompt.shape[0]} and at most {self._room[index]} more"
         return "" if torch.equal(ids[: prompt.shape[0]], prompt) else f"does not begin with prompt {index}"
 
-    def supervision(self, index: int, tokens: int) -> np.ndarray:
+    def loss_mask(self, index: int, tokens: int) -> np.ndarray:
         return (np.arange(tokens) >= self._prompts[index]).astype(np.uint8)
 
     def positions(self, index: int, tokens: int) -> np.ndarray | None:
@@ -89,10 +91,17 @@ class Prompts:
         return self.data.place(int(self._kept[index]))
 
 
-def answer_counts(lengths: list[int], steps: int) -> np.ndarray:
-    """[K] float32: positions that answers of these lengths supervise at each unroll step (the rule of ``torchspec.batch``: L-1-k of L tokens)."""
-    turns = np.array(lengths, dtype=np.int64)[:, None]
-    return np.maximum(turns - 1 - np.arange(steps), 0).sum(axis=0).astype(np.float32)
+def answer_counts(lengths: Sequence[int], supervision: Supervision) -> np.ndarray:
+    """[Q] float32: normalisers of answers of these lengths together, each one turn behind a prompt."""
+    return supervision.counts(*_answer_masks(lengths)).sum(axis=0).astype(np.float32)
+
+
+def _answer_masks(lengths: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Loss masks of conversations of one prompt token and an answer, one after the other, and their bounds [C+1]."""
+    bounds = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.asarray(lengths, dtype=np.int64) + 1)])
+    mask = np.ones(int(bounds[-1]), dtype=np.uint8)
+    mask[bounds[:-1]] = 0
+    return mask, bounds
 
 
 def _cut(mask: np.ndarray, before: int) -> int:

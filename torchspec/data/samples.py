@@ -31,8 +31,8 @@ class Samples(Protocol):
         """Why a record's token ids, [T] int32, are not those of this conversation; "" when they are."""
         ...
 
-    def supervision(self, index: int, tokens: int) -> np.ndarray:
-        """[T] uint8 loss mask of a record with so many tokens."""
+    def loss_mask(self, index: int, tokens: int) -> np.ndarray:
+        """[T] uint8, of a record with so many tokens."""
         ...
 
     def positions(self, index: int, tokens: int) -> np.ndarray | None:

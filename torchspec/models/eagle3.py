@@ -34,6 +34,7 @@ from torchspec.models.mlp import MLP, mlp_block
 from torchspec.models.norm import Norm, RMSNorm
 from torchspec.models.rope import check_reach, frequencies, tables
 from torchspec.models.shared import Addend, Residual, SharedRows, Weight, linear, take
+from torchspec.supervision import as_unroll
 
 
 class DraftLayer(nn.Module):
@@ -164,8 +165,8 @@ class Eagle3Draft(nn.Module):
         Returns:
             K tensors: the layer stack's output h'' of step k at rows ``base[index[k]]``, [R_k, H] in the compute type, before the final norm.
         """
-        rows = batch.rows
-        assert rows.base.is_cuda or rows.consecutive(), "rows that some step supervises are not consecutive: use unroll_rows"
+        rows = as_unroll(batch.rows)
+        assert rows.base.is_cuda or rows.consecutive(), "rows that some step supervises are not consecutive: make them with Unroll"
         check_reach(self.config, int(batch.cu_seqlens.diff().max()) + rows.steps - 1 if batch.num_tokens else 0)
         layers = [_Layer(layer, self.compute_dtype, normed_residual=self.config.norm_before_residual, fp8=self.fp8) for layer in self.layers]  # type: ignore[arg-type]
         hidden = self._project_aux(batch.aux)
@@ -226,7 +227,7 @@ class Eagle3Draft(nn.Module):
 
     def _asking(self, batch: PackedBatch) -> list[_Asking]:
         """The rows of each step, their angles in one go."""
-        rows = batch.rows
+        rows = as_unroll(batch.rows)
         sizes = [entries.shape[0] for entries in rows.index]
         cos, sin = (table.split(sizes) for table in self._turn(batch.position[rows.at] + rows.step))
         steps = zip(rows.at.split(sizes), rows.index, rows.where, [*rows.onto[1:], None], cos, sin, strict=True)
@@ -239,7 +240,7 @@ class Eagle3Draft(nn.Module):
 
     def _first_step(self, hidden: Tensor, embedded: _Embedded, batch: PackedBatch, layers: list[_Layer], asking: _Asking) -> Tensor:
         """Step 0: keys and values of all rows in every layer; the last layer's queries and MLP for supervised rows alone."""
-        rows = batch.rows
+        rows = as_unroll(batch.rows)
         turn = self._turn(batch.position)
         conversations = Conversations.of(batch.cu_seqlens, batch.sequence)
         for index, layer in enumerate(layers):

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from torchspec.batch import PackedBatch, unroll_rows
+from torchspec.batch import PackedBatch
 from torchspec.errors import UserError
 from torchspec.files import dumps
 from torchspec.folders import check_output, workplace
@@ -34,6 +34,7 @@ from torchspec.models.serving_formats import Format, describe
 from torchspec.models.target_weights import read_embedding
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.paths import home
+from torchspec.supervision import Unroll
 from torchspec.target import Dtype, Target
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -258,7 +259,7 @@ def _probe(config: DraftConfig, tensors: Mapping[str, Tensor], table: Tensor | N
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         sample_ids=(0,),
         counts=torch.ones(steps),
-        rows=unroll_rows(one_turn, bounds, steps),
+        rows=Unroll(steps).rows(one_turn, bounds),
     )
     with torch.no_grad():
         return draft.lm_head(draft.norm(torch.cat(draft(batch))))

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchspec.batch import UnrollRows
 from torchspec.models.fp8 import Fp8, quantise
 from torchspec.models.losses import LossWeights
 from torchspec.models.shared import Weight
 from torchspec.models.target_weights import TargetHead
+from torchspec.supervision import UnrollRows
 
 _TILE = 128
 """Rows of a tile of the products. Chunks are whole tiles, and of one size as nearly as that goes: a short last one would read both heads for little."""

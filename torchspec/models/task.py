@@ -27,6 +27,7 @@ from torchspec.models.losses import FORWARD_KL, LossWeights, mixing
 from torchspec.models.shared import wide
 from torchspec.models.target_weights import TargetHead, is_tied, read_embedding
 from torchspec.models.vocabulary import VocabularyMapping
+from torchspec.supervision import as_unroll
 from torchspec.target import Target
 
 Init = Literal["target", "target_head", "random"]
@@ -149,10 +150,10 @@ class DraftTask(nn.Module):
             batch: on this module's device.
             measure: also alpha (validation).
         """
-        steps = batch.rows.steps
-        if batch.rows.base.shape[0] == 0:
+        draft, rows = self.draft, as_unroll(batch.rows)
+        steps = rows.steps
+        if rows.base.shape[0] == 0:
             return self._nothing(steps, measure)
-        draft, rows = self.draft, batch.rows
         norm = draft.norm.cast()
         states = draft(batch, norm)
         last = batch.last[rows.base + 1]
@@ -180,7 +181,8 @@ class DraftTask(nn.Module):
     def _summed(self, result: HeadResult, batch: PackedBatch) -> StepOutput:
         """Over a table [K, R_0] of step and step-0 row, so that the number of operations is that of the sums and not of the steps."""
         loss, loss_sum, hit, alpha = result.loss, result.loss_sum, result.hit, result.alpha
-        rows, steps, total = batch.rows, batch.rows.steps, batch.rows.base.shape[0]
+        rows = as_unroll(batch.rows)
+        steps, total = rows.steps, rows.base.shape[0]
         place = torch.cat(rows.index) + rows.step * total
 
         def table(values: tuple[Tensor, ...], kind: torch.dtype) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchspec.batch import supervised_counts, turns, unroll_rows
+from torchspec.supervision import Unroll, turns
 
 
 def rule(masks: list[list[int]], steps: int) -> list[set[int]]:
@@ -25,7 +27,7 @@ def rule(masks: list[list[int]], steps: int) -> list[set[int]]:
 
 
 def test_worked_example() -> None:
-    assert supervised_counts(np.array([0, 0, 1, 1, 1, 1]), 4).tolist() == [3, 2, 1, 0]
+    assert Unroll(4).counts(np.array([0, 0, 1, 1, 1, 1]), np.array([0, 6])).tolist() == [[3, 2, 1, 0]]
     assert rule([[0, 0, 1, 1, 1, 1]], 4) == [{1, 2, 3}, {1, 2}, {1}, set()]
 
 
@@ -34,7 +36,7 @@ def test_rows_follow_the_rule(masks: list[list[int]], steps: int) -> None:
     flat = np.array([m for mask in masks for m in mask], dtype=np.uint8)
     cu = np.cumsum([0, *map(len, masks)])
     turn = turns(flat, cu)
-    rows = unroll_rows(turn, cu, steps)
+    rows = Unroll(steps).rows(turn, cu)
     assert rows.consecutive()
     expected = rule(masks, steps)
     for k in range(steps):
@@ -49,8 +51,9 @@ def test_rows_follow_the_rule(masks: list[list[int]], steps: int) -> None:
         for j in rows.index[k].tolist():  # the target of row j at step k is the target row j + k
             assert rows.base[j + k] == rows.base[j] + k
             assert turn[rows.base[j] + 1] == turn[rows.base[j + k] + 1]
-    counts = sum((supervised_counts(np.array(mask, dtype=np.uint8), steps) for mask in masks), np.zeros(steps, dtype=np.int64))
-    assert counts.tolist() == [len(e) for e in expected]
+    counts = Unroll(steps).counts(flat, cu)
+    assert counts.tolist() == [[len(e) for e in rule([mask], steps)] for mask in masks]
+    assert counts.sum(0).tolist() == [len(e) for e in expected]
 
 
 def test_turns_do_not_cross_conversations() -> None:
@@ -60,4 +63,14 @@ def test_turns_do_not_cross_conversations() -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 2])
 def test_short_conversations_supervise_nothing(length: int) -> None:
-    assert supervised_counts(np.ones(length, dtype=np.uint8), 3).tolist() == [0, 0, 0]
+    assert Unroll(3).counts(np.ones(length, dtype=np.uint8), np.array([0, length])).tolist() == [[0, 0, 0]]
+
+
+def test_no_conversation_has_no_counts() -> None:
+    assert Unroll(3).counts(np.zeros(0, dtype=np.uint8), np.zeros(1, dtype=np.int64)).shape == (0, 3)
+
+
+def test_a_supervision_is_a_value() -> None:
+    """It is compared, travels to other processes, and costs an unroll no rows beside its tokens."""
+    assert pickle.loads(pickle.dumps(Unroll(5))) == Unroll(5) != Unroll(4) and Unroll(5).horizon == 5
+    assert Unroll(5).work(np.ones(9, dtype=np.uint8), np.array([0, 4, 9])).tolist() == [0, 0]
