@@ -11,7 +11,8 @@ import torch
 from tests.models.exports import random_draft
 from tests.tiny import save_conversations, save_target
 from torchspec.cli import main
-from torchspec.commands import export, import_draft
+from torchspec.commands.export import export
+from torchspec.commands.import_draft import import_draft
 from torchspec.errors import UserError
 from torchspec.models.import_draft import import_draft as read
 from torchspec.models.module import DraftModule

@@ -7,13 +7,14 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from torchspec import cli, commands, data_commands
+from torchspec import cli
 from torchspec.paths import expand_all, home
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +57,7 @@ def test_texts_at_home_are_found_in_tables_lists_and_names_and_others_stay(own_h
     assert home("~nobody-of-this-name/x") == "~nobody-of-this-name/x"
 
 
-FUNCTIONS = {**{name: commands for name in cli.COMMANDS}, **{name: data_commands for name in cli.DATA_COMMANDS if name != "extract"}}
+FUNCTIONS = {name: import_module(f"torchspec.commands.{name}") for name in cli.COMMANDS if name != "extract"}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -450,7 +450,7 @@ KNOWN = {
     "files.py": "its own partial file; what it replaces was looked at",
     "engines/supervisor.py": "logs of its own workers, moved to a name of theirs",
     "tokenizer.py": "a temporary folder of its own",
-    "acceptance.py": "a temporary folder of its own; logs of a report by name",
+    "commands/acceptance.py": "a temporary folder of its own; logs of a report by name",
     "callbacks/on_policy.py": "drafts by mark, checkpoints by content",
     "callbacks/acceptance.py": "a list that is ours",
     "models/checkpoint.py": "checkpoints by name, what else lies in one is carried on",
@@ -491,7 +491,7 @@ def test_json_has_no_nan() -> None:
 
 
 PLAIN = {
-    "tokenizer.py", "fingerprint.py", "acceptance.py", "acceptance_child.py", "images.py",
+    "tokenizer.py", "fingerprint.py", "images.py", "commands/acceptance.py", "commands/acceptance_child.py",
     "engines/desk.py", "engines/coordinator.py", "engines/group.py", "engines/vllm/connector.py", "engines/vllm/orders.py", "engines/vllm/options.py",
     "models/model_card.py",
     "data/messages.py", "data/render.py", "data/tokenise.py", "data/vocabulary_report.py", "data/answerers.py", "data/exact.py", "data/rows.py",

@@ -1,4 +1,4 @@
-"""The command line: ``fit`` and ``validate`` through LightningCLI, the other commands as plain functions (``commands.py``).
+"""The command line: ``fit`` and ``validate`` through LightningCLI, the other commands as plain functions (``commands/``).
 
 Unknown keys and abbreviations are refused, what a user can mend is printed as one line, and the exit code is 2 for it, 128 + n for a signal n.
 """
@@ -12,6 +12,7 @@ import traceback
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from torchspec.paths import at_home, expand_all
 from torchspec.proxies import spare_this_machine
 
 COMMANDS: dict[str, str] = {
+    "show_data": "show conversations as they would be trained: tokens, and which of them are supervised",
+    "vocabulary": "count the tokens of the answers, report what smaller draft vocabularies cover",
+    "extract": "write the hidden states of a run's data to disk, to train from them without engines",
+    "regenerate": "answer the prompts of a conversation file with the target itself",
     "export": "turn a training checkpoint into a draft directory for vLLM, speculators or SGLang",
     "import_draft": "read a published draft, check it, and write it in another format",
     "acceptance": "serve a draft in vLLM and measure its acceptance length and speed",
@@ -29,15 +34,7 @@ COMMANDS: dict[str, str] = {
     "worker": "start an engine worker by hand and connect it to a running coordinator",
     "doctor": "check this machine: versions, libraries, GPU, ports, memory, the store",
 }
-"""Functions of ``torchspec.commands``."""
-
-DATA_COMMANDS: dict[str, str] = {
-    "show_data": "show conversations as they would be trained: tokens, and which of them are supervised",
-    "vocabulary": "count the tokens of the answers, report what smaller draft vocabularies cover",
-    "extract": "write the hidden states of a run's data to disk, to train from them without engines",
-    "regenerate": "answer the prompts of a conversation file with the target itself",
-}
-"""Functions of ``torchspec.data_commands``."""
+"""A command and what it does: the function of that name in the module of that name in ``torchspec.commands``."""
 
 TRAINING: dict[str, str] = {
     "fit": "train a draft: start engines, stream hidden states, train, validate, save, export",
@@ -62,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(_overview())
         raise SystemExit(0 if words else 2)
     try:
-        if words[0] not in TRAINING | COMMANDS | DATA_COMMANDS:
-            raise UserError("command", words[0], "does not exist", f"use one of {', '.join([*TRAINING, *DATA_COMMANDS, *COMMANDS])}")
+        if words[0] not in TRAINING | COMMANDS:
+            raise UserError("command", words[0], "does not exist", f"use one of {', '.join([*TRAINING, *COMMANDS])}")
         if any("help" in word or word.startswith(("-h", "--print_config")) for word in words[1:]):
             _explain_fields()
         if words[0] in TRAINING:
@@ -90,7 +87,7 @@ def _explain_fields() -> None:
 
 
 def _overview() -> str:
-    rows = "\n".join(f"  {name:<14}{what}" for name, what in {**TRAINING, **DATA_COMMANDS, **COMMANDS}.items())
+    rows = "\n".join(f"  {name:<14}{what}" for name, what in {**TRAINING, **COMMANDS}.items())
     head = "usage: main.py COMMAND ...\n\nTorchSpec trains the draft models of speculative decoding."
     return f"{head}\n\n{rows}\n\nmain.py COMMAND --help shows the options of a command."
 
@@ -104,17 +101,21 @@ def _fail(error: BaseException | str, code: int = 2) -> None:
     raise SystemExit(code) from None
 
 
+def command(name: str) -> Callable[..., Any]:
+    """The function of a command, whose module alone is imported for it."""
+    function: Callable[..., Any] = getattr(import_module(f"torchspec.commands.{name}"), name)
+    return function
+
+
 def _command(name: str, words: list[str]) -> None:
     if name == "extract":
-        from torchspec.extract_command import run
+        from torchspec.commands.extract import extract
 
-        run(words)
+        extract(words)
         return
     from jsonargparse import auto_cli
 
-    from torchspec import commands, data_commands
-
-    function: Callable[..., Any] = getattr(data_commands if name in DATA_COMMANDS else commands, name)
+    function = command(name)
     try:
         code = auto_cli(at_home(function), args=words, as_positional=False, prog=f"main.py {name}", **_STRICT)
     except UserError as error:

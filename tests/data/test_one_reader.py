@@ -15,13 +15,14 @@ from tests.data.test_mistakes import corpus
 from tests.data.test_regenerate import Echo
 from tests.data.test_server_answers import server  # noqa: F401
 from tests.tiny import save_target
-from torchspec.acceptance import read_requests
+from torchspec.commands.acceptance_requests import read_requests
+from torchspec.commands.regenerate import regenerate
 from torchspec.data import prepare as prepared
 from torchspec.data.answerers import EngineAnswerer
 from torchspec.data.conversations import parse
 from torchspec.data.extract import extract
 from torchspec.data.prepare import DataOptions
-from torchspec.data.regenerate import answer_file, made_with, regenerate
+from torchspec.data.regenerate import answer_file, made_with
 from torchspec.data.render import Renderer
 from torchspec.data.show import shown_rows
 from torchspec.engines.engine import Sampling

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from tests.tiny import save_target
 from torchspec.data.answerers import EngineAnswerer
 from torchspec.data.conversations import parse
-from torchspec.data.regenerate import _open_output, answer_file, made_with
+from torchspec.data.regenerate import answer_file, made_with, open_output
 from torchspec.data.render import Renderer
 from torchspec.engines.engine import Answer, Sampling
 from torchspec.errors import UserError
@@ -145,7 +145,7 @@ def test_other_settings_do_not_mix_in_one_file(target: TargetConfig, tmp_path: P
     for change in ({"dtype": "bfloat16"}, {"template_args": {"x": 1}}, {"engine": "vllm"}, {"revision": "v2"}, {"engine_args": {"x": 1}}):
         ((name, value),) = change.items()
         with pytest.raises(UserError, match=re.escape(f"{name}={value!r} differs from ")):
-            _open_output(tmp_path / "out.jsonl", made_with(target.path, Sampling(50), **change))
+            open_output(tmp_path / "out.jsonl", made_with(target.path, Sampling(50), **change))
     more = json.loads((tmp_path / "out.jsonl").read_text())
     more["sampling"]["top_k"] = 5  # of another version
     (tmp_path / "out.jsonl").write_text(json.dumps(more) + "\n")

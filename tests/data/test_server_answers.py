@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from torchspec.cli import main
+from torchspec.commands.regenerate import regenerate
 from torchspec.data.answerers import ServerAnswerer
-from torchspec.data.regenerate import regenerate
 from torchspec.errors import UserError
 
 CALL = {"id": "c", "type": "function", "function": {"name": "find", "arguments": '{"name": "dog"}'}}

@@ -26,8 +26,10 @@ from tests.forks.client import COLD, LIMITS, Server, at_import, install, program
 MODULES = (
     "lightning.pytorch.cli",
     "torchspec.cli",
-    "torchspec.commands",
-    "torchspec.data_commands",
+    *(
+        f"torchspec.commands.{name}"
+        for name in ("acceptance", "doctor", "export", "extract", "import_draft", "regenerate", "show_data", "vocabulary", "worker")
+    ),
     "torchspec.trainer",
     "torchspec.ranks",
     "torchspec.data.datamodule",

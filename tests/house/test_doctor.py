@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from torchspec import doctor
+from torchspec.commands import doctor
 from torchspec.errors import UserError
 
 
@@ -15,7 +15,7 @@ def no_vllm_import(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_sound_machine_passes_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.checks("shm") == 0
+    assert doctor.doctor("shm") == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.split()[0] in ("OK", "WARN") for line in lines[:-1])
     assert lines[-1].startswith("This machine can train.")
@@ -31,7 +31,7 @@ def test_a_broken_store_fails_with_its_fix(monkeypatch: pytest.MonkeyPatch, caps
         raise UserError("store.shm_dir", "/dev/shm", "has only 64 MB", "start the container with --shm-size=2g")
 
     monkeypatch.setattr("torchspec.transfer.selfcheck", broken)
-    assert doctor.checks("shm") == 1
+    assert doctor.doctor("shm") == 1
     out = capsys.readouterr().out
     assert "FAIL  store" in out and "-> start the container with --shm-size=2g" in out
     assert "wandb" in out, "the checks after a failure still run"

@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"models"},
     "data": {"data", "engines", "transfer"},
     "callbacks": {"callbacks", "models", "data", "engines", "transfer"},
+    "commands": {"commands", "models", "data", "engines", "transfer"},
 }
 """Folders of ours that a module of a folder may import; modules directly under torchspec are contracts, open to all."""
 

@@ -17,38 +17,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torchspec.data.answerers import Answerer, EngineAnswerer, ServerAnswerer
+from torchspec.data.answerers import Answerer
 from torchspec.data.conversations import MESSAGE_KEYS, Conversation, RowError, parse
 from torchspec.data.exact import Generated
-from torchspec.data.files import kind_of
-from torchspec.data.outputs import check_device, output_file
-from torchspec.data.render import Renderer
-from torchspec.data.served import LOOKED_AT, check_served
-from torchspec.data.sources import Source, find_sources, read_rows, warn
+from torchspec.data.sources import find_sources, read_rows, warn
 from torchspec.data.unused import Unused
-from torchspec.engines.engine import Generator, Sampling
+from torchspec.engines.engine import Sampling
 from torchspec.errors import UserError
 from torchspec.files import dumps, lines_with, refuse_foreign
-from torchspec.target import Dtype, Target, TargetConfig
+from torchspec.target import Dtype
 
 _REPLACED = (*MESSAGE_KEYS, "text", "finish", "finish_reason", "sampling", "input_ids", "loss_mask", "labels", "attention_mask", "tokenizer")
 """Fields of a row that are written anew, or left out, beside those that its messages come from."""
-_OWNED = {
-    "model": "--target",
-    "messages": "--input",
-    "tools": "the rows' own tools",
-    "max_tokens": "--max_new_tokens",
-    "max_completion_tokens": "--max_new_tokens",
-    "temperature": "--temperature",
-    "top_p": "--top_p",
-    "seed": "--seed",
-    "chat_template_kwargs": "--template_args",
-    "n": "one answer a question",
-    "stream": "whole answers",
-}
-"""Parts of a server's request that ``engine_args`` may not set, and what does."""
-_GROUP = 8
-"""Rows answered together, in batches of the generator: enough to sort by length, few enough to lose little when stopped."""
 
 
 @dataclass(frozen=True)
@@ -104,103 +84,6 @@ class _Row:
         return at + 1 < len(self.given.messages) and self.given.messages[at + 1]["role"] == "tool"
 
 
-def regenerate(
-    target: str,
-    *,
-    input: str,
-    output: str,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 32,
-    limit: int | None = None,
-    messages_key: str | None = None,
-    revision: str | None = None,
-    dtype: Dtype = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    engine: str = "transformers",
-    engine_args: dict[str, Any] | None = None,
-    server: str | None = None,
-    template_args: dict[str, Any] | None = None,
-) -> RegenerateReport:
-    """Answer the prompts of a conversation file with the target itself.
-
-    Args:
-        target: hub id or directory of the target; with a server, its name there.
-        input: conversation file, folder or hub id; rows may also be a ``prompt`` alone.
-        output: jsonl file to write or to go on with.
-        max_new_tokens: length limit of an answer.
-        temperature: 0 takes the most likely token each time.
-        top_p: nucleus sampling.
-        seed: of the sampling.
-        batch_size: conversations answered at once.
-        limit: rows of the input to take; all of them when empty.
-        messages_key: column of the messages; empty takes conversations or messages.
-        revision: branch, tag or commit of a hub id.
-        dtype: auto, bfloat16, float16 or float32.
-        device: auto, cpu, or a CUDA device.
-        trust_remote_code: allow code that ships with the target to run, where Transformers lacks the classes, and for the tokenizer.
-        engine: transformers, vllm or server.
-        engine_args: of vLLM, passed on; of a server, added to every request.
-        server: address of an OpenAI-compatible interface.
-        template_args: variables for the chat template, such as ``{"enable_thinking": false}``.
-
-    Returns:
-        Counts, tokens and seconds.
-
-    Raises:
-        UserError: for bad input, or an output made with other settings.
-    """
-    if engine not in ("transformers", "vllm", "server"):
-        raise UserError("engine", engine, "is unknown", "use transformers, vllm or server")
-    if engine_args and engine == "transformers":
-        raise UserError("engine_args", engine_args, f"has no meaning for engine {engine}", "leave it out")
-    if (server is not None) != (engine == "server"):
-        raise UserError("server", server, f"does not go with engine {engine}", "give both --engine server and --server URL, or none")
-    for name, value in (("batch_size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise UserError(name, value, "is below 1", "use 1 or more")
-    if owned := sorted(_OWNED.keys() & (engine_args or {}).keys()) if engine == "server" else []:
-        raise UserError("engine_args", engine_args, f"sets {owned[0]}, which is an option of its own", f"use {_OWNED[owned[0]]}")
-    check_device(device)
-    path = output_file(output, field="output")
-    if kind_of(path.name) not in (None, ("jsonl", ""), ("json", "")):
-        raise UserError("output", output, "would hold JSON lines under the name of another kind of file", "name it .jsonl")
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    # what is wrong is found before a model is loaded
-    sources = find_sources(input, config_key="input", written=_outputs(path), say=lambda line: None)
-    made = made_with(target, sampling, engine=engine, revision=revision, dtype=dtype, engine_args=engine_args, template_args=template_args)
-    _open_output(path, made)
-    if server is not None:
-        extra = {**({"chat_template_kwargs": template_args} if template_args else {}), **(engine_args or {})}
-        answerer: Answerer = ServerAnswerer(server, model=target, concurrency=batch_size, extra=extra)
-    else:
-        config = TargetConfig(target, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-        facts = Target(config)
-        tokenizer, ends = facts.tokenizer(), facts.end_ids()
-        trained = Renderer(tokenizer, name=target, end_ids=ends)
-        check_served(trained, facts.served, _first_conversations(sources, messages_key), name=target)
-        renderer = Renderer(tokenizer, name=target, end_ids=ends, variables=template_args) if template_args else trained
-        generator = _generator(engine, config, batch_size=batch_size, device=device, engine_args=engine_args or {})
-        answerer = EngineAnswerer(generator, renderer, trained)
-    try:
-        return answer_file(answerer, made, input=input, output=path, sampling=sampling, group=_GROUP * batch_size, limit=limit, messages_key=messages_key)
-    finally:
-        answerer.close()
-
-
-def _generator(engine: str, config: TargetConfig, *, batch_size: int, device: str, engine_args: dict[str, Any]) -> Generator:
-    if engine == "vllm":
-        from torchspec.engines.vllm.generator import VLLMGenerator
-
-        return VLLMGenerator(config, batch_size=batch_size, device=device, engine_args=engine_args)
-    from torchspec.engines.transformers_generator import TransformersGenerator
-
-    return TransformersGenerator(config, batch_size=batch_size, device=device)
-
-
 def answer_file(
     answerer: Answerer,
     made: dict[str, Any],
@@ -226,11 +109,11 @@ def answer_file(
     """
     from tqdm import tqdm
 
-    done = _open_output(output, made)
-    _, failed_file = _outputs(output)
+    done = open_output(output, made)
+    _, failed_file = outputs_of(output)
     refuse_foreign(failed_file, lines_with("id", "place", "problem"), field="output", what="list of failed rows")
     unused = Unused()
-    source, total = _rows(input, messages_key, limit, written=_outputs(output), unused=unused)
+    source, total = _rows(input, messages_key, limit, written=outputs_of(output), unused=unused)
     failed_file.unlink(missing_ok=True)
     skipped = tokens = cut = answered = failed = exact = 0
     started = time.monotonic()
@@ -304,19 +187,9 @@ def answer_file(
     return RegenerateReport(answered, skipped, failed, tokens, time.monotonic() - started, cut, exact)
 
 
-def _outputs(output: Path) -> tuple[Path, Path]:
+def outputs_of(output: Path) -> tuple[Path, Path]:
     """The files that are written: answers, and rows without one."""
     return output, output.with_name(output.name + ".failed.jsonl")
-
-
-def _first_conversations(sources: Sequence[Source], messages_key: str | None) -> Iterator[Conversation]:
-    """Those that show whether the tokenizer is the served one."""
-    for source in sources:
-        for text, _ in itertools.islice(read_rows(source, config_key="input"), LOOKED_AT):
-            try:
-                yield parse(text, messages_key=messages_key, need_answer=False)
-            except RowError:
-                continue  # said when its turn comes
 
 
 def _rows(
@@ -372,7 +245,7 @@ def made_with(
     return made
 
 
-def _open_output(output: Path, made: dict[str, Any]) -> set[str]:
+def open_output(output: Path, made: dict[str, Any]) -> set[str]:
     """Ids that an earlier run finished; cuts a last line that it did not finish.
 
     Raises:

@@ -9,7 +9,7 @@ from torchspec.errors import UserError
 from torchspec.paths import expand_all
 
 
-def run(words: list[str]) -> None:
+def extract(words: list[str]) -> None:
     """Parse and extract.
 
     Args:
@@ -21,7 +21,7 @@ def run(words: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
     from torchspec.data.datamodule import DraftDataModule
-    from torchspec.data.extract import extract
+    from torchspec.data.extract import extract as write_records
     from torchspec.data.outputs import output_folder
     from torchspec.transfer.sizes import show_bytes
 
@@ -45,7 +45,7 @@ def run(words: list[str]) -> None:
                     raise UserError(name, value, f"is no option ({file})", "see main.py extract --help, and mend the name") from None
     given = expand_all(parser.parse_args(rest))
     made = parser.instantiate_classes(given)
-    report = extract(made.data, output_folder(given.output, field="output"), part=given.part, shard_size=given.shard_size, fp8=given.fp8)
+    report = write_records(made.data, output_folder(given.output, field="output"), part=given.part, shard_size=given.shard_size, fp8=given.fp8)
     rate = report.tokens / report.seconds if report.seconds else 0.0
     error = "" if report.fp8_error is None else f"; fp8 changed the states by {report.fp8_error:.2%} (relative root mean square)"
     print(

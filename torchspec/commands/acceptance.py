@@ -1,4 +1,4 @@
-"""Acceptance of an exported draft in real vLLM: how many tokens a pass of the target yields, and what that makes of tokens/s.
+"""``main.py acceptance``: acceptance of an exported draft in real vLLM: how many tokens a pass of the target yields, and what that makes of tokens/s.
 
 vLLM runs twice on the same prompts, with the draft and without it, each time in a process of its own (``acceptance_child.py``), so that its memory is
 freed and its log goes to a file. The counts are vLLM's own (``vllm:spec_decode_*``):
@@ -18,11 +18,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from torchspec.commands.acceptance_requests import read_requests
 from torchspec.errors import UserError
 from torchspec.files import dumps, json_with, refuse_foreign, write
 from torchspec.paths import home
@@ -33,14 +32,13 @@ from torchspec.target import Dtype, Target, TargetConfig
 OWNED = frozenset("model revision trust_remote_code tokenizer skip_tokenizer_init language_model_only speculative_config disable_log_stats dtype seed".split())
 """Engine options that the measurement sets itself."""
 REPORT = json_with("acceptance_length", "acceptance_rates", "vllm_version")
-"""Knows a report of :func:`measure`."""
+"""Knows a report of :func:`acceptance`."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def measure(
+def acceptance(
     target: str,
     draft: str,
-    *,
     prompts: str,
     num_speculative_tokens: int = 3,
     max_new_tokens: int = 256,
@@ -53,25 +51,27 @@ def measure(
     dtype: Dtype = "auto",
     trust_remote_code: bool = False,
     messages_key: str | None = None,
-    template_args: Mapping[str, Any] | None = None,
+    template_args: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Serve a draft in vLLM, count what it accepts, print a table and a JSON line.
+    """Serve a draft in vLLM and measure its acceptance length and speed.
 
     Args:
-        target: directory or hub id of the target.
-        draft: directory or hub id of the exported EAGLE-3 draft.
-        prompts: conversation file, or rows with a ``prompt``.
-        num_speculative_tokens: draft tokens proposed at a time, k.
-        max_new_tokens: length limit of an answer, tokens.
-        limit: requests to take from the file, from its start; None for all.
-        temperature: 0 is greedy.
-        output: JSON file for the report; vLLM's logs go beside it.
-        engine_args: further arguments of ``vllm.LLM``, for example ``{"max_num_seqs": 1}``.
-        compare: also run without the draft, for the speed-up and for the share of equal answers.
-        dtype: type the target runs in: auto (its own; float32 on a CPU without instructions for that), bfloat16, float16 or float32.
-        revision, trust_remote_code: of the target, as in ``data.target``.
-        messages_key, template_args: as in ``data``: requests must be rendered as training rendered its conversations.
+        target: hub id or directory of the target.
+        draft: exported draft directory.
+        prompts: conversation file; every assistant turn is one request, answered anew on what came before it.
+        num_speculative_tokens: drafts proposed at a time.
+        max_new_tokens: length limit of an answer.
+        limit: prompts to serve; all of them when empty.
+        temperature: of the target's sampling; 0 is greedy.
+        output: JSON file for the result.
+        engine_args: further engine arguments of vLLM, as JSON.
+        compare: also serve without the draft, for the speed-up.
+        revision: branch, tag or commit of a target that is a hub id.
+        dtype: auto, bfloat16, float16 or float32, as data.target.dtype.
+        trust_remote_code: allow code that ships with the target to run, where Transformers lacks the classes, and for the tokenizer.
+        messages_key: column of the messages, as data.messages_key.
+        template_args: variables for the chat template, as data.template_args, such as {"enable_thinking": false}.
         seed: of the sampling.
 
     Returns:
@@ -165,7 +165,7 @@ def measure(
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report of :func:`measure` for people."""
+    """The report of :func:`acceptance` for people."""
     rates = "  ".join(f"{i}: {rate:.3f}" for i, rate in enumerate(report["acceptance_rates"], start=1))
     rows = [
         ("acceptance length", f"{report['acceptance_length']:.3f}", f"tokens a pass of the target yields, of at most {1 + report['num_speculative_tokens']}"),
@@ -198,65 +198,6 @@ def _served_dtype(target: Target) -> Any:
     if target.config.dtype != "auto" or torch.cuda.is_available():
         return target.dtype
     return working_dtype(target.dtype, "cpu")
-
-
-def read_requests(
-    prompts: str,
-    target: Target,
-    *,
-    limit: int | None,
-    messages_key: str | None = None,
-    template_args: Mapping[str, Any] | None = None,
-    written: Sequence[Path] = (),
-) -> tuple[list[list[int]], int]:
-    """Token ids of each request, and how many rows had none; ``messages_key`` and ``template_args`` as those of training's data.
-
-    What of the rows is not used, and files of a folder that are not read, are said; ``written`` are outputs, which are no input.
-
-    Raises:
-        UserError: no such file, no usable row, or a target without a chat template.
-    """
-    from torchspec.data.conversations import RowError, parse
-    from torchspec.data.render import Renderer
-    from torchspec.data.served import LOOKED_AT, check_served
-    from torchspec.data.sources import find_sources, read_rows, warn
-    from torchspec.data.unused import Unused
-
-    sources, unused = find_sources(prompts, config_key="prompts", written=written), Unused()
-
-    @cache
-    def renderer() -> Renderer:  # rows of tokens need none
-        return Renderer(target.tokenizer(), name=target.config.path, variables=template_args)
-
-    requests: list[list[int]] = []
-    bad, reason = 0, "it is empty"
-    for source, text, place in ((one, *row) for one in sources for row in read_rows(one, config_key="prompts")):
-        try:
-            row = parse(text, messages_key=messages_key, need_answer=False)
-            unused.add(source.given, row.unused if row.input_ids is not None else renderer().unused(row))
-            if row.input_ids is not None:
-                first = (row.loss_mask or []).index(1) if 1 in (row.loss_mask or []) else len(row.input_ids)
-                found = [row.input_ids[:first]] if first else []
-            else:
-                answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
-                found = [renderer().prompt(row, i) for i in answers or [len(row.messages)]]
-                if len(requests) < LOOKED_AT:
-                    check_served(renderer(), target.served, [row], name=target.config.path)
-            if (largest := max(map(max, filter(None, found)), default=0)) >= target.vocab_size:
-                raise RowError(f"has token {largest}, and the target's vocabulary has {target.vocab_size}")
-        except RowError as error:
-            bad, reason = bad + 1, f"{source.name}:{place} {error}"
-            continue
-        requests += found
-        if limit is not None and len(requests) >= limit:
-            break
-    for line in unused.lines("prompts"):
-        warn(line)
-    if bad and requests:
-        warn(f"prompts: {bad} rows cannot be used, the last of them {reason}")
-    if not requests:
-        raise UserError("prompts", prompts, f"holds no usable prompt ({reason})", 'give rows with "conversations", "messages" or "prompt"')
-    return requests[:limit], bad
 
 
 def _cuda() -> bool:
@@ -305,7 +246,7 @@ def _serve(job: dict[str, Any], log: Path, what: str) -> dict[str, Any]:
     from tqdm import tqdm
 
     read, write = os.pipe()
-    command = [sys.executable, "-m", "torchspec.acceptance_child", str(write)]
+    command = [sys.executable, "-m", "torchspec.commands.acceptance_child", str(write)]
     with log.open("wb") as sink, os.fdopen(read, "r") as events:
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sink, stderr=subprocess.STDOUT, pass_fds=(write,), start_new_session=True)
         os.close(write)

@@ -42,8 +42,8 @@ class Verdict:
         return f"{self.level:<5} {self.what:<14} {self.found}" + (f"  -> {self.fix}" if self.fix else "")
 
 
-def checks(store: Literal["auto", "mooncake", "shm"] = "auto") -> int:
-    """Print the verdicts as they come.
+def doctor(store: Literal["auto", "mooncake", "shm"] = "auto") -> int:
+    """Check this machine: versions, libraries, GPU, ports, memory, the store.
 
     Args:
         store: which store to try.
