@@ -22,15 +22,11 @@ def extract(words: list[str]) -> None:
 
     from torchspec.data.datamodule import DraftDataModule
     from torchspec.data.extract import extract as write_records
-    from torchspec.data.outputs import output_folder
     from torchspec.transfer.sizes import show_bytes
 
     parser = ArgumentParser(prog="main.py extract", description=__doc__.split(":", 1)[1].strip(), allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", type=str, help="YAML of a run; its data and model.aux_layers are used. Of several, later ones win key by key")
-    parser.add_argument("--output", type=str, required=True, help="folder of the records; one that exists is gone on with")
-    parser.add_argument("--part", type=str, default="1/1", help="part of the conversations, such as 2/4, for several calls at once")
-    parser.add_argument("--shard_size", type=str, default="256MiB", help="bytes of a shard; twice as much memory is used")
-    parser.add_argument("--fp8", type=bool, default=False, help="store states in 8 bits: half the disk, with a small error that is stated")
+    parser.add_function_arguments(write_records, as_group=False, skip={"data"})
     parser.add_class_arguments(DraftDataModule, "data")
     files, rest = _configs_of(words)
     if not {"-h", "--help"} & set(rest):
@@ -45,7 +41,7 @@ def extract(words: list[str]) -> None:
                     raise UserError(name, value, f"is no option ({file})", "see main.py extract --help, and mend the name") from None
     given = expand_all(parser.parse_args(rest))
     made = parser.instantiate_classes(given)
-    report = write_records(made.data, output_folder(given.output, field="output"), part=given.part, shard_size=given.shard_size, fp8=given.fp8)
+    report = write_records(made.data, given.output, part=given.part, shard_size=given.shard_size, fp8=given.fp8)
     rate = report.tokens / report.seconds if report.seconds else 0.0
     error = "" if report.fp8_error is None else f"; fp8 changed the states by {report.fp8_error:.2%} (relative root mean square)"
     print(

@@ -20,9 +20,11 @@ from tqdm import tqdm
 from torchspec.data.dataset import TokenizedDataset
 from torchspec.data.group_start import group_config
 from torchspec.data.loader import LoaderConfig, LoaderStats, PackLoader, Pass
+from torchspec.data.outputs import output_folder
 from torchspec.data.plan import Plan
 from torchspec.data.sources import check_outside
 from torchspec.errors import UserError
+from torchspec.paths import home
 from torchspec.supervision import Unroll
 from torchspec.transfer.shards import ShardWriter
 from torchspec.transfer.sizes import parse_bytes
@@ -59,15 +61,15 @@ def part_of(text: str) -> tuple[int, int]:
     return int(number), int(parts)
 
 
-def extract(data: DraftDataModule, output: Path, *, part: str = "1/1", shard_size: str = "256MiB", fp8: bool = False) -> ExtractReport:
-    """Capture every conversation of a run's training and validation data that the folder lacks.
+def extract(data: DraftDataModule, output: str, part: str = "1/1", shard_size: str = "256MiB", fp8: bool = False) -> ExtractReport:
+    """Capture every conversation of a run's training and validation data that the folder lacks; ``main.py extract`` takes its options from here.
 
     Args:
         data: of the run, not yet used by a trainer.
-        output: folder of the records.
-        part: which part of the conversations, ``"1/1"`` for all.
-        shard_size: bytes of a shard; twice as much memory is used.
-        fp8: store states in 8 bits.
+        output: folder of the records; one that exists is gone on with
+        part: part of the conversations, such as 2/4, for several calls at once
+        shard_size: bytes of a shard; twice as much memory is used
+        fp8: store states in 8 bits: half the disk, with a small error that is stated
 
     Raises:
         UserError: what the run's data or engines refuse, or a folder of other records.
@@ -77,8 +79,9 @@ def extract(data: DraftDataModule, output: Path, *, part: str = "1/1", shard_siz
         field = "data.engine" if data.records is not None else "data.on_policy"
         raise UserError(field, data.engine, "leaves nothing to extract", "use the configuration of a run that captures given conversations")
     for given in data.corpus.sources.values():
-        check_outside(output, given or [], field="output")
-    writer = ShardWriter(output, data.spec, part=f"part{number}of{parts}", shard_bytes=parse_bytes(shard_size, field="shard_size"), fp8=fp8)
+        check_outside(Path(home(output)), given or [], field="output")
+    folder = output_folder(output, field="output")
+    writer = ShardWriter(folder, data.spec, part=f"part{number}of{parts}", shard_bytes=parse_bytes(shard_size, field="shard_size"), fp8=fp8)
     started, records, there, failed, tokens = time.monotonic(), 0, 0, 0, 0
     stages = ["train", *data.validation_stages]
     wanted: list[tuple[str, TokenizedDataset]] = []
@@ -101,7 +104,7 @@ def extract(data: DraftDataModule, output: Path, *, part: str = "1/1", shard_siz
             store=data.store,
             stages=stages,
             world=1,
-            log_dir=output / "logs",
+            log_dir=folder / "logs",
             local_ranks=0,
         )
         data.group = EngineGroup(config, say=lambda line: tqdm.write(line, file=sys.stderr))
@@ -110,7 +113,7 @@ def extract(data: DraftDataModule, output: Path, *, part: str = "1/1", shard_siz
             total = sum(int(chosen.lengths.sum()) for _, chosen in wanted)
             with tqdm(total=total, desc="extracting", unit="token", unit_scale=True, smoothing=0.05) as bar:
                 for stage, chosen in wanted:
-                    stats = _go_through(data, stage, chosen, writer, output, bar.update)
+                    stats = _go_through(data, stage, chosen, writer, folder, bar.update)
                     records, failed, tokens = records + stats.samples, failed + stats.failed, tokens + stats.tokens
         finally:
             writer.close()
