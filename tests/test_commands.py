@@ -81,3 +81,19 @@ def test_errors_name_options_as_they_were_typed(
     with pytest.raises(SystemExit) as stop:
         main([str(world[0]) if word == "TARGET" else word for word in words])
     assert stop.value.code == 2 and capsys.readouterr().err.startswith(expected)
+
+
+def test_a_run_without_tensorboard_is_not_lectured_about_it(tmp_path: Path) -> None:
+    import warnings
+
+    import lightning.pytorch as pl
+    from lightning.pytorch.trainer.connectors.logger_connector import logger_connector
+
+    from torchspec.cli import _quiet
+
+    logger_connector.warning_cache.clear()  # which says a thing once
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        _quiet()
+        pl.Trainer(logger=True, default_root_dir=tmp_path, accelerator="cpu", barebones=False)
+    assert not [str(one.message) for one in said if "tensorboard" in str(one.message).lower()]

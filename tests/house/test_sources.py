@@ -24,6 +24,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "commands": {"commands", "models", "data", "engines", "transfer"},
 }
 """Folders of ours that a module of a folder may import; modules directly under torchspec are contracts, open to all."""
+ABOVE: dict[str, set[str]] = {
+    "cli": {"commands", "data", "models"},
+    "trainer": {"callbacks", "models"},
+    "lightning_rules": {"models"},
+    "ranks": {"engines"},
+    "target": {"transfer"},
+}
+"""Modules directly under torchspec that may import folders, and which; all others are for every folder, so they know none."""
+ENTRIES = ("torchspec.cli", "torchspec.trainer", "torchspec.lightning_rules", "torchspec.lightning_errors", "torchspec.commands")
+"""What stands above the folders: none of them imports these."""
 
 
 def imports(tree: ast.Module, *, module_level: bool) -> Iterator[str]:
@@ -70,6 +80,28 @@ def test_imports_point_one_way(folder: str) -> None:
             parts = name.split(".")
             if parts[0] == "torchspec" and len(parts) > 1 and parts[1] in folders:
                 assert parts[1] in MAY_IMPORT[folder], f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_what_every_folder_may_import_imports_no_folder() -> None:
+    folders = {p.name for p in PACKAGE.iterdir() if p.is_dir()}
+    found = {
+        f"{file.stem} imports {name}"
+        for file in PACKAGE.glob("*.py")
+        for name in imports(parsed(file), module_level=False)
+        if name.startswith("torchspec.") and name.split(".")[1] in folders - ABOVE.get(file.stem, set())
+    }
+    assert not found
+
+
+def test_nothing_below_imports_the_command_line_or_the_trainer() -> None:
+    found = {
+        f"{file.relative_to(PACKAGE)} imports {name}"
+        for folder in MAY_IMPORT.keys() - {"commands"}
+        for file in (PACKAGE / folder).rglob("*.py")
+        for name in imports(parsed(file), module_level=False)
+        if name.startswith(ENTRIES)
+    }
+    assert not found
 
 
 def test_importing_the_package_is_cheap() -> None:

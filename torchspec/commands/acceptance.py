@@ -60,7 +60,7 @@ def acceptance(
         target: hub id or directory of the target.
         draft: exported draft directory.
         prompts: conversation file; every assistant turn is one request, answered anew on what came before it.
-        num_speculative_tokens: drafts proposed at a time.
+        num_speculative_tokens: draft tokens of one proposal, k.
         max_new_tokens: length limit of an answer.
         limit: prompts to serve; all of them when empty.
         temperature: of the target's sampling; 0 is greedy.

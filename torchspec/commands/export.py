@@ -49,7 +49,7 @@ def export(
 
     if (draft_vocab_size is None) != (token_counts is None):
         raise UserError("draft_vocab_size", draft_vocab_size, f"goes with token_counts={token_counts}", "give both or none")
-    place = check_output(Path(home(output)), field="output", reads=Path(home(checkpoint)))
+    folder = check_output(Path(home(output)), field="output", reads=Path(home(checkpoint)))
     facts = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
     vocabulary = None
     if draft_vocab_size is not None and token_counts is not None:
@@ -61,4 +61,4 @@ def export(
         share = vocabulary.coverage(counts)
         print(f"draft vocabulary: {draft_vocab_size} of {facts.vocab_size} tokens, covering {share:.2%} of the supervised tokens of {token_counts}")
     options = ExportOptions(form=format, dtype=dtype, max_shard_size=max_shard_size, tokenizer=tokenizer, target_name=target_name, weights=weights)
-    print(export_checkpoint(Path(home(checkpoint)), facts, place, options=options, vocabulary=vocabulary))
+    print(export_checkpoint(Path(home(checkpoint)), facts, folder, options=options, vocabulary=vocabulary))

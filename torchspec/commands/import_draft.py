@@ -40,10 +40,10 @@ def import_draft(
     from torchspec.models.import_draft import complete
     from torchspec.models.import_draft import import_draft as read
 
-    place = check_output(Path(home(output)), field="output", reads=Path(home(source)))
+    folder = check_output(Path(home(output)), field="output", reads=Path(home(source)))
     facts = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
     draft = read(source, facts, revision=draft_revision)
     options = ExportOptions(form=format, dtype=dtype, max_shard_size=max_shard_size, target_name=target_name)
     config = draft.config
     print(f"{source}: {config.num_layers} layer(s), hidden size {config.hidden_size}, {config.draft_vocab_size} tokens, aux layers {list(config.aux_layers)}")
-    print(export_draft(config, complete(draft, facts), draft.vocabulary, facts, place, options=options))
+    print(export_draft(config, complete(draft, facts), draft.vocabulary, facts, folder, options=options))
