@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 
 def on_cpu() -> None:
     """Let its trainer run where there is no accelerator."""
@@ -29,6 +31,22 @@ def on_cpu() -> None:
         self.device_type = "cpu"
 
     trainer.Trainer.__init__ = init
+
+
+def read_records(folder: Path, records: Path) -> None:
+    """Have its loader read our records instead of a file of hidden states a conversation."""
+    import speculators.train.data as data
+    from speculators.train.data import ArrowDataset
+
+    from benchmarks.peers.records import RecordsTransfer
+
+    original = ArrowDataset.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.transfer = RecordsTransfer(folder, records)
+
+    data.ArrowDataset.__init__ = init  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -55,6 +73,7 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         on_cpu()
+    read_records(Path(folder), Path(facts["records"]))
     from speculators.train.cli import main as train
     from speculators.train.config import TrainConfig
 
