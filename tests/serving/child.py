@@ -43,22 +43,17 @@ def interpreted() -> None:
 
     active: Any = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
     triton.backends.backends["cpu"] = active
-    for name in ("create_masked_load", "create_masked_store"):
-        setattr(InterpreterBuilder, name, with_arrays(getattr(InterpreterBuilder, name)))
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    InterpreterBuilder.create_masked_load = lambda self, at, mask, *rest: load(self, at, as_array(mask, at), *rest)
+    InterpreterBuilder.create_masked_store = lambda self, at, value, mask, *rest: store(self, at, value, as_array(mask, at), *rest)
 
 
-def with_arrays(original: Any) -> Any:
-    """Masks of single values as arrays of bool, which the interpreter's loads and stores want."""
+def as_array(mask: Any, pointers: Any) -> Any:
+    """A mask as the array of bool that the interpreter's loads and stores want; a scalar one is a number there."""
     import numpy as np
 
-    def wrapped(self: Any, *args: Any, **given: Any) -> Any:
-        for value in (*args, *given.values()):
-            data = getattr(value, "data", None)
-            if getattr(getattr(value, "dtype", None), "name", "") == "int1" and data is not None:
-                value.data = np.atleast_1d(np.asarray(data)).astype(bool)
-        return original(self, *args, **given)
-
-    return wrapped
+    mask.data = np.broadcast_to(np.asarray(mask.data).astype(bool), np.shape(pointers.data)).copy()
+    return mask
 
 
 def norm_by_layer() -> None:
