@@ -119,7 +119,7 @@ def run(kind: Any, rate: float, folder: Path, args: argparse.Namespace) -> dict[
     watch = Watch(rate=rate, sources=args.sources, first=args.warm, last=args.warm + args.steps)
     target = TargetConfig(str(folder / "target"))
     data = DraftDataModule(
-        target, str(folder / "train.jsonl"), unroll_steps=args.unroll_steps, max_length=args.max_length, max_tokens=args.max_tokens, packs_per_step=1,
+        target, str(folder / "train.jsonl"), max_length=args.max_length, max_tokens=args.max_tokens, packs_per_step=1,
         engines=EngineConfig(workers=0), store=StoreConfig(kind=kind, budget=args.budget), cache_dir=str(folder / "cache"),
     )  # fmt: skip
     model = DraftModule(target, unroll_steps=args.unroll_steps, optimizer=partial(torch.optim.AdamW, lr=1e-4, fused=True))  # type: ignore[arg-type]

@@ -75,8 +75,6 @@ def measure(draft: str, *, target: str, records: str, sets: dict[str, str], ks: 
         TargetConfig(target),
         train=next(iter(sets.values())),
         validate=dict(sets),
-        unroll_steps=max(ks),
-        aux_layers=aux,
         max_length=config.get("max_length", 2048),
         max_tokens=config.get("max_tokens", 8192),
         packs_per_step=1,

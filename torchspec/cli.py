@@ -71,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(error)
     except ArgumentError as error:
         from torchspec.lightning_errors import missing_logger
+        from torchspec.moved import moved
 
-        _fail(missing_logger(str(error)) or f"{' '.join(str(error).split())}. Fix: see main.py {words[0]} --help")
+        _fail(moved(str(error)) or missing_logger(str(error)) or f"{' '.join(str(error).split())}. Fix: see main.py {words[0]} --help")
     except (GroupStopped, DeviceLost) as error:
         _fail(error, code=1)
     except KeyboardInterrupt:
@@ -164,8 +165,6 @@ def _train(words: list[str]) -> None:
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.link_arguments("data", "model.target", compute_fn=lambda data: data.target.config, apply_on="instantiate")
-            parser.link_arguments("model.unroll_steps", "data.unroll_steps")
-            parser.link_arguments("model.aux_layers", "data.aux_layers")
 
         def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
             super().parse_arguments(parser, args)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class Rows(Protocol):
 
 
 class Supervision(Protocol):
-    """A family's rule, as a small value that is compared and pickled. Masks are [N] 0 or 1, ``bounds`` [C+1] where
+    """A family's rule, as a small value that is compared, hashed and pickled. Masks are [N] 0 or 1, ``bounds`` [C+1] where
     conversations begin and end.
     """
 
@@ -73,6 +73,20 @@ class Supervision(Protocol):
                 seed, epoch and sample alone (``Plan.keys``), so that neither the world size nor a resume changes what
                 is drawn.
         """
+        ...
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """What the data side asks of the module that it feeds, before it starts engines and again before it plans."""
+
+    @property
+    def aux_layers(self) -> tuple[int, ...]:
+        """Hidden-state indices (Transformers' counting) that records hold beside the last hidden state."""
+        ...
+
+    def supervision(self, stage: Literal["train", "validate"]) -> Supervision:
+        """The rule of a stage; the same value for the whole run."""
         ...
 
 

@@ -23,6 +23,7 @@ from torchspec.errors import UserError
 from torchspec.looping import repeats
 from torchspec.models.metrics import serving_walk
 from torchspec.models.module import DraftModule
+from torchspec.supervision import Unroll
 from torchspec.target import Target
 from torchspec.trainer import Trainer
 
@@ -71,6 +72,15 @@ def test_validation_unrolls_as_far_as_is_asked_whatever_is_trained(target: Targe
     assert both["val/accuracy_6"] == pytest.approx(deep["val/accuracy_6"])
     lines = [json.loads(line) for line in (tmp_path / "acceptance.jsonl").read_text().splitlines()]
     assert set(lines[0]["each_k"]) == {"k3", "k7"} and "each_k" not in lines[1] and len(lines[1]["rates"]) == 3
+
+
+def test_the_rule_of_validation_is_as_deep_as_is_asked_before_any_hook_has_run(target: Target) -> None:
+    """The datamodule asks for it before callbacks are set up."""
+    made = module(target)
+    assert made.supervision("train") == made.supervision("validate") == Unroll(STEPS)
+    callbacks: list[Any] = [AcceptanceLength([7, 3])]
+    made.trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, callbacks=callbacks)
+    assert made.supervision("train") == Unroll(STEPS) and made.supervision("validate") == Unroll(7)
 
 
 @pytest.mark.parametrize("draft_ids", [None, PRUNED])

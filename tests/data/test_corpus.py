@@ -15,6 +15,7 @@ from tests.tiny import save_conversations, save_target
 from torchspec.data.corpus import Corpus
 from torchspec.data.prepare import DataOptions
 from torchspec.errors import UserError
+from torchspec.supervision import Unroll
 from torchspec.target import Target, TargetConfig
 from torchspec.transfer.record import RecordSpec
 
@@ -29,7 +30,6 @@ def corpus(world: dict[str, Path], **changes: Any) -> Corpus:
     settings = {
         "sources": {"train": str(world["train"]), "validate": None},
         "options": DataOptions(max_length=128),
-        "unroll_steps": 3,
         "max_tokens": 256,
         "packs_per_step": 2,
         "seed": 0,
@@ -37,7 +37,9 @@ def corpus(world: dict[str, Path], **changes: Any) -> Corpus:
         "say": lambda line: None,
         **changes,
     }
-    return Corpus(Target(TargetConfig(str(world["target"]))), **settings)
+    made = Corpus(Target(TargetConfig(str(world["target"]))), **settings)
+    made.supervise(train=Unroll(3), validate=Unroll(3))
+    return made
 
 
 def test_the_same_on_every_rank(world: dict[str, Path]) -> None:
@@ -89,7 +91,7 @@ def test_validation_is_planned_as_deep_as_a_callback_asks(world: dict[str, Path]
     """Counts of a batch say how far it is unrolled; training's stay."""
     made = corpus(world, sources={"train": str(world["train"]), "validate": str(world["train"])})
     assert made.validation_plan("validate", 1).step_counts(0).shape == (3,)
-    made.validation_steps = 5
+    made.supervise(train=Unroll(3), validate=Unroll(5))
     deeper = made.validation_plan("validate", 1)
     assert deeper.step_counts(0).shape == (5,) and made.plan(0).step_counts(0).shape == (3,)
     assert deeper.pack(0).tolist() == corpus(world, sources=made.sources).validation_plan("validate", 1).pack(0).tolist()

@@ -179,7 +179,6 @@ def test_fast_dev_run(world: dict[str, str], tmp_path: Path) -> None:
     [
         ({"max_length": 300}, {}, r"data\.max_length=300 is longer than data\.max_tokens=160"),
         ({"packs_per_step": 0}, {}, r"data\.packs_per_step=0 is below 1"),
-        ({"aux_layers": [5, 2]}, {}, "strictly increasing"),
         ({}, {"accumulate_grad_batches": 3}, r"trainer\.accumulate_grad_batches=3 contradicts data\.packs_per_step=4 on 1 ranks, which means 4"),
         ({}, {"reload_dataloaders_every_n_epochs": 1}, "reload_dataloaders_every_n_epochs"),
         ({}, {"overfit_batches": 2}, "overfit_batches"),
@@ -190,6 +189,12 @@ def test_fast_dev_run(world: dict[str, str], tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused(world: dict[str, str], tmp_path: Path, data: dict[str, Any], trainer: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         fit(tmp_path / "run", world, data=data, trainer=trainer)
+
+
+def test_a_module_that_does_not_say_where_it_learns_is_refused(world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(toy.Toy, "supervision")
+    with pytest.raises(UserError, match=r"is a Toy, which does not say where it learns. Fix: use DraftModule"):
+        fit(tmp_path / "run", world)
 
 
 def test_the_users_own_accumulation_may_agree(world: dict[str, str], tmp_path: Path) -> None:

@@ -32,7 +32,6 @@ def corpus(target: Path, folder: Path, rows: list[Any], said: list[str] | None =
         Target(TargetConfig(str(target))),
         sources=sources,
         options=DataOptions(max_length=64, **options),
-        unroll_steps=2,
         max_tokens=64,
         packs_per_step=1,
         seed=0,
@@ -116,7 +115,7 @@ def test_a_hub_dataset_is_read_by_split_and_row(target: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     made = Corpus(
-        Target(TargetConfig(str(target))), sources={"train": "org/talks:test[:3]"}, options=DataOptions(max_length=64), unroll_steps=2, max_tokens=64,
+        Target(TargetConfig(str(target))), sources={"train": "org/talks:test[:3]"}, options=DataOptions(max_length=64), max_tokens=64,
         packs_per_step=1, seed=0, cache_dir=tmp_path / "cache", max_bad_fraction=0.5, say=lambda line: None,
     )  # fmt: skip
     data = made.dataset("train")

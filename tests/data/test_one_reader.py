@@ -221,7 +221,7 @@ def test_records_are_not_written_into_the_data(target: Path, tmp_path: Path) -> 
     from torchspec.data.datamodule import DraftDataModule
 
     put(tmp_path / "data" / "train.jsonl", *ODD)
-    data = DraftDataModule(TargetConfig(str(target)), str(tmp_path / "data"), max_length=64, max_tokens=64, aux_layers=[0], cache_dir=str(tmp_path / "cache"))
+    data = DraftDataModule(TargetConfig(str(target)), str(tmp_path / "data"), max_length=64, max_tokens=64, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"output=.* lies in its own input"):
-        extract(data, str(tmp_path / "data" / "records"))
+        extract(data, str(tmp_path / "data" / "records"), (0,))
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["train.jsonl"]

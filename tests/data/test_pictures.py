@@ -37,7 +37,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset(target: Path, file: Path, *, num_proc: int = 1, **options: Any) -> TokenizedDataset:
     given = DataOptions(**{"max_length": 128, "media": "engine", **options})
     corpus = Corpus(
-        Target(TargetConfig(str(target))), sources={"train": str(file)}, options=given, unroll_steps=2, max_tokens=128, packs_per_step=1, seed=0,
+        Target(TargetConfig(str(target))), sources={"train": str(file)}, options=given, max_tokens=128, packs_per_step=1, seed=0,
         cache_dir=file.parent / "cache", num_proc=num_proc, say=lambda line: None,
     )  # fmt: skip
     return corpus.dataset("train")

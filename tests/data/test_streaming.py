@@ -53,7 +53,6 @@ def run(folder: Path, world: dict[str, str], *, data: dict[str, Any] | None = No
         "max_length": 128,
         "max_tokens": 256,
         "packs_per_step": 2,
-        "unroll_steps": 2,
         "store": store(folder),
         "engines": engines,
     }
@@ -113,8 +112,8 @@ def test_a_small_budget_still_delivers_everything(world: dict[str, str], tmp_pat
         max_length=128,
         max_tokens=256,
         packs_per_step=2,
-        unroll_steps=2,
     )
+    probe.aux_layers = (2, 4, 5)
     largest = [probe.corpus.largest_pack(stage, probe.spec) for stage in ("train", "validate")]
     with pytest.raises(UserError, match=r"data\.store\.budget=.* is less than the"):
         run(tmp_path / "refused", world, data={"store": store(tmp_path, sum(largest) - 1)})

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.data.feeder import FedDataModule
+from torchspec.supervision import Unroll
 from torchspec.target import TargetConfig
 
 
 class Toy(pl.LightningModule):
     """One linear layer on the last states; writes a line for each micro-batch and each optimizer step."""
 
-    def __init__(self, notes: Path, die_at: int | None = None) -> None:
+    def __init__(self, notes: Path, die_at: int | None = None, aux_layers: Sequence[int] = (2, 4, 5)) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(128, 1)
         torch.nn.init.constant_(self.layer.weight, 0.01)
         torch.nn.init.zeros_(self.layer.bias)
         self.notes = notes
+        self.aux_layers = tuple(aux_layers)
         self.die_at = die_at
         self.seen = 0
+
+    def supervision(self, stage: Literal["train", "validate"]) -> Unroll:
+        return Unroll(2)
 
     def note(self, **what: Any) -> None:
         with (self.notes.parent / f"{self.notes.name}.{self.global_rank}").open("a") as handle:
@@ -69,13 +75,14 @@ def fit(
     die_at: int | None,
 ) -> Toy:
     """One run; checkpoints and notes go to ``folder``."""
-    module = Toy(Path(folder) / "notes", die_at)
+    data = dict(data)
+    module = Toy(Path(folder) / "notes", die_at, data.pop("aux_layers", (2, 4, 5)))
     datamodule = FedDataModule(
         TargetConfig(target),
         train,
         validate,
         cache_dir=str(Path(folder).parent / "cache"),
-        **{"max_length": 128, "max_tokens": 160, "packs_per_step": 4, "unroll_steps": 2, **data},
+        **{"max_length": 128, "max_tokens": 160, "packs_per_step": 4, **data},
     )
     settings = {
         "accelerator": "cpu",

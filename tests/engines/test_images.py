@@ -65,7 +65,7 @@ def save_rows(folder: Path) -> tuple[Path, list[list[Path]]]:
 def tokenised(target: Path, file: Path, **options: Any) -> TokenizedDataset:
     given = DataOptions(max_length=MAX_LENGTH, media="engine", **options)
     corpus = Corpus(
-        Target(TargetConfig(str(target))), sources={"train": str(file)}, options=given, unroll_steps=2, max_tokens=MAX_LENGTH, packs_per_step=1, seed=0,
+        Target(TargetConfig(str(target))), sources={"train": str(file)}, options=given, max_tokens=MAX_LENGTH, packs_per_step=1, seed=0,
         cache_dir=target / "cache", say=lambda line: None,
     )  # fmt: skip
     return corpus.dataset("train")

@@ -22,7 +22,7 @@ from torchspec.trainer import Trainer
 from torchspec.transfer.record import seal, views
 
 ROWS, VALIDATION_ROWS = 24, 7
-SIZES: dict[str, Any] = {"max_length": 64, "max_tokens": 96, "packs_per_step": 2, "unroll_steps": 2}
+SIZES: dict[str, Any] = {"max_length": 64, "max_tokens": 96, "packs_per_step": 2}
 
 
 class TrueFeeder(Feeder):

@@ -88,6 +88,11 @@ class AcceptanceLength(pl.Callback):
         self._fresh = False
         """Whether rows of an earlier run in the folder are to go."""
 
+    @property
+    def validation_horizon(self) -> int:
+        """Draft tokens that validation is unrolled to, where fewer are trained (``DraftModule.supervision``)."""
+        return self.ks[-1]
+
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self._fresh = trainer.state.fn == TrainerFn.FITTING and getattr(trainer, "resume_path", None) is None
         trained = int(pl_module.unroll_steps)
@@ -99,9 +104,6 @@ class AcceptanceLength(pl.Callback):
                 f"callbacks.AcceptanceLength.num_speculative_tokens: {self.ks[-1]} tokens are proposed of a draft that trains model.unroll_steps={trained}: "
                 "later ones are accepted less than a draft trained for them would have it"
             )
-        corpus = getattr(getattr(trainer, "datamodule", None), "corpus", None)
-        if corpus is not None:
-            corpus.validation_steps = max(corpus.validation_steps, self.ks[-1])
         named = self._set_names(trainer)
         unknown = sorted(set(self.walk) - set(named)) if isinstance(self.walk, dict) else []
         if unknown:

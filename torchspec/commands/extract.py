@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from torchspec.errors import UserError
+from torchspec.moved import moved
 from torchspec.paths import expand_all
+
+_CAPTURED = ("aux_layers",)
+"""Options of ``model`` that decide which states are captured."""
 
 
 def extract(words: list[str]) -> None:
@@ -26,22 +30,25 @@ def extract(words: list[str]) -> None:
 
     parser = ArgumentParser(prog="main.py extract", description=__doc__.split(":", 1)[1].strip(), allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", type=str, help="YAML of a run; its data and model.aux_layers are used. Of several, later ones win key by key")
-    parser.add_function_arguments(write_records, as_group=False, skip={"data"})
+    parser.add_argument("--model.aux_layers", type=list[int] | None, default=None, help="as of fit")
+    parser.add_function_arguments(write_records, as_group=False, skip={"data", "aux_layers"})
     parser.add_class_arguments(DraftDataModule, "data")
     files, rest = _configs_of(words)
     if not {"-h", "--help"} & set(rest):
-        sections = [(file, _data_of(file)) for file in files]
-        if files and not any(data for _, data in sections):
+        sections = [(file, _used_of(file)) for file in files]
+        if files and not any("data" in used for _, used in sections):
             raise UserError("config", ", ".join(files), "has no data section", "give the YAML of a run")
-        for file, data in sections:
-            for name, value in _flat(data).items():
+        for file, used in sections:
+            for name, value in _flat(used).items():
                 try:
                     parser.set_defaults({name: value})
                 except KeyError:
-                    raise UserError(name, value, f"is no option ({file})", "see main.py extract --help, and mend the name") from None
+                    fix = "see main.py extract --help, and mend the name"
+                    raise moved(name, value) or UserError(name, value, f"is no option ({file})", fix) from None
     given = expand_all(parser.parse_args(rest))
     made = parser.instantiate_classes(given)
-    report = write_records(made.data, given.output, part=given.part, shard_size=given.shard_size, fp8=given.fp8)
+    aux_layers = made.data.target.aux_layers(given.model.aux_layers)
+    report = write_records(made.data, given.output, aux_layers, part=given.part, shard_size=given.shard_size, fp8=given.fp8)
     rate = report.tokens / report.seconds if report.seconds else 0.0
     error = "" if report.fp8_error is None else f"; fp8 changed the states by {report.fp8_error:.2%} (relative root mean square)"
     print(
@@ -68,8 +75,8 @@ def _configs_of(words: list[str]) -> tuple[list[str], list[str]]:
     return files, rest
 
 
-def _data_of(file: str) -> dict[str, Any]:
-    """What one file says of the data; empty where it says nothing."""
+def _used_of(file: str) -> dict[str, Any]:
+    """What one file says of the data, and what of the model decides which states are captured."""
     import yaml
 
     try:
@@ -80,9 +87,8 @@ def _data_of(file: str) -> dict[str, Any]:
         raise UserError(
             "config", file, f"is no configuration of a run ({type(error).__name__}: {error})".replace("\n", " "), "give a YAML with a data section"
         ) from error
-    if model.get("aux_layers") is not None:
-        data["aux_layers"] = model["aux_layers"]
-    return {"data": data} if data else {}
+    captured = {name: model[name] for name in _CAPTURED if model.get(name) is not None}
+    return {name: section for name, section in (("data", data), ("model", captured)) if section}
 
 
 def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -90,7 +96,7 @@ def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in plain.items():
         whole = f"{prefix}{name}"
-        if isinstance(value, dict) and whole in ("data", "data.target", "data.engines", "data.store"):
+        if isinstance(value, dict) and whole in ("data", "model", "data.target", "data.engines", "data.store"):
             flat |= _flat(value, f"{whole}.")
         else:
             flat[whole] = value

@@ -23,7 +23,7 @@ from torchspec.engines.engine import OnPolicy
 from torchspec.errors import UserError
 from torchspec.images import VisionTower
 from torchspec.paths import home
-from torchspec.supervision import Unroll
+from torchspec.supervision import Supervision
 from torchspec.target import Target
 from torchspec.transfer.record import RecordSpec
 
@@ -43,7 +43,6 @@ class Corpus:
         target: its tokenizer, template and vocabulary decide the tokens.
         sources: what the user gave for ``train``, and for ``validate`` or ``validate/NAME`` (None: there is none).
         options: what changes the tokens.
-        unroll_steps: K.
         max_tokens: tokens of a pack at most.
         packs_per_step: packs of an optimizer step.
         seed: of the order.
@@ -60,7 +59,6 @@ class Corpus:
         *,
         sources: Mapping[str, Given | None],
         options: DataOptions,
-        unroll_steps: int,
         max_tokens: int,
         packs_per_step: int,
         seed: int,
@@ -71,16 +69,16 @@ class Corpus:
         say: Callable[[str], None] = print,
     ) -> None:
         self.target, self.sources, self.options = target, sources, options
-        self.unroll_steps, self.max_tokens, self.packs_per_step, self.seed = unroll_steps, max_tokens, packs_per_step, seed
+        self.max_tokens, self.packs_per_step, self.seed = max_tokens, packs_per_step, seed
         self._cache_dir, self._max_bad_fraction, self._num_proc, self._say = cache_dir, max_bad_fraction, num_proc, say
         self.on_policy = on_policy
-        self.validation_steps = unroll_steps
-        """How far validation unrolls; a callback may ask for more than is trained before the first validation."""
         self._data: dict[str, TokenizedDataset] = {}
         self._no_tokenizer: UserError | None = None
         self._prompts: Prompts | None = None
+        self._rules: dict[str, Supervision] = {}
+        self._measured: dict[tuple[str, Supervision], tuple[np.ndarray | None, np.ndarray]] = {}
         self._plan: Plan | None = None
-        self._validation_plans: dict[tuple[str, int, int], Plan] = {}
+        self._validation_plans: dict[tuple[str, int, Supervision], Plan] = {}
 
     def dataset(self, stage: str) -> TokenizedDataset:
         """The tokenised data of ``train``, ``validate`` or ``validate/NAME``; built on first use.
@@ -160,6 +158,23 @@ class Corpus:
 
     # -- plans
 
+    def supervise(self, *, train: Supervision, validate: Supervision) -> None:
+        """Take the rules by which the draft learns and is validated; plans are made from them."""
+        if self._rules.get("train") != train:
+            self._plan = None
+        self._rules = {"train": train, "validate": validate}
+
+    def rule(self, stage: str) -> Supervision:
+        """Of ``train``, ``validate`` or ``validate/NAME``."""
+        return self._rules["train" if stage == "train" else "validate"]
+
+    def _measure(self, stage: str) -> tuple[np.ndarray | None, np.ndarray]:
+        """Normalisers (None where answers come with their lengths) and draft rows of each conversation of a stage."""
+        key = stage, self.rule(stage)
+        if key not in self._measured:
+            self._measured[key] = self.samples(stage).measured(key[1])
+        return self._measured[key]
+
     def plan(self, epoch: int) -> Plan:
         """The plan of a training epoch."""
         if self._plan is None or self._plan.epoch != epoch:
@@ -170,7 +185,7 @@ class Corpus:
                 epoch=epoch,
                 max_tokens=self.max_tokens,
                 packs_per_step=self.packs_per_step,
-                counts=self._counts,
+                counts=self._measure("train")[0],
                 content=samples.content,
                 num_packs=None if self._plan is None else len(self._plan),
             )
@@ -183,7 +198,7 @@ class Corpus:
 
     def validation_plan(self, stage: str, world: int) -> Plan:
         """A validation set in its own order, padded so that every one of ``world`` ranks has as many packs."""
-        key = stage, world, self.validation_steps
+        key = stage, world, self.rule(stage)
         if key not in self._validation_plans:
             data = self.dataset(stage)
             self._validation_plans[key] = Plan(
@@ -192,17 +207,11 @@ class Corpus:
                 epoch=0,
                 max_tokens=self.max_tokens,
                 packs_per_step=world,
-                counts=data.measured(Unroll(self.validation_steps))[0],
+                counts=self._measure(stage)[0],
                 shuffle=False,
                 content=data.content,
             )
         return self._validation_plans[key]
-
-    @cached_property
-    def _counts(self) -> np.ndarray | None:
-        if self.on_policy is not None:
-            return None  # answers come with their lengths
-        return self.dataset("train").measured(Unroll(self.unroll_steps))[0]
 
     # -- what others need to know
 
@@ -289,7 +298,7 @@ def count_tokens(
         raise UserError("max_bad_fraction", max_bad_fraction, "is no share", "use a number from 0 up to, but not including, 1")
     options = DataOptions(max_length=longest, messages_key=messages_key, supervise=supervise, template_args=template_args or {})
     corpus = Corpus(
-        target, sources={"train": given}, options=options, unroll_steps=1, max_tokens=longest, packs_per_step=1, seed=0, cache_dir=default_cache_dir(),
+        target, sources={"train": given}, options=options, max_tokens=longest, packs_per_step=1, seed=0, cache_dir=default_cache_dir(),
         max_bad_fraction=max_bad_fraction,
     )  # fmt: skip
     return corpus.token_counts(), corpus.special_end_ids()

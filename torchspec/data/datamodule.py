@@ -35,7 +35,7 @@ from torchspec.engines.engine import EngineConfig, OnPolicy
 from torchspec.errors import DeviceLost, UserError
 from torchspec.network import host_port
 from torchspec.ranks import told_to_end
-from torchspec.supervision import Unroll
+from torchspec.supervision import Learner
 from torchspec.target import Target, TargetConfig
 from torchspec.transfer.record import Record, RecordSpec
 from torchspec.transfer.sizes import parse_bytes
@@ -58,8 +58,6 @@ class DraftDataModule(pl.LightningDataModule):
         train: conversation file (.jsonl, .json, .parquet, .arrow), a folder of them, or a hub dataset id (``org/name:split``); or several; or a table of
             them with how many times an epoch each is trained (0.5: a fixed half of it).
         validate: the same for validation; or a table of names with a set each, whose metrics are logged as ``val/NAME/...``; none skips it.
-        unroll_steps: K, linked from the model.
-        aux_layers: hidden-state indices fed to the draft, linked from the model.
         max_length: tokens of a conversation at most; longer ones are cut on the right.
         max_tokens: tokens of a pack (one micro-batch of one rank) at most.
         packs_per_step: packs of an optimizer step over all ranks; accumulation is this divided by the number of ranks.
@@ -92,8 +90,6 @@ class DraftDataModule(pl.LightningDataModule):
         target: TargetConfig,
         train: str | list[str] | dict[str, float],
         validate: str | list[str] | dict[str, str | list[str]] | None = None,
-        unroll_steps: int = 7,
-        aux_layers: list[int] | None = None,
         max_length: int = 2048,
         max_tokens: int = 4096,
         packs_per_step: int = 8,
@@ -121,7 +117,6 @@ class DraftDataModule(pl.LightningDataModule):
             max_tokens=max_tokens,
             packs_per_step=packs_per_step,
             prefetch_packs=prefetch_packs,
-            unroll_steps=unroll_steps,
             min_supervised_tokens=min_supervised_tokens,
             num_proc=num_proc,
             seed=seed,
@@ -131,7 +126,8 @@ class DraftDataModule(pl.LightningDataModule):
         check_media(media=media, image_positions=image_positions, engine=engine, on_policy=on_policy)
         named = validation_sets(validate)
         self.target = Target(target)
-        self.aux_layers = self.target.aux_layers(aux_layers)
+        self.aux_layers: tuple[int, ...] | None = None
+        """Hidden-state indices that records hold beside the last one; asked of the module that is fed."""
         self.max_length, self.packs_per_step, self.seed, self.prefetch_packs = max_length, packs_per_step, seed, prefetch_packs
         self.engine: str = engine
         self.engines, self.store = engines, store
@@ -150,7 +146,6 @@ class DraftDataModule(pl.LightningDataModule):
                 image_positions=image_positions,
                 template_args=template_args or {},
             ),
-            unroll_steps=unroll_steps,
             max_tokens=max_tokens,
             packs_per_step=packs_per_step,
             seed=seed,
@@ -196,6 +191,7 @@ class DraftDataModule(pl.LightningDataModule):
     @property
     def spec(self) -> RecordSpec:
         """What every record of this run must say of itself."""
+        assert self.aux_layers is not None, "no module has said yet which hidden states it is fed"
         return self.corpus.spec(self.aux_layers)
 
     @property
@@ -237,6 +233,7 @@ class DraftDataModule(pl.LightningDataModule):
     def _prepare(self) -> None:
         trainer = self._trainer
         check_trainer(trainer, packs_per_step=self.packs_per_step)
+        self._ask(trainer.lightning_module)
         training = trainer.state.fn == TrainerFn.FITTING
         if self.tee is not None:
             for given in self.corpus.sources.values():
@@ -257,6 +254,19 @@ class DraftDataModule(pl.LightningDataModule):
             self._check_records(self.records, stages)
         elif trainer.is_global_zero:
             self._start_group(stages)
+
+    def _ask(self, module: object) -> None:
+        """Take from the module that is fed which hidden states it wants and by which rules it learns.
+
+        Raises:
+            UserError: it does not say.
+        """
+        if not isinstance(module, Learner):
+            problem = f"is a {type(module).__name__}, which does not say where it learns"
+            fix = "use DraftModule, or give it aux_layers and supervision(stage) (torchspec/supervision.py, Learner)"
+            raise UserError("model", None, problem, fix)
+        self.aux_layers = module.aux_layers
+        self.corpus.supervise(train=module.supervision("train"), validate=module.supervision("validate"))
 
     def _check_records(self, folder: Path, stages: list[str]) -> None:
         from torchspec.engines.replay import check_records
@@ -295,6 +305,7 @@ class DraftDataModule(pl.LightningDataModule):
                 raise self._refusal
             raise SystemExit(2)  # the rank that knows why says it
         self._loaders.clear()
+        self._ask(trainer.lightning_module)
         if stage == "fit":
             drop_schedules(trainer)
             trainer.accumulate_grad_batches = self.accumulation
@@ -335,7 +346,7 @@ class DraftDataModule(pl.LightningDataModule):
                 world=trainer.world_size,
                 dataset=self.corpus.samples(stage),
                 spec=self.spec,
-                supervision=Unroll(self.corpus.unroll_steps if stage == "train" else self.corpus.validation_steps),
+                supervision=self.corpus.rule(stage),
                 window_bytes=self.budget,
                 prefetch_packs=self.prefetch_packs,
                 failed_path=self._failed_path,

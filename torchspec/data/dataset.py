@@ -217,11 +217,7 @@ class TokenizedDataset:
         return counts
 
     def measured(self, supervision: Supervision) -> tuple[np.ndarray, np.ndarray]:
-        """What a family's rule makes of each conversation, in one pass over the masks.
-
-        Returns:
-            [n, Q] int32 normalisers and [n] int64 draft rows.
-        """
+        """[n, Q] int32 normalisers and [n] int64 draft rows of each conversation, in one pass over the masks."""
         counts, work = [], []
         for low, high, mask in self._pieces():
             bounds = np.asarray(self._offsets[low : high + 1]) - int(self._offsets[low])

@@ -61,12 +61,21 @@ def part_of(text: str) -> tuple[int, int]:
     return int(number), int(parts)
 
 
-def extract(data: DraftDataModule, output: str, part: str = "1/1", shard_size: str = "256MiB", fp8: bool = False) -> ExtractReport:
-    """Capture every conversation of a run's training and validation data that the folder lacks; ``main.py extract`` takes its options from here.
+def extract(
+    data: DraftDataModule,
+    output: str,
+    aux_layers: tuple[int, ...],
+    part: str = "1/1",
+    shard_size: str = "256MiB",
+    fp8: bool = False,
+) -> ExtractReport:
+    """Capture every conversation of a run's training and validation data that the folder lacks; ``main.py extract`` takes
+    its options from here.
 
     Args:
         data: of the run, not yet used by a trainer.
         output: folder of the records; one that exists is gone on with
+        aux_layers: hidden states that the run's draft is fed
         part: part of the conversations, such as 2/4, for several calls at once
         shard_size: bytes of a shard; twice as much memory is used
         fp8: store states in 8 bits: half the disk, with a small error that is stated
@@ -75,6 +84,7 @@ def extract(data: DraftDataModule, output: str, part: str = "1/1", shard_size: s
         UserError: what the run's data or engines refuse, or a folder of other records.
     """
     number, parts = part_of(part)
+    data.aux_layers = aux_layers
     if data.records is not None or data.corpus.on_policy is not None:
         field = "data.engine" if data.records is not None else "data.on_policy"
         raise UserError(field, data.engine, "leaves nothing to extract", "use the configuration of a run that captures given conversations")

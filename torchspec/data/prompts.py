@@ -56,6 +56,9 @@ class Prompts:
     def lengths(self) -> np.ndarray:
         return self._prompts + self._room
 
+    def measured(self, supervision: Supervision) -> tuple[None, np.ndarray]:
+        return None, supervision.work(*_answer_masks(self._room))  # of the longest answers
+
     @cached_property
     def content(self) -> str:
         """Hash of the prompts and of how they are answered."""

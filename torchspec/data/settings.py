@@ -23,7 +23,6 @@ def check_sizes(
     max_tokens: int,
     packs_per_step: int,
     prefetch_packs: int,
-    unroll_steps: int,
     min_supervised_tokens: int,
     num_proc: int | None,
     seed: int,
@@ -38,7 +37,6 @@ def check_sizes(
         "max_length": max_length,
         "packs_per_step": packs_per_step,
         "prefetch_packs": prefetch_packs,
-        "unroll_steps": unroll_steps,
         "min_supervised_tokens": min_supervised_tokens,
         "num_proc": 1 if num_proc is None else num_proc,
     }

@@ -42,6 +42,7 @@ from torchspec.models.schedules import Schedule
 from torchspec.models.start import Start, read_start
 from torchspec.models.task import DraftTask, Init, StepOutput
 from torchspec.models.vocabulary import VocabularyMapping
+from torchspec.supervision import Supervision, Unroll
 from torchspec.target import Target, TargetConfig
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -245,6 +246,14 @@ class DraftModule(pl.LightningModule):
             "leaves the run without an end, so the schedule has no length",
             "set trainer.max_steps or trainer.max_epochs",
         )
+
+    def supervision(self, stage: Literal["train", "validate"]) -> Supervision:
+        """Where the draft learns. Validation goes as deep as a callback measures (``validation_horizon``) if that is more."""
+        steps = self.unroll_steps
+        if stage == "validate":
+            callbacks: list[Any] = [] if self._trainer is None else self._trainer.callbacks  # type: ignore[attr-defined]
+            steps = max([steps, *(getattr(callback, "validation_horizon", 0) for callback in callbacks)])
+        return Unroll(steps)
 
     # -- steps
 
