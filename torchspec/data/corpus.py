@@ -16,7 +16,6 @@ from torchspec.data.plan import Plan
 from torchspec.data.prepare import DataOptions, prepare
 from torchspec.data.prompts import Prompts
 from torchspec.data.render import tokenizer_fingerprint
-from torchspec.data.samples import Samples
 from torchspec.data.sources import Given
 from torchspec.data.vocabulary_report import TokenCounts
 from torchspec.engines.engine import OnPolicy
@@ -109,7 +108,7 @@ class Corpus:
             self._say(f"{stage}: {self._data[stage].summary}")
         return self._data[stage]
 
-    def samples(self, stage: str) -> Samples:
+    def samples(self, stage: str) -> TokenizedDataset | Prompts:
         """What a stage goes through: the data as it is, or (training on-policy) its prompts.
 
         Raises:

@@ -57,7 +57,8 @@ class Prompts:
         return self._prompts + self._room
 
     def measured(self, supervision: Supervision) -> tuple[None, np.ndarray]:
-        return None, supervision.work(*_answer_masks(self._room))  # of the longest answers
+        """No normalisers, which come with the answers; [n] draft rows of the longest ones."""
+        return None, supervision.work(*_answer_masks(self._room))
 
     @cached_property
     def content(self) -> str:

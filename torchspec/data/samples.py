@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 from torchspec.engines.messages import Sample
-from torchspec.supervision import Supervision
 
 
 class Samples(Protocol):
@@ -22,10 +21,6 @@ class Samples(Protocol):
     @property
     def content(self) -> str:
         """Hash of everything that decides what is trained."""
-        ...
-
-    def measured(self, supervision: Supervision) -> tuple[np.ndarray | None, np.ndarray]:
-        """[n, Q] normalisers of each (None where they are not known before the answer is), and [n] draft rows, at most."""
         ...
 
     def request(self, index: int, *, epoch: int) -> Sample:
