@@ -41,8 +41,8 @@ from torchspec.engines.engine import Engine, EngineConfig, EngineStats, Job
 from torchspec.engines.messages import Finished, Lease
 from torchspec.engines.worker import build
 from torchspec.files import dumps
-from torchspec.models.draft_config import DraftConfig
-from torchspec.models.task import DraftTask
+from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.eagle3.task import DraftTask
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.paths import expand_all
 from torchspec.supervision import Unroll

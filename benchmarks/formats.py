@@ -35,10 +35,10 @@ def export_untrained(checkpoint: Path, target: str, folder: Path) -> None:
     """A draft of the checkpoint's architecture and vocabulary as training starts it."""
     import torch
 
-    from torchspec.models.checkpoint import read_facts
-    from torchspec.models.draft_config import DraftConfig
-    from torchspec.models.export import export_draft
-    from torchspec.models.task import DraftTask
+    from torchspec.models.eagle3.config import DraftConfig
+    from torchspec.models.eagle3.task import DraftTask
+    from torchspec.models.export.export import export_draft
+    from torchspec.models.training.checkpoint import read_facts
     from torchspec.models.vocabulary import VocabularyMapping
     from torchspec.target import Target, TargetConfig
 
@@ -86,7 +86,7 @@ def main() -> None:
     lines = [measure("untrained", "vllm", args.target, args.output / "untrained", args)]
     for name, checkpoint in given.items():
         cuts: list[tuple[str, list[str]]] = [(name, [])]
-        from torchspec.models.checkpoint import read_facts
+        from torchspec.models.training.checkpoint import read_facts
 
         if args.prune and read_facts(checkpoint)["draft_ids"] is None:
             cuts.append((f"{name}, cut to {args.prune}", ["--draft_vocab_size", str(args.prune), "--token_counts", COUNTS]))

@@ -47,8 +47,8 @@ FAILED_ONCE: dict[str, Any] = {
     "model.loss": {"lk_lambda": 1.0},
     "model.init": "random",
     "model.train_head": True,
-    "model.optimizer": {"class_path": "torchspec.models.muon.MuonAdamW", "init_args": {"lr": 1.5e-3, "muon_lr": 0.03, "betas": [0.9, 0.95]}},
-    "model.lr_scheduler": {"class_path": "torchspec.models.schedules.Cosine", "init_args": {"warmup_steps": 0.03}},
+    "model.optimizer": {"class_path": "torchspec.models.optim.muon.MuonAdamW", "init_args": {"lr": 1.5e-3, "muon_lr": 0.03, "betas": [0.9, 0.95]}},
+    "model.lr_scheduler": {"class_path": "torchspec.models.optim.schedules.Cosine", "init_args": {"warmup_steps": 0.03}},
 }
 
 

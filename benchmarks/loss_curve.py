@@ -27,11 +27,11 @@ from benchmarks.plain_step import PlainStep
 from torchspec.batch import PackedBatch
 from torchspec.files import dumps
 from torchspec.hardware import working_dtype
-from torchspec.models.draft_config import DraftConfig
-from torchspec.models.eagle3 import Eagle3Draft, RMSNorm
-from torchspec.models.fp8 import Fp8
-from torchspec.models.target_weights import TargetHead
-from torchspec.models.task import DraftTask, start_from_target
+from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.eagle3.network import Eagle3Draft, RMSNorm
+from torchspec.models.eagle3.task import DraftTask, start_from_target
+from torchspec.models.ops.fp8 import Fp8
+from torchspec.models.target_head import TargetHead
 from torchspec.paths import expand_all
 from torchspec.supervision import Unroll, turns
 

@@ -130,7 +130,7 @@ def reload() -> Iterator[Check]:
     from tests.models.exports import export_variant, reload_difference, save_plain_target
     from tests.models.variants import VARIANTS
     from torchspec.errors import UserError
-    from torchspec.models.serving_formats import FORMATS
+    from torchspec.models.eagle3.formats import FORMATS
 
     with tempfile.TemporaryDirectory() as folder:
         target = save_plain_target(Path(folder) / "target")

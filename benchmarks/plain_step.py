@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchspec.batch import PackedBatch
-from torchspec.models.task import DraftTask
+from torchspec.models.eagle3.task import DraftTask
 from torchspec.supervision import as_unroll
 
 

@@ -24,7 +24,7 @@ from torchspec.data.render import Renderer
 from torchspec.data.sources import find_sources, read_rows
 from torchspec.engines.hooks import HiddenStates
 from torchspec.files import dumps
-from torchspec.models.target_weights import TargetHead
+from torchspec.models.target_head import TargetHead
 from torchspec.paths import expand_all
 from torchspec.target import Target, TargetConfig
 

@@ -117,7 +117,7 @@ def step(
 
     from tests.models.kernel_cases import DEVICE
     from tests.models.packs import conversation, draft_config, pack, task
-    from torchspec.models.fp8 import Fp8
+    from torchspec.models.ops.fp8 import Fp8
 
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     sizes = {"hidden_size": hidden, "target_hidden_size": hidden, "intermediate_size": hidden * 8 // 3 // 16 * 16}

@@ -35,9 +35,9 @@ from torchspec.agreement import Agreement, Vote
 from torchspec.batch import PackedBatch
 from torchspec.files import dumps
 from torchspec.hardware import working_dtype
-from torchspec.models.clipping import clip
-from torchspec.models.draft_config import DraftConfig
-from torchspec.models.parallelize import ddp_options, parallelize, sync_gradients
+from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.optim.clipping import clip
+from torchspec.models.training.parallelize import ddp_options, parallelize, sync_gradients
 
 _GIB = 2**30
 COLLECTIVES = {"all_gather": ("allgather", "all_gather"), "reduce_scatter": ("reducescatter", "reduce_scatter"), "all_reduce": ("allreduce", "all_reduce")}

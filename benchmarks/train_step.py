@@ -29,12 +29,12 @@ from benchmarks.plain_step import PlainStep
 from torchspec.batch import PackedBatch
 from torchspec.files import dumps
 from torchspec.hardware import working_dtype
-from torchspec.models.clipping import clip
-from torchspec.models.draft_config import DraftConfig
-from torchspec.models.eagle3 import Eagle3Draft, RMSNorm
-from torchspec.models.fp8 import Fp8
-from torchspec.models.target_weights import TargetHead
-from torchspec.models.task import DraftTask
+from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.eagle3.network import Eagle3Draft, RMSNorm
+from torchspec.models.eagle3.task import DraftTask
+from torchspec.models.ops.fp8 import Fp8
+from torchspec.models.optim.clipping import clip
+from torchspec.models.target_head import TargetHead
 from torchspec.supervision import Unroll, as_unroll, turns
 
 _GIB = 2**30

@@ -65,7 +65,7 @@ def measure(draft: str, *, target: str, records: str, sets: dict[str, str], ks: 
     from torchspec.data.datamodule import DraftDataModule
     from torchspec.models.metrics import serving_walk
     from torchspec.models.module import DraftModule
-    from torchspec.models.start import read_start
+    from torchspec.models.training.start import read_start
     from torchspec.target import Target, TargetConfig
 
     torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from torchspec.cli import main
 from torchspec.commands.export import export
 from torchspec.commands.import_draft import import_draft
 from torchspec.errors import UserError
-from torchspec.models.import_draft import import_draft as read
+from torchspec.models.export.import_draft import import_draft as read
 from torchspec.models.module import DraftModule
 from torchspec.target import Target, TargetConfig
 

@@ -195,8 +195,8 @@ def test_what_is_built_from_python_is_at_home(own_home: Path, monkeypatch: pytes
     from torchspec.callbacks.last import LastCheckpoint
     from torchspec.data.corpus import default_cache_dir
     from torchspec.data.sources import find_sources
-    from torchspec.models.checkpoint import standing
-    from torchspec.models.draft_files import locate_draft
+    from torchspec.models.export.draft_files import locate_draft
+    from torchspec.models.training.checkpoint import standing
     from torchspec.target import TargetConfig
     from torchspec.transfer.store import StoreConfig
 

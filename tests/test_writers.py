@@ -29,7 +29,7 @@ from torchspec.data.vocabulary_report import TokenCounts, is_plot
 from torchspec.data.vocabulary_report import plot as drawn
 from torchspec.errors import UserError
 from torchspec.files import dumps, json_with, spare_name, write
-from torchspec.models.checkpoint import publish, recover
+from torchspec.models.training.checkpoint import publish, recover
 from torchspec.saved_config import save_configuration
 from torchspec.target import Target
 from torchspec.transfer.shards import Manifest, ShardWriter, shards_in
@@ -453,9 +453,9 @@ KNOWN = {
     "commands/acceptance.py": "a temporary folder of its own; logs of a report by name",
     "callbacks/on_policy.py": "drafts by mark, checkpoints by content",
     "callbacks/acceptance.py": "a list that is ours",
-    "models/checkpoint.py": "checkpoints by name, what else lies in one is carried on",
-    "models/export.py": "inside a workplace",
-    "models/draft_files.py": "inside a workplace",
+    "models/training/checkpoint.py": "checkpoints by name, what else lies in one is carried on",
+    "models/export/export.py": "inside a workplace",
+    "models/export/draft_files.py": "inside a workplace",
     "data/outputs.py": "a file that it made itself",
     "data/build.py": "entries of the cache, by hash",
     "data/prepare.py": "entries of the cache, by hash",
@@ -493,7 +493,7 @@ def test_json_has_no_nan() -> None:
 PLAIN = {
     "tokenizer.py", "fingerprint.py", "images.py", "commands/acceptance.py", "commands/acceptance_child.py",
     "engines/desk.py", "engines/coordinator.py", "engines/group.py", "engines/vllm/connector.py", "engines/vllm/orders.py", "engines/vllm/options.py",
-    "models/model_card.py",
+    "models/export/model_card.py",
     "data/messages.py", "data/render.py", "data/tokenise.py", "data/vocabulary_report.py", "data/answerers.py", "data/exact.py", "data/rows.py",
     "data/conversations.py", "data/build.py", "data/prepare.py", "data/template.py", "data/regenerate.py",
     "transfer/record.py", "transfer/shards.py", "transfer/segment.py", "transfer/mooncake_server.py",

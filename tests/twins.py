@@ -319,7 +319,7 @@ def train(name: str, folder: Path, *, engine: str) -> str:
 
 def right(name: str, folder: Path) -> str:
     """Whether head, norm and embedding are those of the files."""
-    from torchspec.models.target_weights import TargetHead, read_embedding
+    from torchspec.models.target_head import TargetHead, read_embedding
     from torchspec.target import Target, TargetConfig
 
     try:

@@ -136,7 +136,7 @@ def _train(words: list[str]) -> None:
         from torchspec.data.datamodule import DraftDataModule
         from torchspec.lightning_errors import mendable
         from torchspec.models.module import DraftModule
-        from torchspec.models.parallelize import refuse_fsdp1, register_strategies
+        from torchspec.models.training.parallelize import refuse_fsdp1, register_strategies
         from torchspec.run_record import config_text, or_without
         from torchspec.saved_config import save_configuration
         from torchspec.trainer import Trainer

@@ -28,7 +28,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from torchspec.errors import UserError
-from torchspec.models.parallelize import FSDP2Strategy, refuse_fsdp1
+from torchspec.models.training.parallelize import FSDP2Strategy, refuse_fsdp1
 
 _OURS = "torchspec.callbacks.average.Average"
 _REFUSED: dict[type[pl.Callback], tuple[str, str]] = {

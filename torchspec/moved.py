@@ -14,10 +14,15 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "data.aux_layers": (_ASKED, "leave it out; model.aux_layers says it"),
 }
 """Option → what became of it, and the fix."""
+CLASSES: dict[str, str] = {
+    "torchspec.models.muon.MuonAdamW": "torchspec.models.optim.muon.MuonAdamW",
+    **{f"torchspec.models.schedules.{name}": f"torchspec.models.optim.schedules.{name}" for name in ("Constant", "Linear", "Cosine", "WSD")},
+}
+"""Class that a ``class_path`` may name → where it is now."""
 
 
 def moved(said: str, value: Any = _NOT_KNOWN) -> UserError | None:
-    """The error for an option of before that is named in the complaint of a parser, or None.
+    """The error for an option or a class of before that is named in the complaint of a parser, or None.
 
     Args:
         said: by the parser, or the name alone.
@@ -26,4 +31,5 @@ def moved(said: str, value: Any = _NOT_KNOWN) -> UserError | None:
     for name, (problem, fix) in OPTIONS.items():
         if re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", said):
             return UserError(name, value, problem, fix)
-    return None
+    old = next((old for old in CLASSES if re.search(rf"(?<![\w.]){re.escape(old)}(?!\w)", said)), None)
+    return None if old is None else UserError("class_path", old, "has moved", f"write {CLASSES[old]}")

@@ -1,7 +1,7 @@
 """The frozen target LLM: where it is, and the facts that everything else reads from it.
 
 Configured once (``data.target``) and linked to the model. Sizes, layer count, RoPE and norms are read from the target's
-own configuration, never typed by the user. Weights are not touched here: ``models/target_weights.py`` reads single tensors.
+own configuration, never typed by the user. Weights are not touched here: ``models/target_head.py`` reads single tensors.
 """
 
 from __future__ import annotations

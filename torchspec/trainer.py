@@ -36,8 +36,8 @@ from torchspec.callbacks.last import LastCheckpoint
 from torchspec.device_lost import device_failure
 from torchspec.errors import DeviceLost, UserError
 from torchspec.lightning_rules import check_arguments, check_trainer
-from torchspec.models.checkpoint import beside_shards, is_failed_write, is_ours, partial_of, publish, read_entries, recover, remove, unwrapped
-from torchspec.models.parallelize import register_strategies
+from torchspec.models.training.checkpoint import beside_shards, is_failed_write, is_ours, partial_of, publish, read_entries, recover, remove, unwrapped
+from torchspec.models.training.parallelize import register_strategies
 from torchspec.paths import expand_all
 from torchspec.reasons import reason_of
 

@@ -18,10 +18,10 @@ from tests.models.exports import save_plain_target
 from torchspec.callbacks.average import Average
 from torchspec.callbacks.export import ExportDraft
 from torchspec.errors import UserError
-from torchspec.models.averages import KEY
-from torchspec.models.checkpoint import read_draft_weights
-from torchspec.models.export import ExportOptions, export_checkpoint
-from torchspec.models.muon import MuonAdamW
+from torchspec.models.export.export import ExportOptions, export_checkpoint
+from torchspec.models.optim.muon import MuonAdamW
+from torchspec.models.training.averages import KEY
+from torchspec.models.training.checkpoint import read_draft_weights
 from torchspec.target import Target
 
 NAME = "fc.weight"
@@ -125,7 +125,7 @@ def _sharded(rank: int, folder: Path) -> None:
 
     from tests.models.differences import PRUNED, STEPS, made_for
     from tests.models.packs import pack
-    from torchspec.models.parallelize import parallelize
+    from torchspec.models.training.parallelize import parallelize
 
     def build(mesh: Any) -> tuple[Any, Any, Any]:
         task, conversations = made_for("plain", PRUNED)

@@ -23,12 +23,12 @@ from tests.models.packs import conversation, counts, draft_config, head_weight, 
 from torchspec.callbacks.vocabulary import VocabularyPruning
 from torchspec.engines.hooks import HiddenStates
 from torchspec.errors import UserError
-from torchspec.models.draft_config import DraftConfig
-from torchspec.models.export import ExportOptions, export_draft
-from torchspec.models.import_draft import import_draft
-from torchspec.models.rope import frequencies
-from torchspec.models.rope_parameters import rope_of
-from torchspec.models.target_weights import TargetHead, read_embedding
+from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.export.export import ExportOptions, export_draft
+from torchspec.models.export.import_draft import import_draft
+from torchspec.models.ops.rope import frequencies
+from torchspec.models.ops.rope_parameters import rope_of
+from torchspec.models.target_head import TargetHead, read_embedding
 from torchspec.supervision import Unroll
 from torchspec.target import Target
 

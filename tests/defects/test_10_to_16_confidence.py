@@ -34,12 +34,12 @@ from torchspec.data.plan import Plan
 from torchspec.data.prompts import Prompts
 from torchspec.data.render import Renderer
 from torchspec.engines.engine import OnPolicy
-from torchspec.models.dense_attention import DenseAttention
 from torchspec.models.metrics import StepSums
-from torchspec.models.norm import RMSNorm
-from torchspec.models.parallelize import parallelize
-from torchspec.models.schedules import WSD, Constant, Cosine, Linear
-from torchspec.models.shared import Residual, linear
+from torchspec.models.ops.dense_projections import DenseAttention
+from torchspec.models.ops.norm import RMSNorm
+from torchspec.models.ops.shared_weight import Residual, linear
+from torchspec.models.optim.schedules import WSD, Constant, Cosine, Linear
+from torchspec.models.training.parallelize import parallelize
 from torchspec.target import Target
 from torchspec.transfer import StoreServer
 
@@ -153,7 +153,7 @@ def test_defect_13_no_two_attempts_share_a_key() -> None:
 
 def test_defect_14_gradients_are_accumulated_and_reduced_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many small gradients added in bf16 stop growing; here the sum of 16 equal micro-batches is 16 times one of them, and so is the head's over chunks."""
-    import torchspec.models.loss as loss_module
+    import torchspec.models.ops.head_loss as loss_module
 
     config = draft_config(hidden_size=32, target_hidden_size=32)
     made = task(config, draft_ids=None, step_weights=WEIGHTS, dtype=torch.bfloat16)

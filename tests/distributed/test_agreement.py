@@ -88,7 +88,7 @@ def test_what_we_take_over_from_lightning_is_still_there() -> None:
 def test_ddp_does_not_send_the_frozen_tables() -> None:
     from lightning.pytorch.strategies import StrategyRegistry
 
-    from torchspec.models.parallelize import ddp_options, register_strategies
+    from torchspec.models.training.parallelize import ddp_options, register_strategies
 
     register_strategies()
     strategy = StrategyRegistry.get("ddp")

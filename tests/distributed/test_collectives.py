@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.scaling import Case
 from tests.distributed.ranks import on_ranks
-from torchspec.models.draft_config import DraftConfig
+from torchspec.models.eagle3.config import DraftConfig
 
 CONFIG = DraftConfig(
     hidden_size=32, intermediate_size=64, num_heads=2, num_kv_heads=1, head_dim=16, vocab_size=96, draft_vocab_size=96, target_hidden_size=32,

@@ -64,7 +64,7 @@ def config(folder: Path, target: Path | str, train: Path | str, validate: Path |
             "unroll_steps": 3,
             "compute_dtype": "fp32",
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.002}},
-            "lr_scheduler": {"class_path": "torchspec.models.schedules.Cosine", "init_args": {"warmup_steps": 0.1}},
+            "lr_scheduler": {"class_path": "torchspec.models.optim.schedules.Cosine", "init_args": {"warmup_steps": 0.1}},
         },
     }
     for dotted, value in changes.items():

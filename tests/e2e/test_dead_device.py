@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.e2e.runs import descendants, make, run, save_world, start, store_files
-from torchspec.models.checkpoint import read_entries
+from torchspec.models.training.checkpoint import read_entries
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 WORDS = {"trap": "unspecified launch failure", "far": "illegal memory access", "assert": "device-side assert"}

@@ -109,7 +109,7 @@ def test_fast_dev_run_steps_inside_an_accumulation_under_fsdp2(world: dict[str, 
 def test_muon_under_fsdp2_equals_one_process_and_resumes(world: dict[str, Path], tmp_path: Path) -> None:
     """With everything that sharding could miss: decay, fc among the matrices, and a head that is sharded and not trained."""
     settings = {"lr": 0.002, "muon_lr": 0.02, "weight_decay": 0.1, "muon_weight_decay": 2.0, "matrices": "layers_and_fc", "adjust_lr": "match_rms_adamw"}
-    made = {"model__optimizer": {"class_path": "torchspec.models.muon.MuonAdamW", "init_args": settings}, "model__train_head": False}
+    made = {"model__optimizer": {"class_path": "torchspec.models.optim.muon.MuonAdamW", "init_args": settings}, "model__train_head": False}
     code, output = run("fit", "--config", str(make(tmp_path / "one", world, **made)), "--trainer.max_steps", "4")
     assert code == 0, output
     sharded = ("fit", "--config", str(make(tmp_path / "two", world, **made)), "--trainer.strategy", "fsdp2", "--trainer.devices", "2")

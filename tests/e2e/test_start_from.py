@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.runs import make, metrics, run, save_world
 from torchspec.errors import UserError
-from torchspec.models.export import export_checkpoint
+from torchspec.models.export.export import export_checkpoint
 from torchspec.models.module import DraftModule
 from torchspec.target import Target, TargetConfig
 

@@ -34,7 +34,7 @@ MODULES = (
     "torchspec.ranks",
     "torchspec.data.datamodule",
     "torchspec.models.module",
-    "torchspec.models.parallelize",
+    "torchspec.models.training.parallelize",
     "torchspec.engines.group",
     "torchspec.engines.transformers_engine",
 )

@@ -11,7 +11,7 @@ import yaml
 
 from tests.tiny import save_target
 from torchspec.cli import main
-from torchspec.models.draft_config import DraftConfig
+from torchspec.models.eagle3.config import DraftConfig
 from torchspec.target import Target, TargetConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +47,16 @@ def test_unknown_and_abbreviated_keys_are_refused(flag: str, capsys: pytest.Capt
         main(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), flag, "--print_config"])
     assert done.value.code not in (0, None)
     assert flag.split("=")[0].rsplit(".", 1)[1].lstrip("-") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "name"), [("model.optimizer", "muon.MuonAdamW"), ("model.lr_scheduler", "schedules.Cosine")])
+def test_a_class_that_has_moved_is_named(key: str, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--config", str(ROOT / "configs/default.yaml"), f"--{key}=torchspec.models.{name}", "--print_config"])
+    assert done.value.code == 2
+    told = f"error: class_path='torchspec.models.{name}' has moved. Fix: write torchspec.models.optim.{name}.\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize("words", [["fit"], ["validate"], ["extract"], ["fit", "--data.on_policy"]], ids=" ".join)

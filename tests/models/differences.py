@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.models import reference
 from tests.models.packs import Conversation, conversation, counts, draft_config, head_weight, pack, task
 from tests.models.variants import VARIANTS
-from torchspec.models.task import DraftTask
+from torchspec.models.eagle3.task import DraftTask
 
 STEPS = 3
 WEIGHTS = [1.0, 0.8, 0.5]

@@ -10,11 +10,11 @@ import torch
 
 from tests.models.packs import conversation, draft_config, pack
 from tests.models.variants import VARIANTS
-from torchspec.models.draft_config import DraftConfig
-from torchspec.models.eagle3 import Eagle3Draft
-from torchspec.models.export import ExportOptions, export_draft
-from torchspec.models.import_draft import import_draft
-from torchspec.models.target_weights import read_embedding
+from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.eagle3.network import Eagle3Draft
+from torchspec.models.export.export import ExportOptions, export_draft
+from torchspec.models.export.import_draft import import_draft
+from torchspec.models.target_head import read_embedding
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target, TargetConfig
 

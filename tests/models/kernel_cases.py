@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from torchspec.models.fp8 import quantise as quantise_in_torch
+from torchspec.models.ops.fp8 import quantise as quantise_in_torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
@@ -51,7 +51,7 @@ def make(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tens
 
 
 def norm(rows: int, width: int, dtype: torch.dtype, *, placed: bool) -> None:
-    from torchspec.models.kernels import norm as kernel
+    from torchspec.models.ops.kernels import norm as kernel
 
     total = rows + 3
     x, weight = make(total, width, dtype=dtype, seed=1), make(width, dtype=torch.float32, seed=2)
@@ -78,7 +78,7 @@ def norm(rows: int, width: int, dtype: torch.dtype, *, placed: bool) -> None:
 
 def advance(rows: int, number: int, width: int, dtype: torch.dtype, *, normed_residual: bool, every: bool, state: bool) -> None:
     """Two uses of one norm: the weight's gradient is summed over them."""
-    from torchspec.models.kernels import advance as kernel
+    from torchspec.models.ops.kernels import advance as kernel
 
     place = torch.randperm(rows, generator=torch.Generator().manual_seed(3))[:number].sort().values.to(DEVICE)
     to = torch.full((rows,), -1, dtype=torch.int32, device=DEVICE).index_copy(0, place, torch.arange(number, dtype=torch.int32, device=DEVICE))
@@ -109,9 +109,9 @@ def advance(rows: int, number: int, width: int, dtype: torch.dtype, *, normed_re
 
 def norm_as_rounded(rows: int, width: int, dtype: torch.dtype) -> None:
     """Backward of the very forward, which rounds the fp32 weight and the unit rows to ``dtype``: by autograd in fp64, where rounding has the slope 1."""
-    from torchspec.models import norms
-    from torchspec.models.kernels import advance as advance_kernel
-    from torchspec.models.kernels import norm as kernel
+    from torchspec.models.ops import norms
+    from torchspec.models.ops.kernels import advance as advance_kernel
+    from torchspec.models.ops.kernels import norm as kernel
 
     x, weight, d_y = make(rows, width, dtype=dtype, seed=1), make(width, dtype=torch.float32, seed=2), make(rows, width, dtype=dtype, seed=4)
     rounded = lambda t: t + (t.detach().to(dtype).double() - t.detach())  # noqa: E731
@@ -131,7 +131,7 @@ def norm_as_rounded(rows: int, width: int, dtype: torch.dtype) -> None:
 
 
 def swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
-    from torchspec.models.kernels import swiglu as kernel
+    from torchspec.models.ops.kernels import swiglu as kernel
 
     gate_up, d_act = make(rows, 2 * width, dtype=dtype, seed=1, scale=2.0), make(rows, width, dtype=dtype, seed=2)
     exact = gate_up.double().requires_grad_()
@@ -146,7 +146,7 @@ def swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
 
 
 def rows(number: int, total: int, width: int, dtype: torch.dtype) -> None:
-    from torchspec.models.kernels import rows as kernel
+    from torchspec.models.ops.kernels import rows as kernel
 
     place = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:number].to(DEVICE)
     where = torch.full((total,), -1, device=DEVICE).index_copy(0, place, torch.arange(number, device=DEVICE))
@@ -180,7 +180,7 @@ def rows(number: int, total: int, width: int, dtype: torch.dtype) -> None:
 
 
 def gather(rows: int, groups: int, size: int, dtype: torch.dtype) -> None:
-    from torchspec.models.kernels import rows as kernel
+    from torchspec.models.ops.kernels import rows as kernel
 
     sums = tuple(torch.full((rows, groups, size), float("nan"), device=DEVICE) for _ in range(2))
     total = [torch.zeros(rows, groups, size, dtype=torch.float64, device=DEVICE) for _ in range(2)]
@@ -195,8 +195,8 @@ def gather(rows: int, groups: int, size: int, dtype: torch.dtype) -> None:
 
 def heads(number: int, queries: int, groups: int, size: int, dtype: torch.dtype) -> None:
     """Queries alone, keys and values alone, all three; and back."""
-    from torchspec.models.kernels import heads as kernel
-    from torchspec.models.rope import rotate
+    from torchspec.models.ops.kernels import heads as kernel
+    from torchspec.models.ops.rope import rotate
 
     total, padded, entries_of, slots = number + 3, number + 5, number + 2, 3
     order = lambda high, seed: torch.randperm(high, generator=torch.Generator().manual_seed(seed))[:number].sort().values.to(DEVICE)  # noqa: E731
@@ -250,7 +250,7 @@ class CausalInTorch:
         assert longest == int(self.bounds.diff().max())
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        from torchspec.models import attention_torch
+        from torchspec.models.ops.attention import torch as attention_torch
 
         self._check(query, key, value)
         every = torch.arange(self.total, device=query.device)
@@ -258,7 +258,7 @@ class CausalInTorch:
         return self._wide(out), self._wide(lse)
 
     def backward(self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, ...]:
-        from torchspec.models import attention_torch
+        from torchspec.models.ops.attention import torch as attention_torch
 
         self._check(grad, query, key, value, out)
         assert lse.is_contiguous() and lse.shape == (query.shape[1], self.rows) and lse[:, self.total :].eq(torch.inf).all()
@@ -289,7 +289,7 @@ def same(ours: Tensor, exact: Tensor) -> None:
 
 
 def scale(number: int, dtype: torch.dtype) -> None:
-    from torchspec.models.kernels import rows as kernel
+    from torchspec.models.ops.kernels import rows as kernel
 
     x, factor = make(number, dtype=dtype, seed=1), torch.tensor(1.37, device=DEVICE)
     ours = x.clone()
@@ -298,8 +298,8 @@ def scale(number: int, dtype: torch.dtype) -> None:
 
 
 def merge(number: int, heads: int, groups: int, size: int, slots: int, count: int, dtype: torch.dtype) -> None:
-    from torchspec.models import attention_torch
-    from torchspec.models.kernels import merge as kernel
+    from torchspec.models.ops.attention import torch as attention_torch
+    from torchspec.models.ops.kernels import merge as kernel
 
     total, entries_of, scale = number + 4, number + 2, size**-0.5
     at = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:number].sort().values.to(DEVICE)
@@ -347,7 +347,7 @@ def merge(number: int, heads: int, groups: int, size: int, slots: int, count: in
 
 
 def target(number: int, vocabulary: int, width: int, dtype: torch.dtype) -> None:
-    from torchspec.models.kernels import target as kernel
+    from torchspec.models.ops.kernels import target as kernel
 
     logits = make(number, vocabulary, dtype=dtype, seed=1, scale=3.0)
     logits[::2, width - 1 :: max(1, vocabulary // 3)] = 9.0  # ties, also between the two parts
@@ -371,9 +371,9 @@ def losses(
     number: int, width: int, weights: dict[str, float], dtype: torch.dtype, *, pruned: bool, measure: bool, kind: torch.dtype | None = None, sure: float = 0.0
 ) -> None:
     """``kind``: of p, where it is not that of the draft's logits. ``sure``: how far ahead of others the target's token 3 is, and a third of it the draft's."""
-    from torchspec.models.kernels import loss as kernel
-    from torchspec.models.kernels import target as target_kernel
-    from torchspec.models.losses import LossWeights, RowTargets, row_losses
+    from torchspec.models.ops.kernels import loss as kernel
+    from torchspec.models.ops.kernels import target as target_kernel
+    from torchspec.models.ops.loss_formulas import LossWeights, RowTargets, row_losses
 
     chosen, low, steps, states = LossWeights.of(weights), 2, 3, 2 * number
     vocabulary = 2 * width if pruned else width

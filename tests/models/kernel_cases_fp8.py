@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from tests.models.kernel_cases import DEVICE, make, same
-from torchspec.models.fp8 import SMALLEST, Rounded
-from torchspec.models.fp8 import quantise as quantise_in_torch
+from torchspec.models.ops.fp8 import SMALLEST, Rounded
+from torchspec.models.ops.fp8 import quantise as quantise_in_torch
 
 
 def faint(x: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,7 @@ def same_rounding(ours: Rounded, exact: Rounded) -> None:
 
 
 def quantise(rows: int, width: int, dtype: torch.dtype, *, factor: bool) -> None:
-    from torchspec.models.kernels import fp8 as kernel
+    from torchspec.models.ops.kernels import fp8 as kernel
 
     x = faint(make(rows, width, dtype=dtype, seed=1))
     by = make(width, dtype=torch.float32, seed=2) if factor else None
@@ -46,7 +46,7 @@ def quantise(rows: int, width: int, dtype: torch.dtype, *, factor: bool) -> None
 
 def turn(rows: int, width: int, dtype: torch.dtype) -> None:
     """Both ways of scaling, into both 8-bit types, at a place inside a longer row; more than the type's largest number saturates, NaN is seen."""
-    from torchspec.models.kernels import fp8 as kernel
+    from torchspec.models.ops.kernels import fp8 as kernel
 
     x = faint(make(rows, width, dtype=dtype, seed=1, scale=3.0))
     top, padded = x.float().abs().amax(1) if rows else x.new_empty(0, dtype=torch.float32), -(-rows // 16) * 16
@@ -71,7 +71,7 @@ def turn(rows: int, width: int, dtype: torch.dtype) -> None:
 
 
 def round_both(rows: int, width: int, dtype: torch.dtype) -> None:
-    from torchspec.models.kernels import fp8 as kernel
+    from torchspec.models.ops.kernels import fp8 as kernel
 
     x, factor = faint(make(rows, width, dtype=dtype, seed=1)), make(width, dtype=torch.float32, seed=2).abs() + 0.01
     expected = kernel.quantise(x, factor)
@@ -85,15 +85,15 @@ def round_both(rows: int, width: int, dtype: torch.dtype) -> None:
 
 
 def transpose(rows: int, width: int) -> None:
-    from torchspec.models.kernels import fp8 as kernel
+    from torchspec.models.ops.kernels import fp8 as kernel
 
     x = make(rows, width, dtype=torch.float32, seed=1).to(torch.float8_e4m3fn)
     assert torch.equal(kernel.transpose(x).view(torch.uint8), x.view(torch.uint8).t())
 
 
 def norm_rounded(rows: int, width: int, dtype: torch.dtype, *, placed: bool) -> None:
-    from torchspec.models.kernels import fp8 as rounding
-    from torchspec.models.kernels import norm as kernel
+    from torchspec.models.ops.kernels import fp8 as rounding
+    from torchspec.models.ops.kernels import norm as kernel
 
     x, weight = make(rows + 3, width, dtype=dtype, seed=1), make(width, dtype=torch.float32, seed=2)
     x[:1] = 0
@@ -110,8 +110,8 @@ def norm_rounded(rows: int, width: int, dtype: torch.dtype, *, placed: bool) -> 
 
 
 def swiglu_rounded(rows: int, width: int, dtype: torch.dtype) -> None:
-    from torchspec.models.kernels import fp8 as rounding
-    from torchspec.models.kernels import swiglu as kernel
+    from torchspec.models.ops.kernels import fp8 as rounding
+    from torchspec.models.ops.kernels import swiglu as kernel
 
     gate_up, d_act = make(rows, 2 * width, dtype=dtype, seed=1, scale=2.0), make(rows, width, dtype=dtype, seed=2)
     faint(d_act)

@@ -22,9 +22,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from tests.models.packs import conversation, draft_config, pack, task
-from torchspec.models import attention_flash, kernels, loss_fused
-from torchspec.models.fp8 import Fp8
-from torchspec.models.kernels import advance, norm
+from torchspec.models.ops import head_loss_fused, kernels
+from torchspec.models.ops.attention import flash as attention_flash
+from torchspec.models.ops.fp8 import Fp8
+from torchspec.models.ops.kernels import advance, norm
 
 STEPS = 3
 TARGET = GPUTarget("cuda", 90, 32)
@@ -88,7 +89,7 @@ def compiled(patch: pytest.MonkeyPatch, level: Fp8, *, train_head: bool = True, 
     patch.setattr(JITFunction, "run", only_compile)
     patch.setattr(kernels, "usable", lambda t: t.dtype != torch.float64)
     patch.setattr(attention_flash, "Causal", _NoAttention)
-    patch.setattr(loss_fused, "_CHUNK_ROWS", 16)
+    patch.setattr(head_loss_fused, "_CHUNK_ROWS", 16)
     patch.setattr(torch, "mm", _product(torch.mm))
     patch.setattr(torch, "addmm", _product(torch.addmm))
     patch.setattr(torch, "_scaled_mm", _narrow_product)

@@ -16,10 +16,10 @@ from tests.models import kernel_cases_fp8 as narrow_cases
 from tests.models.differences import PRUNED, STEPS, WEIGHTS, made_for
 from tests.models.packs import conversation, draft_config, pack, task
 from tests.models.variants import VARIANTS
-from torchspec.models import kernels, loss_fused, mlp
-from torchspec.models.fp8 import Fp8
-from torchspec.models.losses import LossWeights
-from torchspec.models.target_weights import TargetHead
+from torchspec.models.ops import head_loss_fused, kernels, mlp
+from torchspec.models.ops.fp8 import Fp8
+from torchspec.models.ops.loss_formulas import LossWeights
+from torchspec.models.target_head import TargetHead
 
 pytest.importorskip("triton")
 REAL = cases.DEVICE.type == "cuda"
@@ -54,7 +54,7 @@ def test_advance(shape: tuple[int, int, int], normed_residual: bool, every: bool
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_norm_sums_of_few_programs(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every program does several blocks of rows, the last one fewer than the others or none."""
-    from torchspec.models.kernels import norm
+    from torchspec.models.ops.kernels import norm
 
     monkeypatch.setattr(norm, "_RESIDENT", 4 * number)
     monkeypatch.setattr(norm, "_blocks", lambda width: (2, 8, 4))
@@ -143,7 +143,7 @@ def test_merge(shape: tuple[int, int, int, int], count: int, dtype: torch.dtype)
 
 def test_merge_of_heads_more_than_31_bits_apart(tmp_path: Path) -> None:
     """cuDNN lays heads one after the other: those of one long conversation with many heads end past 2^31 elements."""
-    from torchspec.models.kernels import merge
+    from torchspec.models.ops.kernels import merge
 
     apart, number, heads, size = 2**30, 2, 3, 8
     length = (heads - 1) * apart + number * size
@@ -221,10 +221,12 @@ def test_whole_step_around_a_flash_kernel(variant: str, whole: bool, monkeypatch
 
     ``whole``: as where nearly all rows are supervised, with queries kept spread and embeddings of all rows projected at once.
     """
-    from torchspec.models import attention_flash, attention_fused, eagle3
+    from torchspec.models.eagle3.network import network
+    from torchspec.models.ops.attention import flash as attention_flash
+    from torchspec.models.ops.attention import fused as attention_fused
 
     monkeypatch.setattr(attention_fused, "_SPREAD", 100.0 if whole else 0.0)
-    monkeypatch.setattr(eagle3, "_NEARLY_ALL", 0.0 if whole else 1.0)
+    monkeypatch.setattr(network, "_NEARLY_ALL", 0.0 if whole else 1.0)
     monkeypatch.setattr(attention_flash, "serves", lambda query: query.dtype != torch.float64)
     monkeypatch.setattr(attention_flash, "Causal", cases.CausalInTorch)
     test_whole_step(variant, PRUNED, False, monkeypatch)
@@ -325,7 +327,7 @@ def test_frozen_head_leaves_out_its_gradient_and_changes_no_other(level: Fp8, mo
         made.float().to(cases.DEVICE)
         made.draft.lm_head.weight.requires_grad_(trained)
         if not trained:
-            monkeypatch.setattr(loss_fused, "_add_product", None)  # calling it fails
+            monkeypatch.setattr(head_loss_fused, "_add_product", None)  # calling it fails
         step = made(batch, measure=True)
         step.loss.backward()
         found.append((step, {name: p.grad for name, p in made.draft.named_parameters()}))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from torchspec.batch import PackedBatch
-from torchspec.models.draft_config import DraftConfig
-from torchspec.models.eagle3 import Eagle3Draft
-from torchspec.models.target_weights import TargetHead
-from torchspec.models.task import DraftTask
+from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.eagle3.network import Eagle3Draft
+from torchspec.models.eagle3.task import DraftTask
+from torchspec.models.target_head import TargetHead
 from torchspec.supervision import Unroll, turns
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchspec.models.draft_config import DraftConfig
+from torchspec.models.eagle3.config import DraftConfig
 
 Weights = dict[str, Tensor]
 

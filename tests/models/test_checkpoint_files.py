@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import save
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from torchspec.errors import UserError
-from torchspec.models.checkpoint import is_checkpoint, publish, read_draft_weights, read_entries, read_facts, recover
+from torchspec.models.training.checkpoint import is_checkpoint, publish, read_draft_weights, read_entries, read_facts, recover
 from torchspec.trainer import Trainer
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchspec.models.loss_fused import _CHUNK_ELEMENTS, _CHUNK_ROWS, _TILE, chunks
+from torchspec.models.ops.head_loss_fused import _CHUNK_ELEMENTS, _CHUNK_ROWS, _TILE, chunks
 from torchspec.supervision import Unroll, turns
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adam, AdamW
 
-from torchspec.models.clipping import clip
+from torchspec.models.optim.clipping import clip
 
 
 def parameters(scale: float) -> list[torch.nn.Parameter]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.models.packs import conversation, draft_config, pack, task
-from torchspec.models.attention import Conversations, Queries, UnrollMemory
-from torchspec.models.fp8 import Fp8
+from torchspec.models.ops.attention.dispatch import Conversations, Queries, UnrollMemory
+from torchspec.models.ops.fp8 import Fp8
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -70,7 +70,7 @@ def test_task_on_cuda_equals_cpu(dtype: torch.dtype) -> None:
 def test_muon_on_cuda_equals_cpu() -> None:
     """Gradients of full rank: where singular values are zero, what orthogonalising makes of them is rounding. Repeats exactly on the same device."""
     from tests.models.test_muon import Toy
-    from torchspec.models.muon import MuonAdamW, mark_hidden_matrices
+    from torchspec.models.optim.muon import MuonAdamW, mark_hidden_matrices
 
     found = []
     for device in ("cpu", "cuda", "cuda"):

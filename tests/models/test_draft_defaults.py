@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import transformers
 
-from torchspec.models.draft_config import DraftConfig
 from torchspec.models.draft_defaults import notes
+from torchspec.models.eagle3.config import DraftConfig
 from torchspec.target import Target, TargetConfig
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}

@@ -18,7 +18,7 @@ import torch
 from tests.models.every_class import Family, families
 from torchspec.engines.hooks import HiddenStates
 from torchspec.errors import UserError
-from torchspec.models.target_weights import TargetHead, is_tied, read_embedding
+from torchspec.models.target_head import TargetHead, is_tied, read_embedding
 from torchspec.target import Target, TargetConfig
 
 REFUSED: dict[str, str] = {

@@ -16,10 +16,10 @@ from tests.models.packs import draft_config
 from tests.models.variants import VARIANTS
 from tests.tiny import save_target
 from torchspec.errors import UserError
-from torchspec.models.draft_config import DraftConfig
-from torchspec.models.export import ExportOptions, export_draft, prune
-from torchspec.models.import_draft import import_draft
-from torchspec.models.target_weights import read_embedding
+from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.export.export import ExportOptions, export_draft, prune
+from torchspec.models.export.import_draft import import_draft
+from torchspec.models.target_head import read_embedding
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target, TargetConfig
 
@@ -186,7 +186,7 @@ def test_card_and_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["fc.weight", "layers.0.mlp.up_proj.weight", "embed_tokens.weight"])
 def test_what_is_written_is_compared_with_what_was_trained(name: str, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not with what the exporter was about to write: a slip before that is noticed too."""
-    import torchspec.models.export as export_module
+    import torchspec.models.export.export as export_module
 
     write = export_module.write_tensors
 

@@ -20,11 +20,11 @@ from tests.models.packs import draft_config
 from torchspec.callbacks.export import ExportDraft
 from torchspec.callbacks.last import LastCheckpoint
 from torchspec.errors import UserError
-from torchspec.models.export import ExportOptions, export_checkpoint, export_draft
-from torchspec.models.finite import LAG, Found, StepWatch, not_finite, unsound
-from torchspec.models.import_draft import import_draft
-from torchspec.models.numbers import end_for
-from torchspec.models.start import read_start
+from torchspec.models.export.export import ExportOptions, export_checkpoint, export_draft
+from torchspec.models.export.import_draft import import_draft
+from torchspec.models.training.finite import LAG, Found, StepWatch, not_finite, unsound
+from torchspec.models.training.numbers import end_for
+from torchspec.models.training.start import read_start
 from torchspec.target import Target, TargetConfig
 from torchspec.trainer import Trainer
 from torchspec.transfer.record import Record, is_finite

@@ -15,8 +15,8 @@ from torch import Tensor
 from tests.models.differences import PRUNED
 from tests.models.exports import LAYERS, Exported, export_variant, save_plain_target
 from torchspec.errors import UserError
-from torchspec.models.import_draft import complete, import_draft
-from torchspec.models.target_weights import TargetHead
+from torchspec.models.export.import_draft import complete, import_draft
+from torchspec.models.target_head import TargetHead
 from torchspec.target import Target
 
 Tensors = dict[str, Tensor]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-import torchspec.models.loss as loss_module
+import torchspec.models.ops.head_loss as loss_module
 from tests.models.textbook import NAMES, PRUNED, Setting
 from torchspec.errors import UserError
-from torchspec.models.loss import target_distribution
-from torchspec.models.losses import LossWeights, RowTargets, row_losses
+from torchspec.models.ops.head_loss import target_distribution
+from torchspec.models.ops.loss_formulas import LossWeights, RowTargets, row_losses
 
 
 @pytest.mark.parametrize("ids", [None, PRUNED], ids=["full", "pruned"])

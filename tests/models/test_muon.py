@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from torchspec.errors import UserError
-from torchspec.models.muon import MuonAdamW, mark_hidden_matrices, orthogonalise
+from torchspec.models.optim.muon import MuonAdamW, mark_hidden_matrices, orthogonalise
 
 
 class Toy(nn.Module):
@@ -41,7 +41,7 @@ def toy():
 
 @pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
 def test_equals_torch_muon_on_matrices_and_torch_adamw_on_the_rest(monkeypatch, adjust_lr):
-    monkeypatch.setattr("torchspec.models.muon.working_dtype", lambda dtype, device: dtype)  # torch's Muon iterates in bf16 everywhere
+    monkeypatch.setattr("torchspec.models.optim.muon.working_dtype", lambda dtype, device: dtype)  # torch's Muon iterates in bf16 everywhere
     model = toy()
     mark_hidden_matrices(model)
     rates = {"lr": 3e-3, "muon_lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.1, "muon_weight_decay": 0.3}

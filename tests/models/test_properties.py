@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tests.models.differences import PRUNED, STEPS, WEIGHTS, relative
 from tests.models.packs import Conversation, conversation, counts, draft_config, pack, task
-from torchspec.models.losses import LossWeights
-from torchspec.models.task import DraftTask
+from torchspec.models.eagle3.task import DraftTask
+from torchspec.models.ops.loss_formulas import LossWeights
 
 MASKS = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=14), min_size=1, max_size=6)
 LOSSES = [{"forward_kl": 1.0}, {"tv": 1.0, "jsd": 0.5}, {"lk_lambda": 1.0}]

@@ -10,12 +10,12 @@ import pytest
 
 from tests.defects.fits import fit, module
 from tests.models.exports import save_plain_target
-from torchspec.models.checkpoint import read_facts
-from torchspec.models.export import export_checkpoint
-from torchspec.models.losses import FORWARD_KL
-from torchspec.models.muon import MuonAdamW
-from torchspec.models.recipe import recipe, rows
-from torchspec.models.schedules import WSD
+from torchspec.models.export.export import export_checkpoint
+from torchspec.models.ops.loss_formulas import FORWARD_KL
+from torchspec.models.optim.muon import MuonAdamW
+from torchspec.models.optim.schedules import WSD
+from torchspec.models.training.checkpoint import read_facts
+from torchspec.models.training.recipe import recipe, rows
 from torchspec.target import Target
 
 

@@ -15,8 +15,8 @@ from tests.defects.fits import batches, fit, module, weights
 from tests.models.exports import save_plain_target
 from torchspec.callbacks.last import LastCheckpoint
 from torchspec.errors import UserError
-from torchspec.models.muon import MuonAdamW
-from torchspec.models.schedules import Cosine, Linear
+from torchspec.models.optim.muon import MuonAdamW
+from torchspec.models.optim.schedules import Cosine, Linear
 from torchspec.target import Target
 from torchspec.trainer import Trainer
 

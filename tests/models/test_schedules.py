@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from torchspec.errors import UserError
-from torchspec.models.schedules import WSD, Constant, Cosine, Linear, Schedule
+from torchspec.models.optim.schedules import WSD, Constant, Cosine, Linear, Schedule
 
 
 def rates(make: type[Schedule], steps: int, **kwargs: float) -> list[float]:

@@ -9,9 +9,9 @@ import torch
 
 from tests.models.differences import PRUNED
 from tests.models.exports import save_plain_target
-from torchspec.models.draft_config import DraftConfig
-from torchspec.models.target_weights import TargetHead
-from torchspec.models.task import DraftTask
+from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.eagle3.task import DraftTask
+from torchspec.models.target_head import TargetHead
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target
 

@@ -11,10 +11,10 @@ from safetensors import safe_open
 
 from tests.quantised import FP8, fp8, int4
 from torchspec.errors import UserError
-from torchspec.models.draft_config import DraftConfig
-from torchspec.models.rope import frequencies
-from torchspec.models.rope_parameters import rope_of
-from torchspec.models.target_weights import TargetHead, read_embedding
+from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.ops.rope import frequencies
+from torchspec.models.ops.rope_parameters import rope_of
+from torchspec.models.target_head import TargetHead, read_embedding
 from torchspec.target import Target, TargetConfig
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}

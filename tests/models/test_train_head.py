@@ -15,13 +15,13 @@ from tests.models.differences import PRUNED, STEPS, made_for
 from tests.models.exports import save_plain_target
 from tests.models.packs import pack
 from torchspec.errors import UserError
-from torchspec.models.checkpoint import read_draft_weights
-from torchspec.models.draft_config import DraftConfig
-from torchspec.models.export import export_checkpoint
-from torchspec.models.import_draft import import_draft
-from torchspec.models.muon import MuonAdamW
-from torchspec.models.target_weights import TargetHead
-from torchspec.models.task import DraftTask, Init
+from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.eagle3.task import DraftTask, Init
+from torchspec.models.export.export import export_checkpoint
+from torchspec.models.export.import_draft import import_draft
+from torchspec.models.optim.muon import MuonAdamW
+from torchspec.models.target_head import TargetHead
+from torchspec.models.training.checkpoint import read_draft_weights
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target
 
@@ -152,8 +152,8 @@ def _sharded_step(rank: int) -> None:
     """Two ranks, one pack each, against one process with both: weights after a step of Muon and AdamW with decay."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    from torchspec.models.muon import mark_hidden_matrices
-    from torchspec.models.parallelize import parallelize
+    from torchspec.models.optim.muon import mark_hidden_matrices
+    from torchspec.models.training.parallelize import parallelize
 
     found = []
     for mesh in (None, init_device_mesh("cpu", (2,))):

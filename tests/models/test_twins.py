@@ -14,7 +14,7 @@ from tests.twins import QUANTISED, TWINS, L, Twin, drop, make, stored
 from torchspec.engines.hooks import HiddenStates
 from torchspec.engines.load import load_model
 from torchspec.errors import UserError
-from torchspec.models.target_weights import TargetHead, is_tied, read_embedding
+from torchspec.models.target_head import TargetHead, is_tied, read_embedding
 from torchspec.target import Target, TargetConfig
 
 LOST = {

@@ -12,8 +12,9 @@ from tests.models.differences import PRUNED, STEPS, WEIGHTS, against_reference, 
 from tests.models.packs import Conversation, conversation, draft_config, pack, task
 from tests.models.variants import VARIANTS
 from torchspec.errors import UserError
-from torchspec.models import eagle3, mlp
-from torchspec.models.parallelize import check_reduced
+from torchspec.models.eagle3.network import network
+from torchspec.models.ops import mlp
+from torchspec.models.training.parallelize import check_reduced
 
 
 @pytest.mark.parametrize("draft_ids", [None, PRUNED], ids=["full", "pruned"])
@@ -26,7 +27,7 @@ def test_equals_the_reference(variant: str, draft_ids: list[int] | None) -> None
 @pytest.mark.parametrize("variant", ["plain", "attention_bias", "MLA"])
 def test_equals_the_reference_with_embeddings_of_all_rows_projected(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a single layer does where nearly all rows are supervised."""
-    monkeypatch.setattr(eagle3, "_NEARLY_ALL", 0.0)
+    monkeypatch.setattr(network, "_NEARLY_ALL", 0.0)
     found = against_reference(variant, PRUNED)
     assert {name: value for name, value in found.items() if not value < 1e-6} == {}
 
@@ -140,7 +141,7 @@ def test_bf16_is_near_fp32() -> None:
 
 def test_validation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under ``no_grad`` the head's pass makes the same loss without the products of its backward."""
-    import torchspec.models.loss as loss_module
+    import torchspec.models.ops.head_loss as loss_module
 
     made, conversations = made_for("plain", None)
     batch = pack(made.draft.config, conversations, STEPS)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tests.models.differences import relative
 from tests.models.packs import PlainNorm
-from torchspec.models.loss import head_loss, target_distribution
-from torchspec.models.losses import LossWeights, mixing
-from torchspec.models.target_weights import TargetHead
+from torchspec.models.ops.head_loss import head_loss, target_distribution
+from torchspec.models.ops.loss_formulas import LossWeights, mixing
+from torchspec.models.target_head import TargetHead
 
 V, D, H = 23, 8, 6
 PRUNED = [0, 2, 3, 5, 7, 11, 12, 13, 17, 19, 22]

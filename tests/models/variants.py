@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchspec.models.draft_config import LatentSizes
+from torchspec.models.eagle3.config import LatentSizes
 
 _LATENT = {"mla": LatentSizes(q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8), "head_dim": 10, "num_kv_heads": 4}
 _WIDE_VALUES = {"mla": LatentSizes(q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=12), "head_dim": 8, "num_kv_heads": 4}

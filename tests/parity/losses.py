@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tests.models.differences import relative
-from torchspec.models.losses import LossWeights, RowTargets, row_losses
+from torchspec.models.ops.loss_formulas import LossWeights, RowTargets, row_losses
 
 THEIRS = {
     "forward_kl": "kl_div_loss",

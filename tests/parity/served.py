@@ -16,10 +16,10 @@ import torch
 from tests.models.exports import Exported, random_draft
 from tests.parity.vllm import Agreement, compare, random_prompts, serve
 from tests.tiny import save_target, save_tokenizer
-from torchspec.models.draft_config import DraftConfig
-from torchspec.models.export import ExportOptions, export_draft
-from torchspec.models.target_weights import TargetHead
-from torchspec.models.task import start_from_target
+from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.eagle3.task import start_from_target
+from torchspec.models.export.export import ExportOptions, export_draft
+from torchspec.models.target_head import TargetHead
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target, TargetConfig
 

@@ -25,8 +25,8 @@ from tests.models.packs import draft_config
 from tests.models.variants import VARIANTS
 from tests.parity.speculators import STEPS, conversation_for, our_logits
 from torchspec.errors import UserError
-from torchspec.models.export import ExportOptions, export_draft
-from torchspec.models.target_weights import read_embedding
+from torchspec.models.export.export import ExportOptions, export_draft
+from torchspec.models.target_head import read_embedding
 from torchspec.target import Target
 
 LAYER = {"post_attention_layernorm", "hidden_norm", *(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))}

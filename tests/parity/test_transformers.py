@@ -9,7 +9,7 @@ from tests.models.packs import draft_config
 from tests.models.variants import VARIANTS
 from tests.parity.transformers import norm, rotary
 from torchspec.errors import UserError
-from torchspec.models.rope_parameters import KINDS
+from torchspec.models.ops.rope_parameters import KINDS
 
 REFUSED = {"longrope", "proportional"}
 """Kinds of Transformers that servers of drafts compute otherwise, or only for parts of a head."""

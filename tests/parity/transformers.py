@@ -6,8 +6,8 @@ import torch
 
 from tests.models.packs import draft_config
 from tests.models.variants import VARIANTS
-from torchspec.models.norm import RMSNorm
-from torchspec.models.rope import frequencies, rotate, rotate_pairs, tables
+from torchspec.models.ops.norm import RMSNorm
+from torchspec.models.ops.rope import frequencies, rotate, rotate_pairs, tables
 
 
 def rotary(variant: str) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tests.models.exports import Exported
 from torchspec.batch import PackedBatch
-from torchspec.models.eagle3 import Eagle3Draft
+from torchspec.models.eagle3.network import Eagle3Draft
 from torchspec.supervision import UnrollRows
 
 TIE = 1e-4

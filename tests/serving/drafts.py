@@ -26,7 +26,7 @@ from torchspec.blocks import BlockRows
 from torchspec.models.blocks.config import BlockConfig
 from torchspec.models.blocks.formats import MASK_FILE, describe, head_rows
 from torchspec.models.blocks.network import BlockDraft
-from torchspec.models.target_weights import TargetHead, read_embedding
+from torchspec.models.target_head import TargetHead, read_embedding
 from torchspec.target import Target, TargetConfig
 
 LAYERS = 8

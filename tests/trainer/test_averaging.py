@@ -18,7 +18,7 @@ from torchspec.callbacks.export import ExportDraft
 from torchspec.callbacks.last import LastCheckpoint
 from torchspec.callbacks.vocabulary import VocabularyPruning
 from torchspec.errors import UserError
-from torchspec.models.checkpoint import read_draft_weights
+from torchspec.models.training.checkpoint import read_draft_weights
 
 STEPS = 6
 """Of an epoch."""

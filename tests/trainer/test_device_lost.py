@@ -16,7 +16,7 @@ from torchspec import cli, ranks
 from torchspec.callbacks.last import LastCheckpoint
 from torchspec.device_lost import device_failure
 from torchspec.errors import DeviceLost
-from torchspec.models.checkpoint import read_draft_weights
+from torchspec.models.training.checkpoint import read_draft_weights
 from torchspec.target import Target
 from torchspec.trainer import Trainer
 

@@ -16,7 +16,7 @@ from torchspec.callbacks.acceptance import AcceptanceLength
 from torchspec.callbacks.export import ExportDraft
 from torchspec.callbacks.last import LastCheckpoint
 from torchspec.callbacks.vocabulary import VocabularyPruning
-from torchspec.models.checkpoint import partial_of, publish, read_draft_weights
+from torchspec.models.training.checkpoint import partial_of, publish, read_draft_weights
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tests.tiny import save_conversations, save_target
 from torchspec.data.datamodule import DraftDataModule
 from torchspec.engines.messages import RecordRef
 from torchspec.models.module import DraftModule
-from torchspec.models.schedules import Cosine
+from torchspec.models.optim.schedules import Cosine
 from torchspec.target import TargetConfig
 from torchspec.trainer import Trainer
 from torchspec.transfer.record import seal, views

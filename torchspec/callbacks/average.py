@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchspec.errors import DeviceLost, UserError
-from torchspec.models.averages import KEY
-from torchspec.models.checkpoint import read_entries
+from torchspec.models.training.averages import KEY
+from torchspec.models.training.checkpoint import read_entries
 
 
 class Average(pl.Callback):

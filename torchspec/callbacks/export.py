@@ -1,4 +1,4 @@
-"""Export of the finished draft at the end of ``fit``: a directory that a server reads as it is, self-checked (``models/export.py``)."""
+"""Export of the finished draft at the end of ``fit``: a directory that a server reads as it is, self-checked (``models/export/export.py``)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torchspec.errors import UserError
 from torchspec.files import refuse_foreign
 from torchspec.folders import check_output
-from torchspec.models.checkpoint import is_ours
-from torchspec.models.export import ExportOptions, export_checkpoint
+from torchspec.models.export.export import ExportOptions, export_checkpoint
+from torchspec.models.training.checkpoint import is_ours
 from torchspec.paths import home
 from torchspec.reasons import reason_of
 from torchspec.target import Dtype

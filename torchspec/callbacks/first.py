@@ -27,7 +27,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 
 from torchspec.errors import DeviceLost, UserError
-from torchspec.models.averages import averagers, begun, swa_of
+from torchspec.models.training.averages import averagers, begun, swa_of
 
 log = logging.getLogger(__name__)
 

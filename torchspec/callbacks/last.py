@@ -5,7 +5,7 @@ validation, however old. This one keeps the newest state alone, in ``last``, apa
 
 What it takes the place of is whole, so what it writes must be: nothing before training has begun (a resume that fails has restored a part of its state),
 nothing while an optimizer step is under way (weights may have moved, the counters and the schedule not yet), and (as no checkpoint of ours does, see
-``models/numbers.py``) no weights that are not numbers.
+``models/training/numbers.py``) no weights that are not numbers.
 """
 
 from __future__ import annotations

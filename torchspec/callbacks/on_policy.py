@@ -14,9 +14,9 @@ import lightning.pytorch as pl
 from torchspec.errors import UserError
 from torchspec.files import is_replaceable
 from torchspec.folders import in_the_way, remove
-from torchspec.models.checkpoint import is_ours, recover
-from torchspec.models.checkpoint import remove as remove_checkpoint
-from torchspec.models.export import export_checkpoint
+from torchspec.models.export.export import export_checkpoint
+from torchspec.models.training.checkpoint import is_ours, recover
+from torchspec.models.training.checkpoint import remove as remove_checkpoint
 
 
 class ServeDraft(pl.Callback):

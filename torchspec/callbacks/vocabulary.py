@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from torchspec.errors import UserError
-from torchspec.models.checkpoint import read_facts
+from torchspec.models.training.checkpoint import read_facts
 from torchspec.models.vocabulary import VocabularyMapping
 
 

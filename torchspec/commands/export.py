@@ -1,4 +1,4 @@
-"""``main.py export``: a training checkpoint becomes a draft directory for a server (``models/export.py``)."""
+"""``main.py export``: a training checkpoint becomes a draft directory for a server (``models/export/export.py``)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def export(
         revision: branch, tag or commit of a hub id.
         trust_remote_code: allow code that ships with the target to run, where Transformers lacks the classes, and for the tokenizer.
     """
-    from torchspec.models.export import ExportOptions, export_checkpoint
+    from torchspec.models.export.export import ExportOptions, export_checkpoint
 
     if (draft_vocab_size is None) != (token_counts is None):
         raise UserError("draft_vocab_size", draft_vocab_size, f"goes with token_counts={token_counts}", "give both or none")

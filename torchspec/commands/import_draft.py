@@ -1,4 +1,4 @@
-"""``main.py import_draft``: a published draft is read, checked and written in another format (``models/import_draft.py``)."""
+"""``main.py import_draft``: a published draft is read, checked and written in another format (``models/export/import_draft.py``)."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def import_draft(
         revision: branch, tag or commit of the target's hub id.
         trust_remote_code: allow code that ships with the target to run, where Transformers lacks the classes, and for the tokenizer.
     """
-    from torchspec.models.export import ExportOptions, export_draft
-    from torchspec.models.import_draft import complete
-    from torchspec.models.import_draft import import_draft as read
+    from torchspec.models.export.export import ExportOptions, export_draft
+    from torchspec.models.export.import_draft import complete
+    from torchspec.models.export.import_draft import import_draft as read
 
     folder = check_output(Path(home(output)), field="output", reads=Path(home(source)))
     facts = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))

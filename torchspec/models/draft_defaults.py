@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torchspec.models.rope_parameters import KINDS, base_and_kind, rope_of
+from torchspec.models.ops.rope_parameters import KINDS, base_and_kind, rope_of
 from torchspec.target import Target
 
 _SHORT = 8192

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchspec.batch import PackedBatch
-from torchspec.models.task import StepOutput
+from torchspec.models.eagle3.task import StepOutput
 
 
 @dataclass(frozen=True)

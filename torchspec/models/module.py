@@ -24,23 +24,23 @@ from torch.optim import LBFGS, Optimizer
 from torchspec.batch import PackedBatch
 from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
-from torchspec.models.averages import averages_in, check_averaging, settle, swa_of
-from torchspec.models.checkpoint import read_entries, read_facts
-from torchspec.models.clipping import clip
-from torchspec.models.draft_config import DraftConfig
 from torchspec.models.draft_defaults import notes
-from torchspec.models.finite import StepWatch, totals
-from torchspec.models.fp8 import Fp8
-from torchspec.models.losses import LossWeights
+from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.eagle3.task import DraftTask, Init, StepOutput
 from torchspec.models.metrics import StepSums, logs_now
-from torchspec.models.muon import mark_hidden_matrices
-from torchspec.models.numbers import check_saved, check_start, end_for, end_for_validation, no_number
-from torchspec.models.parallelize import check_reduced, parallelize, sync_gradients
-from torchspec.models.recipe import recipe
-from torchspec.models.resume import check_resume, check_weights, describe
-from torchspec.models.schedules import Schedule
-from torchspec.models.start import Start, read_start
-from torchspec.models.task import DraftTask, Init, StepOutput
+from torchspec.models.ops.fp8 import Fp8
+from torchspec.models.ops.loss_formulas import LossWeights
+from torchspec.models.optim.clipping import clip
+from torchspec.models.optim.muon import mark_hidden_matrices
+from torchspec.models.optim.schedules import Schedule
+from torchspec.models.training.averages import averages_in, check_averaging, settle, swa_of
+from torchspec.models.training.checkpoint import read_entries, read_facts
+from torchspec.models.training.finite import StepWatch, totals
+from torchspec.models.training.numbers import check_saved, check_start, end_for, end_for_validation, no_number
+from torchspec.models.training.parallelize import check_reduced, parallelize, sync_gradients
+from torchspec.models.training.recipe import recipe
+from torchspec.models.training.resume import check_resume, check_weights, describe
+from torchspec.models.training.start import Start, read_start
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.supervision import Supervision, Unroll
 from torchspec.target import Target, TargetConfig
@@ -61,7 +61,7 @@ class DraftModule(pl.LightningModule):
         unroll_steps: K, steps trained in a row on the draft's own states.
         step_weights: weight of each step's loss; None means 0.8^k.
         loss: weight of each loss in the sum, for example ``{forward_kl: 1.0, tv: 0.5}``; None means forward KL alone. Known ones: forward_kl, cross_entropy,
-            reverse_kl, jsd, tv, lk_alpha, lk_lambda (models/losses.py has the formulas).
+            reverse_kl, jsd, tv, lk_alpha, lk_lambda (models/ops/loss_formulas.py has the formulas).
         init: ``target`` starts from the target's head and final norm with fc passing the last aux state on;
             ``target_head`` from noise but for the target's head; ``random`` from noise, and so does any draft whose
             hidden size is not the target's: none of its tensors has the target's shape.

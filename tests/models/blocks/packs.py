@@ -18,8 +18,8 @@ from torchspec.models.blocks.config import BlockConfig
 from torchspec.models.blocks.network import BlockDraft
 from torchspec.models.blocks.options import BlockOptions
 from torchspec.models.blocks.task import BlockTask
-from torchspec.models.losses import LossWeights
-from torchspec.models.target_weights import TargetHead
+from torchspec.models.ops.loss_formulas import LossWeights
+from torchspec.models.target_head import TargetHead
 from torchspec.supervision import turns
 
 V = 40

@@ -15,7 +15,7 @@ from torchspec.models.blocks.config import BlockConfig
 from torchspec.models.blocks.formats import describe, head_rows
 from torchspec.models.blocks.importing import kind_of, read_draft, spread_layers
 from torchspec.models.blocks.network import BlockDraft
-from torchspec.models.target_weights import TargetHead, read_embedding
+from torchspec.models.target_head import TargetHead, read_embedding
 from torchspec.target import Target
 
 KEPT = torch.arange(0, 40, 2)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchspec.models.shared import wide
+from torchspec.models.ops.shared_weight import wide
 
 
 class ConfidenceHead(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torchspec.errors import UserError
 from torchspec.models.blocks.mask_token import Mask, default_mask
 from torchspec.models.draft_defaults import default_rope, default_width, whole
-from torchspec.models.rope_parameters import check_rope
+from torchspec.models.ops.rope_parameters import check_rope
 from torchspec.paths import home
 from torchspec.target import Target
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchspec.models.shared import Weight, linear, wide
+from torchspec.models.ops.shared_weight import Weight, linear, wide
 
 
 class GroupedConvolution(nn.Module):

@@ -19,8 +19,8 @@ from torchspec.errors import UserError
 from torchspec.models.blocks.config import BlockConfig, Kind
 from torchspec.models.blocks.formats import ARCHITECTURES, MASK_FILE
 from torchspec.models.blocks.network import BlockDraft
-from torchspec.models.rope_parameters import rope_of
-from torchspec.models.target_weights import TargetHead, read_embedding
+from torchspec.models.ops.rope_parameters import rope_of
+from torchspec.models.target_head import TargetHead, read_embedding
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from torchspec.models.blocks.weighting import dpace
-from torchspec.models.loss import TargetDistribution
-from torchspec.models.losses import LossWeights, RowTargets, row_losses
-from torchspec.models.shared import wide
+from torchspec.models.ops.head_loss import TargetDistribution
+from torchspec.models.ops.loss_formulas import LossWeights, RowTargets, row_losses
+from torchspec.models.ops.shared_weight import wide
 
 _CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
 """Logits of a chunk, at most."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchspec.models.embedding import lookup
+from torchspec.models.ops.embedding import lookup
 
 _SPREAD = 0.01
 """Of markov_w1 at the start, speculators' value; markov_w2 starts at 0, so that the bias does."""

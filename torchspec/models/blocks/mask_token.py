@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from torchspec.errors import UserError
-from torchspec.models.target_weights import read_embedding
+from torchspec.models.target_head import read_embedding
 from torchspec.target import Target
 
 

@@ -28,11 +28,11 @@ from torchspec.models.blocks.config import BlockConfig
 from torchspec.models.blocks.convolution import Convolution, GroupedConvolution
 from torchspec.models.blocks.markov import MarkovHead
 from torchspec.models.blocks.selector import CandidateSelector
-from torchspec.models.dense_attention import DenseAttention, DenseProjections
-from torchspec.models.mlp import MLP, mlp_block, swiglu
-from torchspec.models.norm import RMSNorm
-from torchspec.models.rope import check_reach, frequencies, tables
-from torchspec.models.shared import Residual, Weight, linear, wide
+from torchspec.models.ops.dense_projections import DenseAttention, DenseProjections
+from torchspec.models.ops.mlp import MLP, mlp_block, swiglu
+from torchspec.models.ops.norm import RMSNorm
+from torchspec.models.ops.rope import check_reach, frequencies, tables
+from torchspec.models.ops.shared_weight import Residual, Weight, linear, wide
 
 Rotation = tuple[Tensor, Tensor]
 

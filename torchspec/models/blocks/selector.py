@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchspec.models.embedding import lookup
-from torchspec.models.shared import Weight, linear, wide
+from torchspec.models.ops.embedding import lookup
+from torchspec.models.ops.shared_weight import Weight, linear, wide
 
 
 class CandidateSelector(nn.Module):

@@ -15,11 +15,11 @@ from torchspec.models.blocks.network import BlockDraft, Context
 from torchspec.models.blocks.options import BlockOptions
 from torchspec.models.blocks.selector import with_label
 from torchspec.models.blocks.weighting import fixed_weights, normaliser
-from torchspec.models.loss import target_distribution
-from torchspec.models.losses import LossWeights, mixing
-from torchspec.models.shared import wide
-from torchspec.models.target_weights import TargetHead
-from torchspec.models.task import StepOutput
+from torchspec.models.eagle3.task import StepOutput
+from torchspec.models.ops.head_loss import target_distribution
+from torchspec.models.ops.loss_formulas import LossWeights, mixing
+from torchspec.models.ops.shared_weight import wide
+from torchspec.models.target_head import TargetHead
 
 _ROWS = 2**14
 """Draft rows at a time where no gradient is asked for."""

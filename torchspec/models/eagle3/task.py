@@ -1,0 +1,250 @@
+"""The whole training computation of one batch in one module: draft, target head, loss, metric sums. This is what gets sharded.
+
+Everything that touches a parameter happens inside ``forward``, so that FSDP2 gathers once and a rank with nothing to supervise still takes part in every
+collective.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from torchspec.batch import PackedBatch
+from torchspec.errors import UserError
+from torchspec.hardware import working_dtype
+from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.eagle3.network import Eagle3Draft
+from torchspec.models.ops import kernels
+from torchspec.models.ops.fp8 import Fp8, check
+from torchspec.models.ops.head_loss import HeadResult, head_loss, split_steps, target_distribution
+from torchspec.models.ops.head_loss_fused import FusedPlan, fused_head_loss
+from torchspec.models.ops.loss_formulas import FORWARD_KL, LossWeights, mixing
+from torchspec.models.ops.shared_weight import wide
+from torchspec.models.target_head import TargetHead, is_tied, read_embedding
+from torchspec.models.training.finite import named, not_finite
+from torchspec.models.vocabulary import VocabularyMapping
+from torchspec.supervision import as_unroll
+from torchspec.target import Target
+
+Init = Literal["target", "target_head", "random"]
+_FLAT = 0.3
+"""Scale of the final norm at the start, see :func:`start_from_target`."""
+_NOISE = 0.1
+"""What is left of fc's random weights there."""
+
+
+class StepOutput(NamedTuple):
+    """Result of a batch on this rank.
+
+    A named tuple, because FSDP2 hooks into the tensors that torch's pytree finds in a module's output: in a dataclass torch 2.11 finds none, and then
+    gradients are neither reduced nor given to the optimizer, without a word.
+    """
+
+    loss: Tensor
+    """Scalar: sum_k w_k * (this rank's loss sum of step k) / count_k; adds up over ranks and micro-batches to the loss of the optimizer step."""
+    sums: dict[str, Tensor]
+    """[K] each: ``rows`` supervised here, ``loss``, ``correct``, ``correct_so_far`` (this and every earlier step right), and when measured ``alpha``,
+    ``alpha_so_far``."""
+    accepted: Tensor
+    """[R_0] int64: leading right steps of each supervised row, the target's most likely token being right."""
+    followed: Tensor
+    """[R_0] int64, when measured: leading steps whose most likely token of the draft is the token that stands there. On
+    answers that were sampled, that is what a server accepts of greedy drafts: token v with the probability that the
+    target gives it, which is how the answer was drawn."""
+
+
+class DraftTask(nn.Module):
+    """Draft and frozen target head.
+
+    Args:
+        draft: the network to train.
+        head: the target's norm and head; its rows are sorted here.
+        draft_ids: [W] target ids of the draft's rows; None for the whole vocabulary.
+        step_weights: [K] w_k.
+        loss: which losses, by weight.
+    """
+
+    step_weights: Tensor
+    mean_alpha: Tensor
+    """[K] mean alpha of each depth over the previous optimizer step, 0 before the first; ``lk_lambda`` reads it."""
+
+    def __init__(self, draft: Eagle3Draft, head: TargetHead, *, draft_ids: Tensor | None, step_weights: list[float], loss: LossWeights = FORWARD_KL) -> None:
+        super().__init__()
+        self.draft = draft
+        self.head = head
+        if draft_ids is not None:
+            head.put_first(draft_ids)
+        self.loss = loss
+        self.register_buffer("mean_alpha", torch.zeros(len(step_weights)), persistent=False)
+        self.register_buffer("step_weights", torch.tensor(step_weights, dtype=torch.float32), persistent=False)
+
+    @classmethod
+    def build(
+        cls,
+        config: DraftConfig,
+        *,
+        target: Target,
+        vocabulary: VocabularyMapping | None,
+        step_weights: list[float],
+        compute_dtype: torch.dtype,
+        device: torch.device,
+        init: Init,
+        loss: LossWeights = FORWARD_KL,
+        recompute: bool = False,
+        fp8: Fp8 = Fp8.NONE,
+        train_head: bool = True,
+    ) -> DraftTask:
+        """A fresh task for a target; weights from torch's global random state.
+
+        Args:
+            config: the draft's architecture.
+            target: gives embedding table, head and final norm.
+            vocabulary: of the draft; None for the whole one.
+            step_weights: [K] w_k.
+            compute_dtype: of the draft.
+            device: that it will train on; decides the type of the target head (:func:`torchspec.hardware.working_dtype`).
+            init: ``random``, ``target_head`` for that with the target's head, or ``target`` for
+                :func:`start_from_target`; where the hidden sizes differ all three are ``random``.
+            loss: which losses, by weight.
+            recompute, fp8: see :class:`~torchspec.models.eagle3.network.Eagle3Draft`.
+            train_head: False keeps the head at :func:`served_rows`, whatever ``init``.
+
+        Raises:
+            UserError: ``train_head`` is off for a draft of another hidden size than the target's.
+        """
+        alike = config.hidden_size == config.target_hidden_size
+        if not train_head and not alike:
+            problem = f"needs a draft of the target's hidden size {config.target_hidden_size}: this one's is {config.hidden_size}"
+            raise UserError("model.train_head", False, problem, "leave hidden_size out of the draft's file, or train the head")
+        if fp8:
+            check(device, config, fp8)
+        head = TargetHead.of(target).to(working_dtype(target.dtype, device))
+        draft = Eagle3Draft(config, compute_dtype=compute_dtype, recompute=recompute, fp8=fp8)
+        draft.initialise()
+        if not config.owns_embedding:
+            draft.set_embedding(head.weight if config.vocab_size == head.weight.shape[0] and is_tied(target) else read_embedding(target))
+        if wrong := not_finite([*((name.removeprefix("norm_"), tensor) for name, tensor in head.named_buffers()), *draft.named_buffers()]):
+            problem = f"has a head, norm or embedding that is not made of numbers ({named(wrong)})"
+            raise UserError("data.target.path", target.config.path, problem, "the files are damaged: fetch or convert the target again")
+        pruned = vocabulary is not None and vocabulary.size < config.vocab_size
+        ids = vocabulary.draft_ids if vocabulary is not None and pruned else None
+        if init == "target" and alike:
+            start_from_target(draft, head, ids)
+        elif alike and (init == "target_head" or not train_head):
+            with torch.no_grad():
+                draft.lm_head.weight.copy_(served_rows(head, ids))
+        if not train_head:
+            draft.lm_head.weight.requires_grad_(False)
+            if head.bias is not None:
+                rank_zero_warn("model.train_head=false: the target's head has a bias, which a draft's head cannot have; its rows are taken without it")
+        return cls(draft, head, draft_ids=ids, step_weights=step_weights, loss=loss)
+
+    def forward(self, batch: PackedBatch, measure: bool = False) -> StepOutput:
+        """Loss and metric sums of a batch.
+
+        Args:
+            batch: on this module's device.
+            measure: also alpha (validation).
+        """
+        draft, rows = self.draft, as_unroll(batch.rows)
+        steps = rows.steps
+        if rows.base.shape[0] == 0:
+            return self._nothing(steps, measure)
+        norm = draft.norm.cast()
+        states = draft(batch, norm)
+        last = batch.last[rows.base + 1]
+        weights, alpha = self._of_steps(steps)
+        scale = weights.to(wide(draft.compute_dtype)) / batch.counts.clamp(min=1.0)
+        rules: dict[str, Any] = {"eps": norm.eps, "scale": scale, "weights": self.loss, "mixing": mixing(alpha), "measure": measure}
+        if kernels.usable(states[0]):
+            plan = FusedPlan(self.head, last, rows, train=torch.is_grad_enabled(), fp8=draft.fp8, **rules)
+            result = split_steps(*fused_head_loss(plan, states, norm.weight, draft.lm_head.weight), rows.index)
+        else:
+            mass = measure or self.loss.needs_alpha
+            target = target_distribution(self.head, last, dtype=draft.compute_dtype, mass=mass)
+            result = head_loss(states, norm.weight, draft.lm_head.weight, target, rows.index, **rules)
+        return self._summed(result, batch)
+
+    def _of_steps(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Weight and mean alpha of each step. A batch may be unrolled further than is trained (validation): those steps
+        weigh nothing."""
+        trained = self.step_weights.shape[0]
+        if steps == trained:
+            return self.step_weights, self.mean_alpha
+        weights = F.pad(self.step_weights, (0, max(steps - trained, 0)))[:steps]
+        return weights, self.mean_alpha[torch.arange(steps, device=weights.device).clamp(max=trained - 1)]
+
+    def _summed(self, result: HeadResult, batch: PackedBatch) -> StepOutput:
+        """Over a table [K, R_0] of step and step-0 row, so that the number of operations is that of the sums and not of the steps."""
+        loss, loss_sum, hit, alpha = result.loss, result.loss_sum, result.hit, result.alpha
+        rows = as_unroll(batch.rows)
+        steps, total = rows.steps, rows.base.shape[0]
+        place = torch.cat(rows.index) + rows.step * total
+
+        def table(values: tuple[Tensor, ...], kind: torch.dtype) -> Tensor:
+            """With 0 where a step does not supervise a row; the steps that do are the first ones."""
+            return torch.zeros(steps * total, dtype=kind, device=place.device).index_copy_(0, place, torch.cat(values).to(kind)).view(steps, total)
+
+        right = table(hit, torch.int64)
+        so_far = right.cumprod(0)
+        found = {"rows": (rows.where >= 0).sum(1), "correct": right.sum(1), "correct_so_far": so_far.sum(1)}
+        if alpha is not None:
+            chance = table(alpha, alpha[0].dtype)
+            found |= {"alpha": chance.sum(1), "alpha_so_far": chance.cumprod(0).sum(1)}
+        followed = torch.zeros(0, dtype=torch.int64, device=place.device)
+        if result.chosen is not None:
+            token = result.chosen if self.head.order is None else self.head.order[result.chosen]
+            followed = table((token == batch.input_ids[rows.at + rows.step + 2],), torch.int64).cumprod(0).sum(0)
+        sums = {name: values.to(loss_sum.dtype) for name, values in found.items()}
+        return StepOutput(loss, {**sums, "loss": loss_sum}, so_far.sum(0), followed)
+
+    def _nothing(self, steps: int, measure: bool) -> StepOutput:
+        """A zero tied to every trainable parameter."""
+        zero = torch.stack([parameter.float().sum() for parameter in self.parameters() if parameter.requires_grad]).sum() * 0.0
+        alpha = ["alpha", "alpha_so_far"] if measure or self.loss.needs_alpha else []
+        names = ["rows", "correct", "correct_so_far", *alpha, "loss"]
+        empty = torch.zeros(steps, device=self.step_weights.device)
+        nothing = torch.zeros(0, dtype=torch.int64, device=empty.device)
+        return StepOutput(zero, {name: empty for name in names}, nothing, nothing)
+
+
+@torch.no_grad()
+def start_from_target(draft: Eagle3Draft, head: TargetHead, draft_ids: Tensor | None) -> None:
+    """Begin near what the target already knows: its head, its final norm, and the last aux state passed on by fc.
+
+    The norm starts at 0.3 of the target's, because logits of a draft that knows nothing yet should be flat: at full scale the first steps only unlearn
+    false certainty.
+    Measured on SmolLM2-135M (K=4, W=8192, 200k tokens, one seed; acceptance length of the serving walk, k=3): random start 1.377, target's head and norm
+    1.335, norm at 0.3 1.401, with fc as
+    here 1.464.
+
+    Args:
+        draft: with random weights; changed in place.
+        head: of the target.
+        draft_ids: [W] rows to take from the head; None for all.
+    """
+    draft.lm_head.weight.copy_(served_rows(head, draft_ids))
+    norm = head.rms_weight()
+    if norm is not None:
+        draft.norm.weight.copy_(_FLAT * norm)
+    draft.fc.weight.mul_(_NOISE)
+    draft.fc.weight[:, -draft.config.target_hidden_size :] += torch.eye(draft.config.target_hidden_size)
+
+
+def served_rows(head: TargetHead, draft_ids: Tensor | None) -> Tensor:
+    """[W, D] rows of the target's head as a draft's own: a server multiplies by them and does nothing else, so the
+    target's logit scale is in them.
+
+    A soft cap leaves their order; a bias has no place in a draft's head.
+
+    Args:
+        head: of the target, its rows not sorted yet.
+        draft_ids: [W] rows to take; None for all.
+    """
+    assert head.order is None, "ids are rows of a head in the target's order"
+    rows = head.weight if draft_ids is None else head.weight[draft_ids]
+    return rows if head.scale == 1.0 else rows.float() * head.scale

@@ -1,0 +1,1 @@
+"""A draft out (checked, as each server reads it) and in."""

@@ -1,0 +1,1 @@
+"""Operations that families share, each with its gradient: plain sizes and tensors in, no family's configuration."""

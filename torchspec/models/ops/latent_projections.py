@@ -1,0 +1,103 @@
+"""Multi-head latent attention of a DeepSeek-style draft (DeepSeek-V2, arXiv 2405.04434, section 2.1), by the names that vLLM reads.
+
+    q = q_b(RMS(q_a(x)))              per head [q_n ; q_r]
+    [c ; k_r] = kv_a_with_mqa(x)      k_r is one rope head shared by all heads
+    [k_n ; v] = kv_b(RMS(c))          per head
+    k = [k_n ; k_r]                   scores q.k / sqrt(nope + rope), times m^2 under YaRN
+
+RoPE turns q_r and k_r alone, in interleaved pairs (2i, 2i+1). The attention itself (``attention.py``) wants one head size d for queries, keys and values
+and the scale 1/sqrt(d): the narrower of (nope + rope) and v is padded with zeros, and what the scale differs by goes into the queries.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.ops.dense_projections import Projections, Turn
+from torchspec.models.ops.norm import RMSNorm
+from torchspec.models.ops.rope import rotate_pairs
+from torchspec.models.ops.shared_weight import Residual, Weight, linear
+
+
+class LatentAttention(nn.Module):
+    """Parameters of one layer; ``width`` is 2H in the first layer and H after it."""
+
+    def __init__(self, config: DraftConfig, width: int) -> None:
+        super().__init__()
+        assert config.mla is not None
+        self.sizes, self.heads, eps = config.mla, config.num_heads, config.rms_norm_eps
+        sizes = self.sizes
+        self.scale = softmax_scale(config)
+        self.q_a_proj = nn.Linear(width, sizes.q_lora_rank, bias=False)
+        self.q_a_layernorm = RMSNorm(sizes.q_lora_rank, eps)
+        self.q_b_proj = nn.Linear(sizes.q_lora_rank, self.heads * (sizes.qk_nope_head_dim + sizes.qk_rope_head_dim), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(width, sizes.kv_lora_rank + sizes.qk_rope_head_dim, bias=False)
+        self.kv_a_layernorm = RMSNorm(sizes.kv_lora_rank, eps)
+        self.kv_b_proj = nn.Linear(sizes.kv_lora_rank, self.heads * (sizes.qk_nope_head_dim + sizes.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(self.heads * sizes.v_head_dim, config.hidden_size, bias=False)
+
+    def cast(self, dtype: torch.dtype) -> Projections:
+        """The weights for one forward pass."""
+        return LatentProjections(self, dtype)
+
+
+class LatentProjections:
+    """:class:`~torchspec.models.ops.dense_projections.Projections` of latent attention; every head has a key and a value of its own (g = h)."""
+
+    def __init__(self, attention: LatentAttention, dtype: torch.dtype) -> None:
+        self.attention = attention
+        self.inputs = Weight.of([attention.q_a_proj.weight, attention.kv_a_proj_with_mqa.weight], dtype)
+        self.bias: Tensor | None = None
+        self.query_size = attention.q_a_proj.weight.shape[0]
+        self.q_b = Weight.of([attention.q_b_proj.weight], dtype)
+        self.kv_b = Weight.of([attention.kv_b_proj.weight], dtype)
+        self.o = Weight.of([attention.o_proj.weight], dtype)
+        self.query_norm, self.key_norm = attention.q_a_layernorm.cast(), attention.kv_a_layernorm.cast()
+        sizes = attention.sizes
+        self.qk = sizes.qk_nope_head_dim + sizes.qk_rope_head_dim
+        self.width = max(self.qk, sizes.v_head_dim)
+        self.only_turned, self.head_size = False, self.width
+
+    def all(self, flat: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+        low_query, low_key = flat.split([self.query_size, flat.shape[1] - self.query_size], dim=-1)
+        return self.queries(low_query, turn), *self.keys_values(low_key, turn)
+
+    def round(self, columns: slice, *, gradient: bool) -> None:
+        """Nothing: these products stay as they are."""
+
+    def output(self, attended: Tensor, residual: Residual) -> Tensor:
+        return linear(attended[..., : self.attention.sizes.v_head_dim].flatten(1), self.o, residual=residual)
+
+    def queries(self, flat: Tensor, turn: Turn) -> Tensor:
+        sizes = self.attention.sizes
+        heads = linear(self.query_norm(flat), self.q_b).unflatten(-1, (self.attention.heads, -1))
+        plain, turned = heads.split([sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], dim=-1)
+        query = torch.cat([plain, _turned(turned, turn)], dim=-1) * (self.attention.scale * math.sqrt(self.width))
+        return F.pad(query, (0, self.width - self.qk))
+
+    def keys_values(self, flat: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+        sizes, heads = self.attention.sizes, self.attention.heads
+        latent, shared = flat.split([sizes.kv_lora_rank, sizes.qk_rope_head_dim], dim=-1)
+        both = linear(self.key_norm(latent), self.kv_b).unflatten(-1, (heads, -1))
+        plain, value = both.split([sizes.qk_nope_head_dim, sizes.v_head_dim], dim=-1)
+        key = torch.cat([plain, _turned(shared[:, None], turn).expand(-1, heads, -1)], dim=-1)
+        return F.pad(key, (0, self.width - self.qk)), F.pad(value, (0, self.width - sizes.v_head_dim))
+
+
+def softmax_scale(config: DraftConfig) -> float:
+    """1/sqrt(nope + rope), times m^2 with m = 0.1 mscale_all_dim ln(factor) + 1 under YaRN (as DeepSeek-V2 and vLLM; YaRN: arXiv 2309.00071)."""
+    assert config.mla is not None
+    scale = (config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim) ** -0.5
+    rope = config.rope_parameters
+    if rope["rope_type"] == "yarn" and rope["factor"] > 1:
+        scale *= (0.1 * float(rope.get("mscale_all_dim") or 0.0) * math.log(rope["factor"]) + 1.0) ** 2
+    return scale
+
+
+def _turned(x: Tensor, turn: Turn) -> Tensor:
+    return rotate_pairs(x.to(turn[0].dtype), *turn).to(x.dtype)
