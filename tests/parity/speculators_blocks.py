@@ -25,8 +25,8 @@ from torchspec.models.blocks.network import BlockDraft
 from torchspec.models.blocks.options import BlockOptions
 from torchspec.models.blocks.task import BlockTask
 from torchspec.models.blocks.weighting import normaliser
-from torchspec.models.losses import LossWeights
-from torchspec.models.target_weights import TargetHead, read_embedding
+from torchspec.models.ops.loss_formulas import LossWeights
+from torchspec.models.target_head import TargetHead, read_embedding
 from torchspec.target import Target
 
 LENGTH, PROMPT = 24, 3
