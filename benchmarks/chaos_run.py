@@ -27,7 +27,7 @@ from torchspec.engines.client import TrainerClient
 from torchspec.engines.connection import Closed
 from torchspec.engines.engine import EngineConfig
 from torchspec.engines.group import EngineGroup, GroupConfig
-from torchspec.engines.parent import die_with
+from torchspec.engines.parent_death import die_with
 from torchspec.errors import GroupStopped
 from torchspec.target import TargetConfig
 from torchspec.transfer import Store, StoreConfig, open_store

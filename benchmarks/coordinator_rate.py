@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 from torchspec.engines.client import Endpoint  # noqa: E402
 from torchspec.engines.connection import Connection  # noqa: E402
 from torchspec.engines.engine import EngineConfig  # noqa: E402
-from torchspec.engines.greeting import greet  # noqa: E402
 from torchspec.engines.group import EngineGroup, GroupConfig  # noqa: E402
+from torchspec.engines.handshake import greet  # noqa: E402
 from torchspec.engines.messages import (  # noqa: E402
     Acknowledge,
     Finished,

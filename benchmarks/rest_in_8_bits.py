@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from torchspec.data.conversations import parse
 from torchspec.data.render import Renderer
 from torchspec.data.sources import find_sources, read_rows
-from torchspec.engines.hooks import HiddenStates
+from torchspec.engines.transformers.hidden_states import HiddenStates
 from torchspec.files import dumps
 from torchspec.models.target_head import TargetHead
 from torchspec.paths import expand_all

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from torchspec.custom_code import needs_custom_model
-from torchspec.engines.transformers_engine import load_model
+from torchspec.engines.transformers.engine import load_model
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
 
@@ -119,4 +119,4 @@ def test_everything_loads_a_target_through_one_place() -> None:
     package = Path(__file__).parents[1] / "torchspec"
     asks = re.compile(r"Auto(Config|Tokenizer|Processor|ModelFor\w+|Model)\.from_pretrained|auto_class\(\)\.from_pretrained")
     found = {str(file.relative_to(package)) for file in package.rglob("*.py") if asks.search(file.read_text())}
-    assert found == {"custom_code.py", "tokenizer.py", "engines/load.py"}
+    assert found == {"custom_code.py", "tokenizer.py", "engines/transformers/load.py"}

@@ -22,7 +22,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
-from torchspec.engines.parent import die_with
+from torchspec.engines.parent_death import die_with
 
 _LAUNCHER = "TORCHSPEC_LAUNCHER"
 """Process id of the rank that starts others, in their environment."""

@@ -21,7 +21,7 @@ from tests.models.differences import PRUNED, against_reference
 from tests.models.exports import LAYERS, export_variant, random_draft, save_plain_target
 from tests.models.packs import conversation, counts, draft_config, head_weight, pack, task
 from torchspec.callbacks.vocabulary import VocabularyPruning
-from torchspec.engines.hooks import HiddenStates
+from torchspec.engines.transformers.hidden_states import HiddenStates
 from torchspec.errors import UserError
 from torchspec.models.eagle3.config import DraftConfig
 from torchspec.models.export.export import ExportOptions, export_draft

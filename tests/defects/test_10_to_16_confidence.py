@@ -117,8 +117,8 @@ def test_defect_12_a_sample_as_long_as_the_engine_takes_is_taken_and_a_longer_on
 
 def test_defect_13_a_prefill_that_was_not_computed_to_its_end_is_no_record() -> None:
     pytest.importorskip("vllm")
+    from torchspec.engines.vllm.capture_requests import PARAMETER
     from torchspec.engines.vllm.connector import HiddenStatesConnector
-    from torchspec.engines.vllm.orders import PARAMETER
 
     pending: list[Any] = []
     order = SimpleNamespace(answer=False, tail=[5], run={}, key="k")

@@ -19,8 +19,8 @@ import pytest
 from tests.engines.parts import group_config, save_tiny, wait_until
 from torchspec.engines.client import Endpoint, TrainerClient
 from torchspec.engines.connection import BadFrame, Closed, Connection, Framer
-from torchspec.engines.greeting import prove
 from torchspec.engines.group import EngineGroup
+from torchspec.engines.handshake import prove
 from torchspec.engines.messages import (
     MAX_FRAME,
     Ask,

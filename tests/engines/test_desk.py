@@ -12,7 +12,7 @@ import pytest
 from torchspec.engines.attendance import Attendance
 from torchspec.engines.client import Endpoint
 from torchspec.engines.exchange import Exchange
-from torchspec.engines.greeting import prove
+from torchspec.engines.handshake import prove
 from torchspec.engines.ledger import Ledger
 from torchspec.engines.messages import Hello, Ready, Stop, Unfit, Welcome
 from torchspec.engines.supervisor import Supervisor, WorkerProcess

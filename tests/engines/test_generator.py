@@ -11,7 +11,7 @@ import torch
 
 from tests.tiny import save_target
 from torchspec.engines.engine import Answer, Sampling
-from torchspec.engines.transformers_generator import TransformersGenerator, _choose
+from torchspec.engines.transformers.generator import TransformersGenerator, _choose
 from torchspec.target import TargetConfig
 
 END = 2

@@ -22,9 +22,9 @@ from torchspec.data.corpus import Corpus
 from torchspec.data.dataset import TokenizedDataset
 from torchspec.data.prepare import DataOptions
 from torchspec.engines.engine import EngineConfig, Job
-from torchspec.engines.hooks import HiddenStates
 from torchspec.engines.messages import Failed, Finished, Lease
-from torchspec.engines.transformers_engine import TransformersEngine
+from torchspec.engines.transformers.engine import TransformersEngine
+from torchspec.engines.transformers.hidden_states import HiddenStates
 from torchspec.images import VisionTower, temporal_positions
 from torchspec.target import Target, TargetConfig
 from torchspec.transfer import StoreServer, open_store
@@ -221,8 +221,8 @@ def test_vllm(family: str, server: StoreServer, tmp_path: Path, monkeypatch: pyt
     """vLLM is given the pixels and one token an image; its states and Transformers' agree, and ids it did not come to are a named failure."""
     pytest.importorskip("vllm")
     pytest.importorskip("torchvision", exc_type=ImportError, reason="vLLM's vision models need torchvision, whose build does not fit a CPU torch")
+    from torchspec.engines.vllm.capture_requests import TOKEN_VARIABLE
     from torchspec.engines.vllm.engine import VLLMEngine
-    from torchspec.engines.vllm.orders import TOKEN_VARIABLE
 
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     target = save_vl_target(tmp_path / "target", family)

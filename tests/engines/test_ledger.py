@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from torchspec.engines import books
+from torchspec.engines import audit
 from torchspec.engines.ledger import Ledger, ProtocolError
+from torchspec.engines.ledger_state import Out
 from torchspec.engines.messages import Damaged, Lease, Pack, PackReady, Sample
-from torchspec.engines.passes import Out
 
 BYTES = 100
 """Bytes of a token in these tests."""
@@ -28,7 +28,7 @@ def pack(index: int, *lengths: int) -> Pack:
 
 def out(ledger: Ledger) -> Out:
     taken = ledger.out.take()
-    books.audit(ledger)
+    audit.audit(ledger)
     return taken
 
 
@@ -438,7 +438,7 @@ def test_state_counts_samples_by_where_they_are() -> None:
     ledger.submit(0, "train", 0, [pack(0, 2, 2, 2), pack(1, 2), pack(2, 4, 3)])
     leases = ledger.pull("w", 3, 100, 0.0)
     finish(ledger, "w", leases[:1])
-    assert books.state(ledger) == {"budget": 1000, "bytes_alive": 800, "queued": 2, "ready_for_work": 1, "leased": 2, "finished": 1, "failed": 0}
+    assert audit.state(ledger) == {"budget": 1000, "bytes_alive": 800, "queued": 2, "ready_for_work": 1, "leased": 2, "finished": 1, "failed": 0}
 
 
 def test_damaged_records_of_a_pack_go_together_even_where_one_is_given_up() -> None:
@@ -485,9 +485,9 @@ def test_the_audit_sees_credit_that_leaks_and_records_that_vanish(one: Ledger) -
     (ready,) = drain(one)
     one.credit.take("train", 1)
     with pytest.raises(AssertionError, match="credit of train is 301 bytes, its living packs hold 300"):
-        books.audit(one)
+        audit.audit(one)
     one.credit.give_back("train", 1)
-    books.audit(one)
+    audit.audit(one)
     one.deleted([ready.records[0].key])
     with pytest.raises(AssertionError, match="deleted while it is owed"):
-        books.audit(one)
+        audit.audit(one)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from torchspec.engines import books
+from torchspec.engines import audit
 from torchspec.engines.ledger import Ledger, ProtocolError
 from torchspec.engines.messages import Continue, Damaged, Lease, Pack, PackReady, Sample
 
@@ -48,7 +48,7 @@ def settle(ledger: Ledger) -> None:
     """What the coordinator does with keys to delete."""
     keys, ledger.out.delete = ledger.out.delete, []
     ledger.deleted(keys)
-    books.audit(ledger)
+    audit.audit(ledger)
 
 
 def test_credit_covers_the_longest_answer_and_the_record_says_how_long_it_was() -> None:
@@ -92,7 +92,7 @@ def test_packs_of_a_step_are_announced_together_over_ranks() -> None:
     for rank, message in found:
         ledger.acknowledge(rank, "train", 0, [message.pack])
     settle(ledger)
-    assert ledger.credit.alive == 0 and books.state(ledger)["queued"] == 0
+    assert ledger.credit.alive == 0 and audit.state(ledger)["queued"] == 0
 
 
 def test_a_damaged_record_is_answered_again_and_keeps_the_lengths_that_others_trained_with() -> None:
@@ -162,7 +162,7 @@ def test_a_lost_answering_worker_returns_its_prompts() -> None:
     ledger.join("a", 100, answers=True)
     (lease,) = pull(ledger, "a")
     assert ledger.leave("a", "died") == []
-    books.audit(ledger)
+    audit.audit(ledger)
     ledger.join("b", 100, answers=True)
     (again,) = pull(ledger, "b")
     assert again.index == lease.index and again.id != lease.id

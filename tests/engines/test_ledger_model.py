@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from torchspec.engines import books
+from torchspec.engines import audit
 from torchspec.engines.ledger import Ledger
 from torchspec.engines.messages import Continue, Damaged, Lease, Pack, PackReady, Sample
 
@@ -368,7 +368,7 @@ class Delivery(RuleBasedStateMachine):
 
     @invariant()
     def books_agree(self) -> None:
-        books.audit(self.ledger)
+        audit.audit(self.ledger)
         assert sum(self.store.values()) <= self.ledger.credit.alive <= BUDGET
         assert self.ledger.credit.of("train") <= BUDGET - RESERVE
         for pack in self.ledger.leases.paying.values():
@@ -396,7 +396,7 @@ class Delivery(RuleBasedStateMachine):
             busy = not all(side.whole for side in self.ranks.values())
             if not busy:
                 break
-        assert not busy, (books.state(self.ledger), self.ranks)
+        assert not busy, (audit.state(self.ledger), self.ranks)
         self.pump()
         for rank, stage in KEYS:
             self.ledger.leave_stage(rank, stage)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.quantised import FP8, fp8
-from torchspec.engines.hooks import HiddenStates
-from torchspec.engines.load import load_model
+from torchspec.engines.transformers.hidden_states import HiddenStates
+from torchspec.engines.transformers.load import load_model
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from tests.engines.parts import read_record, save_tiny, spec_of
 from torchspec.engines.engine import EngineConfig, Job
-from torchspec.engines.hooks import HiddenStates
 from torchspec.engines.messages import Failed, Finished, Lease
 from torchspec.engines.record_writer import RecordWriter
-from torchspec.engines.transformers_engine import TransformersEngine, load_model
+from torchspec.engines.transformers.engine import TransformersEngine, load_model
+from torchspec.engines.transformers.hidden_states import HiddenStates
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
 from torchspec.transfer import Store, StoreError, StoreServer, open_store

@@ -12,10 +12,10 @@ import torch
 from tests.engines.parts import read_record, save_tiny, spec_of
 from tests.engines.test_transformers_engine import expected, leases_of, random_samples, work_off
 from torchspec.engines.engine import EngineConfig, Job, OnPolicy
-from torchspec.engines.hooks import HiddenStates
 from torchspec.engines.messages import Continue, Failed, Finished, Lease
+from torchspec.engines.transformers.hidden_states import HiddenStates
+from torchspec.engines.vllm.capture_requests import TOKEN_VARIABLE
 from torchspec.engines.vllm.engine import VLLMEngine
-from torchspec.engines.vllm.orders import TOKEN_VARIABLE
 from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
 from torchspec.target import TargetConfig

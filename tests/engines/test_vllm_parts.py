@@ -24,8 +24,8 @@ from torchspec.engines.engine import EngineConfig, Job
 from torchspec.engines.messages import Challenge, Failed, Finished, Lease
 from torchspec.engines.vllm.cache import HiddenStateCache
 from torchspec.engines.vllm.capture import CapturingEngine
+from torchspec.engines.vllm.capture_requests import PARAMETER, TOKEN_VARIABLE, BadOrder, Destination, Introduce, Order, Wrote, read_destination, read_order
 from torchspec.engines.vllm.options import OWNED, check_arguments, check_version
-from torchspec.engines.vllm.orders import PARAMETER, TOKEN_VARIABLE, BadOrder, Destination, Introduce, Order, Wrote, read_destination, read_order
 from torchspec.engines.vllm.reports import ReportServer
 from torchspec.engines.vllm.sink import Capture, Ring, Sink, introduced
 from torchspec.errors import UserError

@@ -15,8 +15,8 @@ from tests.engines.parts import save_tiny, spec_of
 from tests.engines.test_transformers_engine import leases_of
 from torchspec.engines.engine import EngineConfig, Job, OnPolicy
 from torchspec.engines.messages import Continue, Failed
+from torchspec.engines.vllm.capture_requests import PARAMETER
 from torchspec.engines.vllm.options import sampling_params
-from torchspec.engines.vllm.orders import PARAMETER
 from torchspec.engines.vllm.remote import RemoteVLLMEngine
 from torchspec.target import TargetConfig
 from torchspec.transfer import StoreServer

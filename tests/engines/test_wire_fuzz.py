@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from tests.engines.parts import group_config, save_tiny
 from torchspec.engines.client import Endpoint, TrainerClient
 from torchspec.engines.connection import BadFrame, Framer
-from torchspec.engines.greeting import prove
 from torchspec.engines.group import EngineGroup
+from torchspec.engines.handshake import prove
 from torchspec.engines.messages import (
     MAX_FRAME,
     Acknowledge,

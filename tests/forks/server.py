@@ -36,7 +36,7 @@ MODULES = (
     "torchspec.models.module",
     "torchspec.models.training.parallelize",
     "torchspec.engines.group",
-    "torchspec.engines.transformers_engine",
+    "torchspec.engines.transformers.engine",
 )
 _HIGH = 700
 """File descriptors from here on are ours: no program counts on them."""

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.models.every_class import Family, families
-from torchspec.engines.hooks import HiddenStates
+from torchspec.engines.transformers.hidden_states import HiddenStates
 from torchspec.errors import UserError
 from torchspec.models.target_head import TargetHead, is_tied, read_embedding
 from torchspec.target import Target, TargetConfig

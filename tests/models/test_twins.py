@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.twins import QUANTISED, TWINS, L, Twin, drop, make, stored
-from torchspec.engines.hooks import HiddenStates
-from torchspec.engines.load import load_model
+from torchspec.engines.transformers.hidden_states import HiddenStates
+from torchspec.engines.transformers.load import load_model
 from torchspec.errors import UserError
 from torchspec.models.target_head import TargetHead, is_tied, read_embedding
 from torchspec.target import Target, TargetConfig

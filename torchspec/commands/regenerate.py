@@ -134,7 +134,7 @@ def _generator(engine: str, config: TargetConfig, *, batch_size: int, device: st
         from torchspec.engines.vllm.generator import VLLMGenerator
 
         return VLLMGenerator(config, batch_size=batch_size, device=device, engine_args=engine_args)
-    from torchspec.engines.transformers_generator import TransformersGenerator
+    from torchspec.engines.transformers.generator import TransformersGenerator
 
     return TransformersGenerator(config, batch_size=batch_size, device=device)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchspec.engines.connection import SILENCE, BadFrame, Closed, Connection
-from torchspec.engines.greeting import Refused, greet
+from torchspec.engines.handshake import Refused, greet
 from torchspec.engines.messages import (
     Acknowledge,
     Answer,

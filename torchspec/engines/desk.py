@@ -16,7 +16,7 @@ from torchspec.engines.attendance import Attendance
 from torchspec.engines.connection import Peer
 from torchspec.engines.ledger import Ledger, ProtocolError
 from torchspec.engines.messages import ANSWERER, Beat, Leave, NewDraft, Pull, Ready, Report, Stop, Unfit
-from torchspec.engines.views import WorkerView, mismatch
+from torchspec.engines.peers import WorkerView, mismatch
 from torchspec.errors import UserError
 
 log = logging.getLogger("torchspec.coordinator")

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from torchspec.engines import books, greeting
+from torchspec.engines import audit, handshake
 from torchspec.engines.attendance import Attendance
 from torchspec.engines.cleaner import Cleaner, LateKeys
 from torchspec.engines.connection import Peer
@@ -39,7 +39,7 @@ from torchspec.engines.messages import (
     Welcome,
     Work,
 )
-from torchspec.engines.views import Client, WorkerView
+from torchspec.engines.peers import Client, WorkerView
 from torchspec.transfer.store import Address
 
 log = logging.getLogger("torchspec.coordinator")
@@ -137,7 +137,7 @@ class Exchange:
             peer.close()
 
     def _made(self, peer: Peer) -> None:
-        self._clients[peer] = client = Client(greeting.challenge(), expires=self._now() + _HELLO)
+        self._clients[peer] = client = Client(handshake.challenge(), expires=self._now() + _HELLO)
         peer.send(client.challenge)
 
     def _received(self, peer: Peer, message: Any) -> None:
@@ -164,7 +164,7 @@ class Exchange:
 
     def _hello(self, peer: Peer, client: Client, message: Hello) -> None:
         word = self._supervisor.word(message.name) if message.role == "worker" else ""
-        problem = greeting.problem_of(message, client.challenge.nonce, self.config["token"], word=word)
+        problem = handshake.problem_of(message, client.challenge.nonce, self.config["token"], word=word)
         if problem is None and message.role not in _FROM:
             problem = f"unknown role {message.role!r}"
         if problem is None and message.role == "worker":
@@ -233,7 +233,7 @@ class Exchange:
                 ledger.close_stage(client.rank, m.stage, m.epoch)
             case Ask():
                 facts = {name: view.facts() for name, view in self.views.items()}
-                peer.send(Answer(state={**books.state(ledger), "restarts": self._supervisor.restarts, "workers": facts}))
+                peer.send(Answer(state={**audit.state(ledger), "restarts": self._supervisor.restarts, "workers": facts}))
 
     def _open_stage(self, peer: Peer, client: Client, m: OpenStage) -> None:
         if client.rank not in (-1, m.rank):
@@ -262,7 +262,7 @@ class Exchange:
                         view.pull = None
                         view.peer.send(Work(leases=leases))
         if self._audits:
-            books.audit(ledger)
+            audit.audit(ledger)
         out = ledger.out.take()
         if out.stop is not None:
             self._stop(out.stop)

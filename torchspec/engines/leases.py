@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from torchspec.engines.ledger_state import KINDS, Out, PackState, SampleState, WorkerState, kind_of
 from torchspec.engines.messages import Failure, Lease, RecordRef
-from torchspec.engines.passes import KINDS, Out, PackState, SampleState, WorkerState, kind_of
 
 
 class Leases:

@@ -9,7 +9,7 @@ Life of a sample::
 Credit is granted a pack at a time, in pack order over all ranks of a pass, and returns when the pack is acknowledged (or its pass
 closed) *and* every key that it may have in the store is deleted. So bytes alive never exceed the budget, whatever workers do. What the
 outside must do is left in ``out``: packs that are ready, keys to delete, leases to cancel, and the reason to stop. This half faces the ranks; ``leases.py``
-faces workers and store; ``announce.py`` says which packs are ready; ``books.py`` counts and audits.
+faces workers and store; ``announcements.py`` says which packs are ready; ``audit.py`` counts and audits.
 
 On-policy, samples are prompts: the worker that captures one answers it first, or (``separate_answers``) a worker that only answers holds the sample before one
 that captures.
@@ -19,10 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from torchspec.engines.announce import announce_step, forget_step, whole
+from torchspec.engines.announcements import announce_step, forget_step, whole
 from torchspec.engines.leases import Leases
+from torchspec.engines.ledger_state import KINDS, Credit, Out, PackState, PassState, SampleState, kind_of
 from torchspec.engines.messages import Damaged, Lease, Pack
-from torchspec.engines.passes import KINDS, Credit, Out, PackState, PassState, SampleState, kind_of
 
 
 class ProtocolError(Exception):

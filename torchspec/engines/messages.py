@@ -141,7 +141,7 @@ class Hello(Message, frozen=True, kw_only=True):
     """Who the client is, with its proof of the token; answered by :class:`Welcome`."""
 
     proof: bytes
-    """``greeting.prove`` of the token, the challenge, and the two fields below."""
+    """``handshake.prove`` of the token, the challenge, and the two fields below."""
     role: str
     """trainer, worker or observer."""
     name: str

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torchspec
 from torchspec.engines.client import Endpoint
-from torchspec.engines.greeting import WORD_VARIABLE
+from torchspec.engines.handshake import WORD_VARIABLE
 from torchspec.errors import UserError
 from torchspec.network import host_port
 from torchspec.processes import kill_group
@@ -57,7 +57,7 @@ class WorkerProcess:
     log_from: int = 0
     """Where in the log the process that was started last begins."""
     word: str = ""
-    """Of the process that was started last, random: it proves its name with it (``greeting.py``)."""
+    """Of the process that was started last, random: it proves its name with it (``handshake.py``)."""
 
     def start(self, endpoint: Endpoint, *, now: float) -> None:
         """Start a fresh interpreter in a session of its own."""

@@ -24,7 +24,7 @@ from typing import NoReturn
 import torchspec
 from torchspec.engines.connection import SILENCE, BadFrame, Closed, Connection
 from torchspec.engines.engine import Engine, EngineConfig, Job, OnPolicy, TakesDrafts
-from torchspec.engines.greeting import WORD_VARIABLE, Over, Refused, greet
+from torchspec.engines.handshake import WORD_VARIABLE, Over, Refused, greet
 from torchspec.engines.messages import (
     ANSWERER,
     Answered,
@@ -43,7 +43,7 @@ from torchspec.engines.messages import (
     Welcome,
     Work,
 )
-from torchspec.engines.parent import die_with
+from torchspec.engines.parent_death import die_with
 from torchspec.errors import UserError
 from torchspec.imports import heavy_imports
 from torchspec.network import host_port, split_host_port
@@ -53,7 +53,7 @@ from torchspec.transfer.spec import RecordSpec
 log = logging.getLogger("torchspec.worker")
 
 ENGINES = {
-    "transformers": "torchspec.engines.transformers_engine:TransformersEngine",
+    "transformers": "torchspec.engines.transformers.engine:TransformersEngine",
     "vllm": "torchspec.engines.vllm.engine:VLLMEngine",
     "vllm_remote": "torchspec.engines.vllm.remote:RemoteVLLMEngine",
     ANSWERER: "torchspec.engines.vllm.answering:AnsweringEngine",
@@ -84,7 +84,7 @@ def work(host: str, port: int, *, token: str, name: str, device: str, word: str 
         token: of the run.
         name: by which logs call it.
         device: torch device, cpu or cuda:0.
-        word: of a worker that the coordinator started (``greeting.WORD_VARIABLE``); "" by hand.
+        word: of a worker that the coordinator started (``handshake.WORD_VARIABLE``); "" by hand.
 
     Raises:
         UserError: refused, of another version, or the engine cannot be built (then the run's user is told as well).

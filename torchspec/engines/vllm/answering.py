@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from torchspec.engines.asynchronous import AsynchronousEngine
 from torchspec.engines.engine import EngineStats, Job
 from torchspec.engines.messages import Answered, Failed, Lease
-from torchspec.engines.vllm.asynchronous import AsynchronousEngine
 from torchspec.engines.vllm.draft_weights import EXTENSION
 from torchspec.engines.vllm.options import (
     ANSWERS,

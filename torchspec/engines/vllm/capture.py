@@ -13,11 +13,11 @@ from abc import abstractmethod
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+from torchspec.engines.asynchronous import AsynchronousEngine
 from torchspec.engines.engine import EngineStats, Job, Sampling
 from torchspec.engines.messages import Failed, Finished, Lease
-from torchspec.engines.vllm.asynchronous import AsynchronousEngine
+from torchspec.engines.vllm.capture_requests import PARAMETER, Destination, Order, Wrote, ids_digest
 from torchspec.engines.vllm.options import check_arguments
-from torchspec.engines.vllm.orders import PARAMETER, Destination, Order, Wrote, ids_digest
 from torchspec.engines.vllm.reports import ReportServer
 from torchspec.errors import UserError
 from torchspec.images import BadImage, read_picture, unexpanded

@@ -1,9 +1,10 @@
 """The connector that vLLM loads: hidden states of finished requests go from its cache to the store.
 
-vLLM makes one instance in its scheduler and one in each process that runs the model. A request carries an order (``orders.py``). When it has finished, the
-scheduler's instance asks vLLM to hold the request's blocks, and passes them on with the next step; the instance of tensor-parallel rank 0 copies the states
-out and lets the blocks go. States are read when the request is over, not layer by layer: a prefill cut into chunks, or begun again after a preemption, is whole
-by construction. All ranks hold the same states, so one writes.
+vLLM makes one instance in its scheduler and one in each process that runs the model. A request carries an order
+(``capture_requests.py``). When it has finished, the scheduler's instance asks vLLM to hold the request's blocks, and
+passes them on with the next step; the instance of tensor-parallel rank 0 copies the states out and lets the blocks go.
+States are read when the request is over, not layer by layer: a prefill cut into chunks, or begun again after a
+preemption, is whole by construction. All ranks hold the same states, so one writes.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from torchspec.engines.connection import Closed
-from torchspec.engines.parent import die_with
+from torchspec.engines.parent_death import die_with
 from torchspec.engines.record_writer import one_line
-from torchspec.engines.vllm import conditions
+from torchspec.engines.vllm import checks
 from torchspec.engines.vllm.cache import HiddenStateCache, find_group
+from torchspec.engines.vllm.capture_requests import PARAMETER, TOKEN_VARIABLE, BadOrder, Order, ids_digest, read_destination, read_order
 from torchspec.engines.vllm.options import check_version
-from torchspec.engines.vllm.orders import PARAMETER, TOKEN_VARIABLE, BadOrder, Order, ids_digest, read_destination, read_order
 from torchspec.engines.vllm.sink import Capture, Sink, introduced
 from torchspec.errors import UserError
 
@@ -59,14 +60,14 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
     """See the module. Arguments are vLLM's.
 
     Raises:
-        UserError: this vLLM is not one that it can serve, or its states would be wrong (``conditions.py``).
+        UserError: this vLLM is not one that it can serve, or its states would be wrong (``checks.py``).
     """
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         extra = vllm_config.kv_transfer_config.get_from_extra_config
         check_version(vllm.__version__, allow_unknown=bool(extra("allow_unknown_version", False)))
-        conditions.check(vllm_config)
+        checks.check(vllm_config)
         if role == KVConnectorRole.SCHEDULER and (owner := extra("owner", None)) is not None:
             die_with(owner)  # the engine core must not outlive the worker that started it
         draft = vllm_config.speculative_config.draft_model_config.hf_config if vllm_config.speculative_config else None
@@ -74,7 +75,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         self._group, self._block_size = find_group(kv_cache_config)
         self._max_tokens = int(vllm_config.model_config.max_model_len)
         # in the scheduler
-        self._target = conditions.check_target(vllm_config, promised=extra("target", None)) if role == KVConnectorRole.SCHEDULER else None
+        self._target = checks.check_target(vllm_config, promised=extra("target", None)) if role == KVConnectorRole.SCHEDULER else None
         self._accepted: OrderedDict[str, None] = OrderedDict()
         self._pending: list[tuple[Capture, dict[str, Any]]] = []
         self._checked: dict[str, str] = {}
@@ -207,7 +208,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         names = list(get_layers_from_vllm_config(self._vllm_config, CacheOnlyAttentionLayer, list(kv_caches)))
         if len(names) != 1:
             raise UserError("data.engine", "vllm", f"has {len(names)} layers that keep hidden states", "use a version listed in docs/engines.md")
-        conditions.check_cache(kv_caches[names[0]], self._vllm_config.model_config.dtype)
+        checks.check_cache(kv_caches[names[0]], self._vllm_config.model_config.dtype)
         self._cache = HiddenStateCache(kv_caches[names[0]], layers=len(self._layer_ids), block_size=self._block_size)
         log.info("hidden states %s are in a cache of %s, blocks of %d tokens", list(self._layer_ids), list(kv_caches[names[0]].shape), self._block_size)
 

@@ -10,6 +10,7 @@ import torch
 
 from torchspec.engines.engine import Sampling
 from torchspec.engines.vllm.capture import CapturingEngine
+from torchspec.engines.vllm.capture_requests import TOKEN_VARIABLE
 from torchspec.engines.vllm.options import (
     capture_arguments,
     check_version,
@@ -21,7 +22,6 @@ from torchspec.engines.vllm.options import (
     set_environment,
     vllm_config_of,
 )
-from torchspec.engines.vllm.orders import TOKEN_VARIABLE
 from torchspec.errors import UserError
 from torchspec.imports import heavy_imports
 
@@ -45,7 +45,7 @@ class VLLMEngine(CapturingEngine):
             import vllm
             from vllm.v1.engine.async_llm import AsyncLLM
 
-            from torchspec.engines.vllm.conditions import check
+            from torchspec.engines.vllm.checks import check
 
         check_version(vllm.__version__, allow_unknown=config.allow_unknown_version)
         self.token = os.environ.setdefault(TOKEN_VARIABLE, os.urandom(16).hex())

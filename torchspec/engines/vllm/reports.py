@@ -8,14 +8,14 @@ import logging
 from collections.abc import Callable
 
 from torchspec.engines.connection import Peer
-from torchspec.engines.greeting import challenge, prove
-from torchspec.engines.vllm.orders import REPORTER, Introduce, Wrote
+from torchspec.engines.handshake import challenge, prove
+from torchspec.engines.vllm.capture_requests import REPORTER, Introduce, Wrote
 
 log = logging.getLogger(__name__)
 
 
 class ReportServer:
-    """Takes reports of connectors that prove the secret, each to a challenge of its own (``greeting.py``), in the running event loop.
+    """Takes reports of connectors that prove the secret, each to a challenge of its own (``handshake.py``), in the running event loop.
 
     Args:
         token: the secret.

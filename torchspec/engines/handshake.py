@@ -45,7 +45,7 @@ def problem_of(hello: Hello, nonce: bytes, token: str, *, word: str = "") -> str
     """Why a greeting is refused; None when it is good. Which roles there are is the coordinator's affair.
 
     Args:
-        hello: the greeting.
+        hello: the handshake.
         nonce: of the challenge.
         token: of the run.
         word: of the worker that was started under this name; "" where none was.

@@ -23,9 +23,9 @@ from tests.tiny import save_target
 from tests.tiny_vl import save_vl_target
 from torchspec.engines.connection import Closed
 from torchspec.engines.engine import EngineConfig
-from torchspec.engines.vllm.conditions import check, check_cache
+from torchspec.engines.vllm.capture_requests import PARAMETER, TOKEN_VARIABLE, Destination, Order
+from torchspec.engines.vllm.checks import check, check_cache
 from torchspec.engines.vllm.options import capture_arguments, model_arguments, vllm_config_of
-from torchspec.engines.vllm.orders import PARAMETER, TOKEN_VARIABLE, Destination, Order
 from torchspec.engines.vllm.sink import Capture, introduced
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig

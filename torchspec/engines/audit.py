@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 from torchspec.engines.ledger import Ledger
-from torchspec.engines.passes import KINDS, kind_of
+from torchspec.engines.ledger_state import KINDS, kind_of
 
 
 def state(ledger: Ledger) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class Introduce(Message, frozen=True, kw_only=True):
     """A connector's answer to the challenge of the engine it reports to."""
 
     proof: bytes
-    """``greeting.prove`` of the secret, the challenge, and role and name ``REPORTER``: the secret itself is sent to nobody."""
+    """``handshake.prove`` of the secret, the challenge, and role and name ``REPORTER``: the secret itself is sent to nobody."""
 
 
 class Wrote(Message, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchspec.engines.engine import Answer, Sampling
-from torchspec.engines.load import load_model
+from torchspec.engines.transformers.load import load_model
 from torchspec.target import Target, TargetConfig
 
 _COMPACT = 0.75

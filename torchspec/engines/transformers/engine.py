@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from torchspec.engines.engine import EngineStats, Job
-from torchspec.engines.hooks import HiddenStates
-from torchspec.engines.load import load_model
 from torchspec.engines.messages import Failed, Finished, Lease
 from torchspec.engines.record_writer import Captured, RecordWriter, one_line
+from torchspec.engines.transformers.hidden_states import HiddenStates
+from torchspec.engines.transformers.load import load_model
 from torchspec.images import BadImage, VisionTower, read_picture
 from torchspec.target import Target
 

@@ -5,8 +5,8 @@ On-policy no plan knows how long the answers are, and a loss is normalised over 
 
 from __future__ import annotations
 
+from torchspec.engines.ledger_state import Out, PackState, PassState
 from torchspec.engines.messages import PackReady
-from torchspec.engines.passes import Out, PackState, PassState
 
 
 def whole(out: Out, pack: PackState) -> None:

@@ -1,0 +1,1 @@
+"""The target run by Transformers: it captures, and it answers for ``regenerate``."""
