@@ -35,6 +35,10 @@ def default_cache_dir() -> Path:
     return Path(home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "torchspec"
 
 
+MAX_ROWS = 16384
+"""Draft rows of a pack at most, unless ``data.max_rows`` says otherwise; for families whose work is not that of their tokens."""
+
+
 class Corpus:
     """Training and validation data of one target.
 
@@ -46,6 +50,7 @@ class Corpus:
         packs_per_step: packs of an optimizer step.
         seed: of the order.
         cache_dir: folder of tokenised data.
+        max_rows: draft rows of a training pack at most, for families that have such work; None takes ``MAX_ROWS``.
         max_bad_fraction: share of unusable rows that is tolerated.
         num_proc: processes that tokenise.
         on_policy: how the target answers the training prompts anew; None trains on the answers given.
@@ -62,6 +67,7 @@ class Corpus:
         packs_per_step: int,
         seed: int,
         cache_dir: Path,
+        max_rows: int | None = None,
         max_bad_fraction: float = 0.0,
         num_proc: int | None = None,
         on_policy: OnPolicy | None = None,
@@ -69,6 +75,7 @@ class Corpus:
     ) -> None:
         self.target, self.sources, self.options = target, sources, options
         self.max_tokens, self.packs_per_step, self.seed = max_tokens, packs_per_step, seed
+        self.max_rows = max_rows
         self._cache_dir, self._max_bad_fraction, self._num_proc, self._say = cache_dir, max_bad_fraction, num_proc, say
         self.on_policy = on_policy
         self._data: dict[str, TokenizedDataset] = {}
@@ -174,17 +181,30 @@ class Corpus:
             self._measured[key] = self.samples(stage).measured(key[1])
         return self._measured[key]
 
+    def check_rows(self) -> None:
+        """Refuse a bound of draft rows for a draft that has none beside its tokens.
+
+        Raises:
+            UserError: naming it.
+        """
+        if self.max_rows is not None and not self._measure("train")[1].any():
+            problem = "bounds draft rows, and what this draft computes follows from its tokens alone"
+            raise UserError("data.max_rows", self.max_rows, problem, "leave it out: data.max_tokens is its bound")
+
     def plan(self, epoch: int) -> Plan:
         """The plan of a training epoch."""
         if self._plan is None or self._plan.epoch != epoch:
             samples = self.samples("train")
+            counts, work = self._measure("train")
             self._plan = Plan(
                 samples.lengths,
                 seed=self.seed,
                 epoch=epoch,
                 max_tokens=self.max_tokens,
                 packs_per_step=self.packs_per_step,
-                counts=self._measure("train")[0],
+                counts=counts,
+                work=work,
+                max_rows=self.max_rows or MAX_ROWS,
                 content=samples.content,
                 num_packs=None if self._plan is None else len(self._plan),
             )
@@ -194,6 +214,20 @@ class Corpus:
     def any_plan(self) -> Plan:
         """The plan of some epoch: all have the same length and fingerprint."""
         return self.plan(0) if self._plan is None else self._plan
+
+    @property
+    def about_work(self) -> str | None:
+        """A line on the training plans of a family with draft rows of its own; None where tokens say what a pack costs."""
+        plan, (counts, work) = self.any_plan, self._measure("train")
+        if plan.max_rows is None:
+            return None
+        packs, larger = int((plan.tokens() > 0).sum()), int((work > plan.max_rows).sum())
+        line = f"train: {packs:,} packs of at most {self.max_tokens:,} tokens and {plan.max_rows:,} draft rows (data.max_rows)"
+        if larger:
+            line += f", {larger:,} conversations of more rows in a pack each"
+        if counts is not None:
+            line += f"; {counts[:, 0].sum() / max(int(plan.lengths.sum()), 1):.3f} supervised positions a streamed token"
+        return line
 
     def validation_plan(self, stage: str, world: int) -> Plan:
         """A validation set in its own order, padded so that every one of ``world`` ranks has as many packs."""

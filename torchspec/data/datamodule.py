@@ -60,6 +60,9 @@ class DraftDataModule(pl.LightningDataModule):
         validate: the same for validation; or a table of names with a set each, whose metrics are logged as ``val/NAME/...``; none skips it.
         max_length: tokens of a conversation at most; longer ones are cut on the right.
         max_tokens: tokens of a pack (one micro-batch of one rank) at most.
+        max_rows: draft rows of a training pack at most, where a draft computes more than its tokens (a block draft: its
+            blocks times their slots). A conversation of more is a pack of its own. None means 16384. Refused for a draft
+            whose work follows from its tokens, as that of EAGLE-3 does. Validation has no such bound.
         packs_per_step: packs of an optimizer step over all ranks; accumulation is this divided by the number of ranks.
         seed: of the order of the data.
         on_policy: the target answers the training prompts anew in the run, instead of the answers in the data. Engines
@@ -92,6 +95,7 @@ class DraftDataModule(pl.LightningDataModule):
         validate: str | list[str] | dict[str, str | list[str]] | None = None,
         max_length: int = 2048,
         max_tokens: int = 4096,
+        max_rows: int | None = None,
         packs_per_step: int = 8,
         seed: int = 0,
         on_policy: OnPolicy | None = None,
@@ -115,6 +119,7 @@ class DraftDataModule(pl.LightningDataModule):
         check_sizes(
             max_length=max_length,
             max_tokens=max_tokens,
+            max_rows=max_rows,
             packs_per_step=packs_per_step,
             prefetch_packs=prefetch_packs,
             min_supervised_tokens=min_supervised_tokens,
@@ -150,6 +155,7 @@ class DraftDataModule(pl.LightningDataModule):
             packs_per_step=packs_per_step,
             seed=seed,
             cache_dir=Path(cache_dir).expanduser() if cache_dir else default_cache_dir(),
+            max_rows=max_rows,
             max_bad_fraction=max_bad_fraction,
             num_proc=num_proc,
             on_policy=on_policy,
@@ -240,6 +246,7 @@ class DraftDataModule(pl.LightningDataModule):
                 check_outside(self.tee, given or [], field="data.tee")
         if training:
             self.corpus.samples("train")
+            self.corpus.check_rows()
             policy = self.corpus.on_policy
             served = any(getattr(callback, "serves_draft", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
             if policy is not None and policy.answer_workers and not served:
@@ -310,6 +317,8 @@ class DraftDataModule(pl.LightningDataModule):
             drop_schedules(trainer)
             trainer.accumulate_grad_batches = self.accumulation
             check_limit(trainer, batches_per_epoch=self._batches)
+            if (line := self.corpus.about_work) is not None:
+                rank_zero_info(line)
         for validation in self.validation_stages:
             self.corpus.validation_plan(validation, trainer.world_size)
         self.endpoint = trainer.strategy.broadcast(self.endpoint)

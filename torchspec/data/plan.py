@@ -1,8 +1,8 @@
 """The plan: which conversations make up which micro-batch of which optimizer step. A pure function, the same on every rank and for every world size.
 
-*Packs.* The epoch's permutation is cut into windows; in each, conversations go, longest first, into the fullest pack that still has room (best-fit
-decreasing). Packs that stay below 97 % are taken apart and their conversations join the next window, so that only the end of the epoch is loose: padding
-stays under 2 %, and which conversations share a pack is random within a window. The packs are then shuffled over the whole epoch.
+*Packs.* Conversations of the epoch's permutation are put together by best fit in windows (``packing.py``): padding stays
+under 2 %, and which conversations share a pack is random within a window. The packs are then shuffled over the whole
+epoch. Where a draft family computes more than tokens say (block drafts), its rows are a second bound of a pack.
 
 *Length.* Every epoch has the same number of packs, that of epoch 0 rounded up to whole steps (schedules and cursors count on it). An epoch whose permutation
 needs more takes the next permutation of its seed, after a few of them the packs of epoch 0 in its own order.
@@ -15,21 +15,18 @@ the same set of packs whatever w is.
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from torchspec.data.packing import Bound, form_packs
 from torchspec.errors import UserError
 
 VERSION = 1
 """Goes up when the order changes, so that a resume under other code is refused."""
-_FULL = 0.97
-_PACKS_IN_WINDOW = 192
 _ATTEMPTS = 4
 _PACKS_AT_ONCE = 4096
-_BITS = 24  # of a pack's number inside a window, below its room
 
 
 class Plan:
@@ -48,6 +45,8 @@ class Plan:
         counts: [n, Q] normalisers of each conversation (``Supervision.counts``), for :meth:`step_counts`.
         shuffle: False keeps the order of the data (validation).
         content: hash of the data, part of the fingerprint.
+        work: [n] draft rows of each conversation (``Supervision.work``); None, or zeros, where tokens say what it costs.
+        max_rows: draft rows of a pack at most; a conversation of more is a pack of its own. None bounds nothing.
         num_packs: ``len`` of another epoch of the same plan, to spare finding it again.
 
     Raises:
@@ -65,6 +64,8 @@ class Plan:
         counts: np.ndarray | None = None,
         shuffle: bool = True,
         content: str = "",
+        work: np.ndarray | None = None,
+        max_rows: int | None = None,
         num_packs: int | None = None,
     ) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
@@ -76,6 +77,11 @@ class Plan:
             )
         if packs_per_step < 1:
             raise UserError("data.packs_per_step", packs_per_step, "is below 1", "use 1 or more")
+        bounded = max_rows is not None and work is not None and bool(np.any(work))
+        self.max_rows = max_rows if bounded else None
+        """Draft rows of a pack at most; None where tokens are the only bound."""
+        self._tokens = Bound(self.lengths, max_tokens)
+        self._rows = Bound(np.asarray(work, dtype=np.int64), max_rows) if bounded and max_rows is not None else None
         self._order, self._starts = self._form(num_packs)
         self._counts = None if counts is None else _sum_by_pack(counts, self._order, self._starts)
 
@@ -124,6 +130,8 @@ class Plan:
         """Hash of everything that the order of all epochs follows from."""
         digest = hashlib.sha256(np.ascontiguousarray(self.lengths).tobytes())
         digest.update(repr((VERSION, self.seed, self.max_tokens, self.packs_per_step, self.shuffle, self.content)).encode())
+        if self._rows is not None:
+            digest.update(np.ascontiguousarray(self._rows.sizes).tobytes() + repr(("rows", self._rows.limit)).encode())
         return digest.hexdigest()[:32]
 
     def _form(self, num_packs: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -146,7 +154,7 @@ class Plan:
     def _packs(self, epoch: int, attempt: int) -> tuple[np.ndarray, np.ndarray]:
         n = self.lengths.shape[0]
         order = self._generator(epoch, attempt).permutation(n) if self.shuffle else np.arange(n)
-        return _form_packs(order, self.lengths, self.max_tokens)
+        return form_packs(order, self._tokens, self._rows)
 
     def _generator(self, epoch: int, attempt: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64([self.seed % 2**63, epoch, attempt]))
@@ -156,33 +164,6 @@ def _whole(packs: int, packs_per_step: int) -> int:
     return packs + -packs % packs_per_step
 
 
-def _form_packs(order: np.ndarray, lengths: np.ndarray, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut an order of conversations into packs of at most ``max_tokens``: (conversations pack by pack [n], conversations of each pack)."""
-    if not order.size:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    mean = float(lengths.mean())
-    window = max(64, min(int(_PACKS_IN_WINDOW * max_tokens / mean), 1 << 16))
-    members: list[np.ndarray] = []
-    sizes: list[np.ndarray] = []
-    carried: list[int] = []
-    for low in range(0, order.shape[0], window):
-        chosen = np.concatenate([np.array(carried, dtype=np.int64), order[low : low + window]])
-        formed, room = _best_fit(chosen, lengths[chosen], max_tokens)
-        carried = []
-        if low + window < order.shape[0]:
-            spare = sorted((i for i in range(len(formed)) if room[i] > (1 - _FULL) * max_tokens), key=lambda i: (-room[i], i))
-            taken: set[int] = set()
-            for i in spare:
-                if len(carried) + len(formed[i]) > window // 4:
-                    break
-                carried += formed[i]
-                taken.add(i)
-            formed = [pack for i, pack in enumerate(formed) if i not in taken]
-        members.append(np.array([i for pack in formed for i in pack], dtype=np.int64))
-        sizes.append(np.array([len(pack) for pack in formed], dtype=np.int64))
-    return np.concatenate(members), np.concatenate(sizes)
-
-
 def _rearranged(order: np.ndarray, sizes: np.ndarray, packs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The same packs, pack ``packs[j]`` in place j."""
     begins = np.cumsum(sizes) - sizes
@@ -190,27 +171,6 @@ def _rearranged(order: np.ndarray, sizes: np.ndarray, packs: np.ndarray) -> tupl
     source = np.repeat(begins[packs] - (np.cumsum(chosen) - chosen), chosen)
     source += np.arange(order.shape[0])
     return order[source], chosen
-
-
-def _best_fit(chosen: np.ndarray, lengths: np.ndarray, max_tokens: int) -> tuple[list[list[int]], list[int]]:
-    """Best-fit decreasing: (packs, room left in each). The list of rooms stays sorted; an entry is ``room << _BITS | pack``."""
-    by_length = np.argsort(-lengths, kind="stable")
-    rooms: list[int] = []
-    packs: list[list[int]] = []
-    low_bits = (1 << _BITS) - 1
-    for index, length in zip(chosen[by_length].tolist(), lengths[by_length].tolist(), strict=True):
-        at = bisect_left(rooms, length << _BITS)
-        if at == len(rooms):
-            insort(rooms, (max_tokens - length) << _BITS | len(packs))
-            packs.append([index])
-        else:
-            entry = rooms.pop(at)
-            insort(rooms, entry - (length << _BITS))
-            packs[entry & low_bits].append(index)
-    room = [0] * len(packs)
-    for entry in rooms:
-        room[entry & low_bits] = entry >> _BITS
-    return packs, room
 
 
 def _sum_by_pack(values: Any, order: np.ndarray, starts: np.ndarray) -> np.ndarray:

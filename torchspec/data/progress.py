@@ -90,6 +90,7 @@ def cursor(plan: Plan, *, steps: int, seed: int, world: int) -> dict[str, Any]:
         "packs_trained": step * plan.packs_per_step,
         "packs_per_step": plan.packs_per_step,
         "max_tokens": plan.max_tokens,
+        "max_rows": plan.max_rows,
         "conversations": len(plan.lengths),
         "content": plan.content,
         "plan_fingerprint": plan.fingerprint,
@@ -104,8 +105,9 @@ def check_cursor(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
         UserError: by what differs.
     """
     data = "data (data.train, data.max_length, the target's template)"
-    settings = {"packs_per_step": "data.packs_per_step", "seed": "data.seed", "max_tokens": "data.max_tokens"}
-    for name, what in {**settings, "conversations": data, "content": data, "plan_fingerprint": "data and order"}.items():
+    settings = {"packs_per_step": "data.packs_per_step", "seed": "data.seed", "max_tokens": "data.max_tokens", "max_rows": "data.max_rows"}
+    order = "data and order" if ours["max_rows"] is None else "data, order and anchors of the draft"
+    for name, what in {**settings, "conversations": data, "content": data, "plan_fingerprint": order}.items():
         if saved.get(name) != ours[name]:
             fix = f"resume with the {what} of the checkpoint, or start a new run"
             raise UserError(f"ckpt_path ({name})", saved.get(name), f"differs from this run's {ours[name]}", fix)

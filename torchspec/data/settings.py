@@ -21,6 +21,7 @@ def check_sizes(
     *,
     max_length: int,
     max_tokens: int,
+    max_rows: int | None,
     packs_per_step: int,
     prefetch_packs: int,
     min_supervised_tokens: int,
@@ -38,6 +39,7 @@ def check_sizes(
         "packs_per_step": packs_per_step,
         "prefetch_packs": prefetch_packs,
         "min_supervised_tokens": min_supervised_tokens,
+        "max_rows": 1 if max_rows is None else max_rows,
         "num_proc": 1 if num_proc is None else num_proc,
     }
     for name, value in positive.items():
