@@ -78,7 +78,7 @@ def norm(rows: int, width: int, dtype: torch.dtype, *, placed: bool) -> None:
 
 def advance(rows: int, number: int, width: int, dtype: torch.dtype, *, normed_residual: bool, every: bool, state: bool) -> None:
     """Two uses of one norm: the weight's gradient is summed over them."""
-    from torchspec.models.ops.kernels import advance as kernel
+    from torchspec.models.ops.kernels import layer_input as kernel
 
     place = torch.randperm(rows, generator=torch.Generator().manual_seed(3))[:number].sort().values.to(DEVICE)
     to = torch.full((rows,), -1, dtype=torch.int32, device=DEVICE).index_copy(0, place, torch.arange(number, dtype=torch.int32, device=DEVICE))
@@ -110,7 +110,7 @@ def advance(rows: int, number: int, width: int, dtype: torch.dtype, *, normed_re
 def norm_as_rounded(rows: int, width: int, dtype: torch.dtype) -> None:
     """Backward of the very forward, which rounds the fp32 weight and the unit rows to ``dtype``: by autograd in fp64, where rounding has the slope 1."""
     from torchspec.models.ops import norms
-    from torchspec.models.ops.kernels import advance as advance_kernel
+    from torchspec.models.ops.kernels import layer_input as advance_kernel
     from torchspec.models.ops.kernels import norm as kernel
 
     x, weight, d_y = make(rows, width, dtype=dtype, seed=1), make(width, dtype=torch.float32, seed=2), make(rows, width, dtype=dtype, seed=4)

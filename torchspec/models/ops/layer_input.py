@@ -42,10 +42,10 @@ class _Sum:
 
     def partial(self, width: int, device: torch.device) -> Tensor:
         """[programs, H] fp32 to add to."""
-        from torchspec.models.ops.kernels import advance
+        from torchspec.models.ops.kernels import layer_input as kernel
 
         if self._partial is None:
-            self._partial = advance.sums(width, device)
+            self._partial = kernel.sums(width, device)
         return self._partial
 
     def collect(self, like: Tensor) -> Tensor:
@@ -75,17 +75,17 @@ class _Enter(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, token: Tensor, weight: Tensor, total: _Sum, to: Tensor, number: int, eps: float, normed_residual: bool, every: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from torchspec.models.ops.kernels import advance
+        from torchspec.models.ops.kernels import layer_input as kernel
 
         ctx.set_materialize_grads(False)
-        normed, residual, whole, inverse = advance.forward(x, weight, eps, to, number, normed_residual=normed_residual, every=every)
+        normed, residual, whole, inverse = kernel.forward(x, weight, eps, to, number, normed_residual=normed_residual, every=every)
         ctx.save_for_backward(x, weight, to, inverse)
         ctx.total, ctx.number, ctx.normed_residual, ctx.every = total, number, normed_residual, every
         return x, normed, residual, whole
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        from torchspec.models.ops.kernels import advance
+        from torchspec.models.ops.kernels import layer_input as kernel
 
         x, weight, to, inverse = ctx.saved_tensors
         d_state, d_every = grads[0], grads[3] if ctx.every else None
@@ -95,7 +95,7 @@ class _Enter(torch.autograd.Function):
         if d_state is not None and d_state.stride(1) != 1:
             d_state = d_state.contiguous()
         partial = ctx.total.partial(x.shape[1], x.device)
-        d_x = advance.backward(d_normed, d_residual, d_every, d_state, x, weight, to, inverse, partial, normed_residual=ctx.normed_residual)
+        d_x = kernel.backward(d_normed, d_residual, d_every, d_state, x, weight, to, inverse, partial, normed_residual=ctx.normed_residual)
         return d_x, None, None, None, None, None, None, None, None
 
 
