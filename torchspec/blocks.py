@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchspec.supervision import depths, turns
+from torchspec.supervision import Rows, depths, turns
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,12 @@ class BlockRows:
         return BlockRows(
             self.base[low:high], self.depth[low:high], self.spans[low:high], target, self.slot[first:end] - low * self.slots, unique, index, self.slots
         )  # fmt: skip
+
+
+def as_blocks(rows: Rows) -> BlockRows:
+    """The rows of a batch that are blocks, with their own type."""
+    assert isinstance(rows, BlockRows), f"blocks were given {type(rows).__name__}"
+    return rows
 
 
 @dataclass(frozen=True)

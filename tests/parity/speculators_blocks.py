@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tests.models.blocks.packs import pack
 from tests.parity.block_reference import Conversation
+from torchspec.blocks import as_blocks
 from torchspec.models.blocks.config import BlockConfig
 from torchspec.models.blocks.formats import describe
 from torchspec.models.blocks.network import BlockDraft
@@ -64,8 +65,8 @@ def ours(task: BlockTask, given: Conversation) -> tuple[float, dict[str, Tensor]
     """Loss of the blocks that fit whole, and gradients, by speculators' normaliser."""
     config = task.draft.config
     batch = pack(config, [given])
-    whole = int((batch.rows.spans[:, 1] < LENGTH - config.block_size).sum())
-    batch = replace(batch, rows=batch.rows.part(0, whole), counts=torch.tensor([float(whole)]))
+    whole = int((as_blocks(batch.rows).spans[:, 1] < LENGTH - config.block_size).sum())
+    batch = replace(batch, rows=as_blocks(batch.rows).part(0, whole), counts=torch.tensor([float(whole)]))
     loss = task(batch).loss
     loss.backward()
     factor = normaliser(task.options.weights, config.horizon, GAMMA) / config.horizon  # all blocks are whole

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.models.blocks.packs import Setting, V, block_config, conversations, difference, pack
-from torchspec.blocks import BlockRows
+from torchspec.blocks import BlockRows, as_blocks
 from torchspec.models.blocks import attention
 
 KEPT = [i for i in range(V) if i % 3]
@@ -54,7 +54,7 @@ def test_planted_slips_are_seen(slip: str, monkeypatch: pytest.MonkeyPatch) -> N
     texts = conversations(setting.config)
     batch = pack(setting.config, texts)
     if slip == "context sees the anchor":
-        batch = replace(batch, rows=replace(batch.rows, spans=batch.rows.spans + torch.tensor([0, 1])))
+        batch = replace(batch, rows=replace(as_blocks(batch.rows), spans=as_blocks(batch.rows).spans + torch.tensor([0, 1])))
         hidden = attention._hidden
 
         def late(tile: Any, rows: BlockRows, mask: Any) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from tests.models.blocks.packs import Setting, block_config, conversations, pack
 from tests.parity import block_reference as reference
+from torchspec.blocks import as_blocks
 from torchspec.models.blocks import task as tasks
 from torchspec.models.blocks.network import BlockDraft
 
@@ -40,7 +41,7 @@ def test_drawn_anchors_are_trained_alone(kind: Any) -> None:
     texts = conversations(setting.config)
     batch = pack(setting.config, texts, anchors=2)
     starts = [0, 8, 15]
-    drawn = [[a - start for s, a in batch.rows.spans.tolist() if s == start] for start in starts]
+    drawn = [[a - start for s, a in as_blocks(batch.rows).spans.tolist() if s == start] for start in starts]
     ours, expected = setting.ours(batch)[0], setting.expected(texts, drawn)[0]
     assert float(ours) == pytest.approx(float(expected), rel=1e-9)
 

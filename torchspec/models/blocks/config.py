@@ -71,9 +71,8 @@ class BlockConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError("draft.kind", self.kind, f"is not one of {', '.join(KINDS)}", "choose one of these")
-        sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_position_embeddings", "markov_rank")
-        sizes += ("conv_taps", "conv_group", "selector_rank", "selector_candidates")
-        for name in sizes:
+        backbone = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_position_embeddings")
+        for name in (*backbone, "markov_rank", "conv_taps", "conv_group", "selector_rank", "selector_candidates"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"draft.{name}", value, "is no size", "use 1 or more")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchspec.errors import UserError
-from torchspec.models.blocks.config import BlockConfig, Kind
+from torchspec.models.blocks.config import KINDS, BlockConfig, Kind
 from torchspec.models.blocks.formats import ARCHITECTURES, MASK_FILE
 from torchspec.models.blocks.network import BlockDraft
 from torchspec.models.ops.rope_parameters import rope_of
@@ -48,11 +48,11 @@ class ReadDraft:
 
 def kind_of(described: dict[str, Any]) -> Kind | None:
     """Which block draft a ``config.json`` describes; None for another one."""
-    form = described.get("speculators_model_type")
-    if form is not None:
-        return next((kind for kind in ARCHITECTURES if kind == form), None)  # type: ignore[return-value]
-    names = described.get("architectures") or []
-    return next((kind for kind, name in ARCHITECTURES.items() if name in names), None)  # type: ignore[return-value]
+    form, names = described.get("speculators_model_type"), described.get("architectures") or []
+    for kind in KINDS:
+        if form == kind or (form is None and ARCHITECTURES[kind] in names):
+            return kind
+    return None
 
 
 def read_draft(described: dict[str, Any], tensors: dict[str, Tensor], target: Target, *, where: str) -> ReadDraft:

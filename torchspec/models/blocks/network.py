@@ -13,7 +13,9 @@ Letters: A blocks, S slots of each, N tokens of the pack, H hidden size, g key-v
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -165,8 +167,9 @@ class BlockDraft(nn.Module):
                 hidden = mlp_block(hidden, layer.mlp_norm.weight, layer.gate_up, layer.down, eps=layer.mlp_norm.eps, recompute=self.recompute)
                 continue
             around_attention, around_mlp = layer.convolutions
-            hidden = hidden + self._convolved(around_attention, x, lambda y: self._project_attended(layer, y, rotation, key, value, rows))  # noqa: B023
-            hidden = hidden + self._convolved(around_mlp, layer.mlp_norm(hidden), self._mlp_of(layer))
+            attend = partial(self._project_attended, layer, rotation=rotation, key=key, value=value, rows=rows)
+            hidden = hidden + self._convolved(around_attention, x, attend)
+            hidden = hidden + self._convolved(around_mlp, layer.mlp_norm(hidden), partial(self._mlp, layer))
         return hidden
 
     # -- pieces
@@ -189,19 +192,20 @@ class BlockDraft(nn.Module):
     def _attend(self, layer: _Layer, x: Tensor, rotation: Rotation, key: Tensor, value: Tensor, rows: BlockRows) -> Tensor:
         """[A * S, h, d]."""
         heads = layer.attention.all(linear(x, layer.attention.inputs, bias=layer.attention.bias), rotation)
-        in_blocks = [part.unflatten(0, (-1, rows.slots)) for part in heads]
-        return block_attention(*in_blocks, key, value, rows, self.mask).flatten(0, 1)
+        query, own_key, own_value = (part.unflatten(0, (-1, rows.slots)) for part in heads)
+        return block_attention(query, own_key, own_value, key, value, rows, self.mask).flatten(0, 1)
 
-    def _project_attended(self, layer: _Layer, x: Tensor, rotation: Rotation, key: Tensor, value: Tensor, rows: BlockRows) -> Tensor:
+    def _project_attended(self, layer: _Layer, x: Tensor, *, rotation: Rotation, key: Tensor, value: Tensor, rows: BlockRows) -> Tensor:
         attended = self._attend(layer, x, rotation, key, value, rows)
         return linear(attended.flatten(1), layer.attention.o, bias=layer.attention.o_bias)
 
-    def _mlp_of(self, layer: _Layer):  # type: ignore[no-untyped-def]
-        if self.recompute and torch.is_grad_enabled():
-            return lambda y: checkpoint(layer.mlp, y, use_reentrant=False)
-        return layer.mlp
+    def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return layer.mlp(x)
+        again: Tensor = checkpoint(layer.mlp, x, use_reentrant=False)
+        return again
 
-    def _convolved(self, convolution: Convolution, x: Tensor, inner) -> Tensor:  # type: ignore[no-untyped-def]
+    def _convolved(self, convolution: Convolution, x: Tensor, inner: Callable[[Tensor], Tensor]) -> Tensor:
         """``inner`` between the two sides of a convolution."""
         coefficients = convolution.coefficients(x, self.config.block_size)
         return convolution.apply(1, coefficients, inner(convolution.apply(0, coefficients, x)))

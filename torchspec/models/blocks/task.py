@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchspec.batch import PackedBatch
-from torchspec.blocks import BlockRows
+from torchspec.blocks import BlockRows, as_blocks
 from torchspec.models.blocks.loss import BlockPlan, BlockResult, block_loss
 from torchspec.models.blocks.network import BlockDraft, Context
 from torchspec.models.blocks.options import BlockOptions
@@ -69,8 +69,7 @@ class BlockTask(nn.Module):
             batch: on this module's device; its ``rows`` are :class:`~torchspec.blocks.BlockRows`.
             measure: also alpha (validation).
         """
-        rows = batch.rows
-        assert isinstance(rows, BlockRows), f"blocks were given {type(rows).__name__}"
+        rows = as_blocks(batch.rows)
         blocks = rows.base.shape[0]
         if not blocks:
             return self._nothing(measure)
