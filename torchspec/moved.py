@@ -15,8 +15,8 @@ OPTIONS: dict[str, tuple[str, str]] = {
 }
 """Option → what became of it, and the fix."""
 CLASSES: dict[str, str] = {
-    "torchspec.models.optim.muon.MuonAdamW": "torchspec.models.optim.muon.MuonAdamW",
-    **{f"torchspec.models.optim.schedules.{name}": f"torchspec.models.optim.schedules.{name}" for name in ("Constant", "Linear", "Cosine", "WSD")},
+    "torchspec.models.muon.MuonAdamW": "torchspec.models.optim.muon.MuonAdamW",
+    **{f"torchspec.models.schedules.{name}": f"torchspec.models.optim.schedules.{name}" for name in ("Constant", "Linear", "Cosine", "WSD")},
 }
 """Class that a ``class_path`` may name → where it is now."""
 
