@@ -16,9 +16,10 @@ from tests.models.exports import save_plain_target
 from tests.models.packs import pack
 from torchspec.errors import UserError
 from torchspec.models.eagle3.config import DraftConfig
-from torchspec.models.eagle3.task import DraftTask, Init
+from torchspec.models.eagle3.task import DraftTask
 from torchspec.models.export.export import export_checkpoint
 from torchspec.models.export.import_draft import import_draft
+from torchspec.models.family import Init
 from torchspec.models.optim.muon import MuonAdamW
 from torchspec.models.target_head import TargetHead
 from torchspec.models.training.checkpoint import read_draft_weights

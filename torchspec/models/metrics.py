@@ -7,13 +7,32 @@ figure that compares with a server is the serving walk (``serving_walk``), which
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchspec.batch import PackedBatch
-from torchspec.models.eagle3.task import StepOutput
+
+
+class StepOutput(NamedTuple):
+    """Result of a batch on this rank.
+
+    A named tuple, because FSDP2 hooks into the tensors that torch's pytree finds in a module's output: in a dataclass torch 2.11 finds none, and then
+    gradients are neither reduced nor given to the optimizer, without a word.
+    """
+
+    loss: Tensor
+    """Scalar: sum_k w_k * (this rank's loss sum of step k) / count_k; adds up over ranks and micro-batches to the loss of the optimizer step."""
+    sums: dict[str, Tensor]
+    """[K] each: ``rows`` supervised here, ``loss``, ``correct``, ``correct_so_far`` (this and every earlier step right), and when measured ``alpha``,
+    ``alpha_so_far``."""
+    accepted: Tensor
+    """[R_0] int64: leading right steps of each supervised row, the target's most likely token being right."""
+    followed: Tensor
+    """[R_0] int64, when measured: leading steps whose most likely token of the draft is the token that stands there. On
+    answers that were sampled, that is what a server accepts of greedy drafts: token v with the probability that the
+    target gives it, which is how the answer was drawn."""
 
 
 @dataclass(frozen=True)

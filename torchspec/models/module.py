@@ -26,8 +26,9 @@ from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
 from torchspec.models.draft_defaults import notes
 from torchspec.models.eagle3.config import DraftConfig
-from torchspec.models.eagle3.task import DraftTask, Init, StepOutput
-from torchspec.models.metrics import StepSums, logs_now
+from torchspec.models.eagle3.task import DraftTask
+from torchspec.models.family import Init
+from torchspec.models.metrics import StepOutput, StepSums, logs_now
 from torchspec.models.ops.fp8 import Fp8
 from torchspec.models.ops.loss_formulas import LossWeights
 from torchspec.models.optim.clipping import clip

@@ -15,7 +15,7 @@ from torchspec.models.blocks.network import BlockDraft, Context
 from torchspec.models.blocks.options import BlockOptions
 from torchspec.models.blocks.selector import with_label
 from torchspec.models.blocks.weighting import fixed_weights, normaliser
-from torchspec.models.eagle3.task import StepOutput
+from torchspec.models.metrics import StepOutput
 from torchspec.models.ops.head_loss import target_distribution
 from torchspec.models.ops.loss_formulas import LossWeights, mixing
 from torchspec.models.ops.shared_weight import wide

@@ -6,7 +6,7 @@ collective.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
 from torchspec.models.eagle3.config import DraftConfig
 from torchspec.models.eagle3.network import Eagle3Draft
+from torchspec.models.family import Init
+from torchspec.models.metrics import StepOutput
 from torchspec.models.ops import kernels
 from torchspec.models.ops.fp8 import Fp8, check
 from torchspec.models.ops.head_loss import HeadResult, head_loss, split_steps, target_distribution
@@ -30,31 +32,10 @@ from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.supervision import as_unroll
 from torchspec.target import Target
 
-Init = Literal["target", "target_head", "random"]
 _FLAT = 0.3
 """Scale of the final norm at the start, see :func:`start_from_target`."""
 _NOISE = 0.1
 """What is left of fc's random weights there."""
-
-
-class StepOutput(NamedTuple):
-    """Result of a batch on this rank.
-
-    A named tuple, because FSDP2 hooks into the tensors that torch's pytree finds in a module's output: in a dataclass torch 2.11 finds none, and then
-    gradients are neither reduced nor given to the optimizer, without a word.
-    """
-
-    loss: Tensor
-    """Scalar: sum_k w_k * (this rank's loss sum of step k) / count_k; adds up over ranks and micro-batches to the loss of the optimizer step."""
-    sums: dict[str, Tensor]
-    """[K] each: ``rows`` supervised here, ``loss``, ``correct``, ``correct_so_far`` (this and every earlier step right), and when measured ``alpha``,
-    ``alpha_so_far``."""
-    accepted: Tensor
-    """[R_0] int64: leading right steps of each supervised row, the target's most likely token being right."""
-    followed: Tensor
-    """[R_0] int64, when measured: leading steps whose most likely token of the draft is the token that stands there. On
-    answers that were sampled, that is what a server accepts of greedy drafts: token v with the probability that the
-    target gives it, which is how the answer was drawn."""
 
 
 class DraftTask(nn.Module):
