@@ -28,6 +28,7 @@ from torchspec.engines.client import Endpoint, TrainerClient
 from torchspec.engines.engine import EngineStats, Job
 from torchspec.engines.messages import Failed, Finished, Lease, Sample
 from torchspec.engines.record_writer import put_when_room
+from torchspec.engines.table import EngineKind
 from torchspec.supervision import Unroll
 from torchspec.transfer import open_store
 from torchspec.transfer.mooncake import MooncakeStore
@@ -38,6 +39,7 @@ MAX_LENGTH, MAX_TOKENS, PACKS_PER_STEP, STEPS = 48, 192, 4, 2
 SPEC = RecordSpec(target="synthetic", tokenizer="", aux_layers=(1, 3), hidden_size=8, dtype="float32")
 WORKER_SAMPLES, WORKER_TOKENS = 8, 256
 """Room of a worker."""
+SYNTHETIC = EngineKind(worker="chaos_parts:SyntheticEngine")
 READ_LIMIT, READ_HANGS = 2.0, 0.003
 """Seconds that a rank waits for a read, and the chance that one hangs for twice as long."""
 

@@ -38,7 +38,6 @@ LEASE_S, SILENCE_S, PATIENCE_S = 3.0, 1.5, 40.0
 POISON = [13, 500, 777]
 EVICTIONS = 60
 """Records that ``--plant evict`` deletes at least: of those in the store some were already read."""
-worker.ENGINES["synthetic"] = "chaos_parts:SyntheticEngine"
 
 
 class Child:
@@ -138,7 +137,7 @@ class Seed:
                 target=TargetConfig("synthetic"),
                 spec=parts.SPEC,
                 store=StoreConfig(kind=kind, shm_dir=str(folder / "shm")),  # type: ignore[arg-type]
-                engine="synthetic",
+                engine="chaos_parts:SYNTHETIC",
                 engines=engines,
                 budget=self.budget,
                 reserve=reserve,

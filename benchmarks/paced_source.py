@@ -22,6 +22,7 @@ from torchspec.engines import worker
 from torchspec.engines.engine import EngineStats, Job
 from torchspec.engines.messages import Failed, Finished, Lease
 from torchspec.engines.record_writer import Captured, RecordWriter
+from torchspec.engines.table import ENGINES, EngineKind
 
 RATE = "TORCHSPEC_SOURCE_RATE"
 """Environment variable: tokens/s; 0 for as fast as it can."""
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--coordinator", required=True, help="HOST:PORT")
     parser.add_argument("--name", required=True)
     args = parser.parse_args()
-    worker.ENGINES["transformers"] = "benchmarks.paced_source:PacedEngine"  # the run asks for that engine
+    ENGINES["transformers"] = EngineKind(worker="benchmarks.paced_source:PacedEngine")  # the run asks for that engine
     worker.main(["--coordinator", args.coordinator, "--name", args.name])
 
 

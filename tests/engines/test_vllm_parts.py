@@ -22,10 +22,11 @@ from tests.engines.parts import read_record, save_tiny, spec_of, wait_until
 from torchspec.engines.connection import Closed, Framer
 from torchspec.engines.engine import EngineConfig, Job
 from torchspec.engines.messages import Challenge, Failed, Finished, Lease
+from torchspec.engines.table import ENGINES
 from torchspec.engines.vllm.cache import HiddenStateCache
 from torchspec.engines.vllm.capture import CapturingEngine
 from torchspec.engines.vllm.capture_requests import PARAMETER, TOKEN_VARIABLE, BadOrder, Destination, Introduce, Order, Wrote, read_destination, read_order
-from torchspec.engines.vllm.options import OWNED, check_arguments, check_version
+from torchspec.engines.vllm.options import OWNED, check_arguments
 from torchspec.engines.vllm.reports import ReportServer
 from torchspec.engines.vllm.sink import Capture, Ring, Sink, introduced
 from torchspec.errors import UserError
@@ -277,11 +278,11 @@ def test_owned_arguments_are_refused_with_a_reason(name: str) -> None:
 
 def test_versions() -> None:
     for version in ("0.26.0", "0.32.0", "0.32.1+cpu"):
-        check_version(version, allow_unknown=False)
+        ENGINES["vllm"].check_version(version, allow_unknown=False)
     for version in ("0.31.0", "1.0.0", "0.3.2"):
         with pytest.raises(UserError, match="allow_unknown_version"):
-            check_version(version, allow_unknown=False)
-        check_version(version, allow_unknown=True)
+            ENGINES["vllm"].check_version(version, allow_unknown=False)
+        ENGINES["vllm"].check_version(version, allow_unknown=True)
 
 
 class Absent(CapturingEngine):

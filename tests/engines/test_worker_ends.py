@@ -15,13 +15,23 @@ from torchspec.engines import worker
 from torchspec.engines.connection import Closed, Framer
 from torchspec.engines.engine import EngineConfig, EngineStats, Job
 from torchspec.engines.messages import Beat, Challenge, Hello, Message, Ready, Stop, ToCoordinator, Unfit, Welcome
+from torchspec.engines.table import EngineKind
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
 from torchspec.transfer.spec import RecordSpec
 
 SPEC = RecordSpec(target="t", tokenizer="", aux_layers=(1,), hidden_size=4, dtype="float32")
-JOB = {"version": torchspec.__version__, "target": asdict(TargetConfig("t")), "engine": "played", "engines": asdict(EngineConfig()), "max_length": 8}
+JOB = {
+    "version": torchspec.__version__,
+    "target": asdict(TargetConfig("t")),
+    "engine": f"{__name__}:PLAYED",
+    "engines": asdict(EngineConfig()),
+    "max_length": 8,
+}
 JOB |= {"on_policy": None, "images": False}
+
+
+PLAYED = EngineKind(worker=f"{__name__}:Engine")
 
 
 class Engine:
@@ -80,7 +90,6 @@ class Coordinator:
 @pytest.fixture
 def meet(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Coordinator]]:
     """Runs a worker against a coordinator to its end; returns the latter, with the worker's error."""
-    monkeypatch.setattr(worker, "build", lambda kind, job: Engine(job))
     Engine.closed = 0
     made: list[Coordinator] = []
 

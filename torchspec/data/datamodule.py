@@ -28,7 +28,7 @@ from torchspec.data.failures import cut_failures
 from torchspec.data.loader import LoaderConfig, LoaderStats, PackLoader, Pass
 from torchspec.data.prepare import DataOptions
 from torchspec.data.progress import batches_in_epoch, check_cursor, check_limit, check_trainer, cursor, drop_schedules, set_progress
-from torchspec.data.settings import EngineName, check_engine, check_media, check_sizes, validation_sets
+from torchspec.data.settings import check_engine, check_media, check_sizes, validation_sets
 from torchspec.data.sources import check_outside
 from torchspec.data.staging import CudaStage
 from torchspec.engines.engine import EngineConfig, OnPolicy
@@ -67,8 +67,8 @@ class DraftDataModule(pl.LightningDataModule):
         seed: of the order of the data.
         on_policy: the target answers the training prompts anew in the run, instead of the answers in the data. Engines
             vllm and vllm_remote, or any but replay where its ``answer_workers`` is at least 1. Its own options: ``--data.on_policy.help``.
-        engine: what runs the target: ``transformers``, ``vllm``, ``vllm_remote`` (a vLLM server that somebody else runs), or ``replay``, which runs none
-            and trains from records on disk.
+        engine: what runs the target: ``transformers``, ``vllm``, ``vllm_remote`` (a vLLM server that somebody else runs), ``replay``, which runs none
+            and trains from records on disk, or one of your own, ``package.module:NAME`` (docs/engines.md).
         records: folder of records that ``main.py extract`` or ``tee`` wrote, for engine replay.
         tee: folder to which the records of this run are also written, for replays.
         engines: how its workers run.
@@ -99,7 +99,7 @@ class DraftDataModule(pl.LightningDataModule):
         packs_per_step: int = 8,
         seed: int = 0,
         on_policy: OnPolicy | None = None,
-        engine: EngineName = "transformers",
+        engine: str = "transformers",
         records: str | None = None,
         tee: str | None = None,
         engines: EngineConfig = _ENGINES,

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from dataclasses import fields
 
-from torchspec.engines.engine import ANSWERING, EngineConfig, OnPolicy
+from torchspec.engines.engine import EngineConfig, OnPolicy
+from torchspec.engines.table import ANSWERER, ENGINES, EngineKind, capturing, find_engine
 from torchspec.errors import UserError
 
-SEES = ("transformers", "vllm", "replay")
-"""Engines that are given images, or need none."""
-EngineName = Literal["transformers", "vllm", "vllm_remote", "replay"]
-"""What ``data.engine`` may be."""
-ENGINES: tuple[str, ...] = get_args(EngineName)
 Validate = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 
 
@@ -58,23 +54,37 @@ def check_engine(*, engine: str, engines: EngineConfig, on_policy: OnPolicy | No
     """Where records come from, and what becomes of them.
 
     Raises:
-        UserError: settings that exclude each other.
+        UserError: there is no such engine, or settings exclude each other.
     """
-    if engine not in ENGINES:
-        raise UserError("data.engine", engine, "is unknown", f"use one of {', '.join(ENGINES)}")
-    if engine.startswith("vllm") and engines.attn_implementation != EngineConfig.attn_implementation:
-        fix = "leave it out; vLLM's own is data.engines.engine_args: {attention_backend: ...}" if engine == "vllm" else "leave it out; the server has its own"
-        raise UserError("data.engines.attn_implementation", engines.attn_implementation, f"has no meaning for engine {engine}", fix)
-    if on_policy is not None and not on_policy.answer_workers and engine not in ANSWERING:
-        raise UserError("data.engine", engine, "cannot answer prompts (data.on_policy)", f"use {' or '.join(ANSWERING)}, or data.on_policy.answer_workers")
-    if on_policy is not None and engine == "replay":
+    kind = find_engine(engine)
+    answered_apart = on_policy is not None and on_policy.answer_workers > 0
+    _check_options(engine, kind, engines, answered_apart=answered_apart)
+    if on_policy is not None and kind.worker is None:
         raise UserError("data.engine", engine, "cannot answer prompts (data.on_policy)", "use an engine that runs the target")
-    if (engine == "replay") != (records is not None):
-        problem = "is missing: engine replay reads records" if records is None else f"has no meaning for engine {engine}"
-        raise UserError("data.records", records, problem, "give the folder that main.py extract wrote" if records is None else "set data.engine: replay")
-    if tee is not None and (engine == "replay" or on_policy is not None):
-        why = "engine replay: they are on disk already" if engine == "replay" else "data.on_policy: the target answers anew each time"
+    if on_policy is not None and not answered_apart and not kind.answers:
+        fix = f"use {' or '.join(capturing(answers=True))}, or data.on_policy.answer_workers"
+        raise UserError("data.engine", engine, "cannot answer prompts (data.on_policy)", fix)
+    if kind.worker is None and records is None:
+        raise UserError("data.records", records, f"is missing: engine {engine} reads records", "give the folder that main.py extract wrote")
+    if kind.worker is not None and records is not None:
+        raise UserError("data.records", records, f"has no meaning for engine {engine}", "set data.engine: replay")
+    if tee is not None and (kind.worker is None or on_policy is not None):
+        why = f"engine {engine}: they are on disk already" if kind.worker is None else "data.on_policy: the target answers anew each time"
         raise UserError("data.tee", tee, f"keeps records of no use with {why}", "leave it out")
+
+
+def _check_options(engine: str, kind: EngineKind, engines: EngineConfig, *, answered_apart: bool) -> None:
+    """Refuse options of ``data.engines`` that this engine does not obey."""
+    unused = dict(kind.unused)
+    if not kind.versions and not (answered_apart and ENGINES[ANSWERER].versions):
+        unused["allow_unknown_version"] = "leave it out: any release is taken"
+    if not kind.deterministic:
+        unused["deterministic"] = f"leave it out, or use {' or '.join(name for name in capturing(deterministic=True) if ENGINES[name].worker)}"
+    defaults = EngineConfig()
+    for option in fields(EngineConfig):
+        given = getattr(engines, option.name)
+        if option.name in unused and given != getattr(defaults, option.name):
+            raise UserError(f"data.engines.{option.name}", given, f"has no meaning for engine {engine}", unused[option.name])
 
 
 def check_media(*, media: str, image_positions: str, engine: str, on_policy: OnPolicy | None) -> None:
@@ -87,10 +97,9 @@ def check_media(*, media: str, image_positions: str, engine: str, on_policy: OnP
         if image_positions != "index":
             raise UserError("data.image_positions", image_positions, "has no meaning without images", "set data.media to engine, or leave it out")
         return
-    if engine not in SEES:
-        raise UserError(
-            "data.media", media, f"does not work with engine {engine}: it is not given images", f"use one of {', '.join(SEES)}, or media placeholder"
-        )
+    if not find_engine(engine).images:
+        fix = f"use one of {', '.join(capturing(images=True))}, or media placeholder"
+        raise UserError("data.media", media, f"does not work with engine {engine}: it is not given images", fix)
     if on_policy is not None:
         raise UserError("data.media", media, "does not work with data.on_policy: prompts that are answered in the run have no images", "leave one of them out")
 

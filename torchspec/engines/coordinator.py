@@ -26,8 +26,8 @@ from torchspec.engines.cleaner import Cleaner
 from torchspec.engines.client import Endpoint
 from torchspec.engines.exchange import Exchange
 from torchspec.engines.ledger import Ledger
-from torchspec.engines.messages import ANSWERER
 from torchspec.engines.supervisor import Supervisor, WorkerProcess, keep_one_before
+from torchspec.engines.table import ANSWERER
 from torchspec.errors import UserError
 from torchspec.network import host_port
 from torchspec.transfer import StoreConfig, make_server
@@ -69,12 +69,14 @@ class Coordinator:
             separate_answers=bool(config["answer_devices"]),
         )
         log_dir = Path(config["log_dir"])
-        devices = {f"worker-{i}": device for i, device in enumerate(config["devices"])}
-        devices |= {f"{ANSWERER}-{i}": device for i, device in enumerate(config["answer_devices"])}
-        processes = [WorkerProcess(name, device, log_dir / f"{name}.log") for name, device in devices.items()]
+        processes = [
+            WorkerProcess(f"{name}-{i}", device, log_dir / f"{name}-{i}.log", answers=answers)
+            for name, devices, answers in (("worker", config["devices"], False), (ANSWERER, config["answer_devices"], True))
+            for i, device in enumerate(devices)
+        ]
         self.attendance = Attendance(
-            (name for name in devices if not name.startswith(ANSWERER)),
-            (name for name in devices if name.startswith(ANSWERER)),
+            (process.name for process in processes if not process.answers),
+            (process.name for process in processes if process.answers),
             min_workers=self.engines["min_workers"],
             timeout=self.engines["no_worker_timeout"],
             say=self._record,

@@ -15,8 +15,9 @@ import torchspec
 from torchspec.engines.attendance import Attendance
 from torchspec.engines.connection import Peer
 from torchspec.engines.ledger import Ledger, ProtocolError
-from torchspec.engines.messages import ANSWERER, Beat, Leave, NewDraft, Pull, Ready, Report, Stop, Unfit
+from torchspec.engines.messages import Beat, Leave, NewDraft, Pull, Ready, Report, Stop, Unfit
 from torchspec.engines.peers import WorkerView, mismatch
+from torchspec.engines.table import ANSWERER
 from torchspec.errors import UserError
 
 log = logging.getLogger("torchspec.coordinator")
@@ -28,6 +29,7 @@ class Workers(Protocol):
     restarts: int
 
     def owns(self, name: str) -> bool: ...
+    def answers(self, name: str) -> bool: ...
     def word(self, name: str) -> str: ...
     def ready(self, name: str) -> None: ...
     def unfit(self, name: str, words: list[str]) -> None: ...
@@ -95,7 +97,7 @@ class Desk:
     def job(self, name: str) -> dict[str, Any]:
         """What it builds its engine from."""
         job = {part: self._config[part] for part in ("target", "engine", "engines", "max_length", "on_policy", "images")}
-        if name.startswith(ANSWERER) and self._supervisor.owns(name):  # those that only answer are started here alone
+        if self._supervisor.answers(name):
             job |= {"engine": ANSWERER, "engines": {**self._engines, "engine_args": self._config["on_policy"]["answer_args"]}}
         return {**job, "version": torchspec.__version__}
 

@@ -18,9 +18,6 @@ from torchspec.target import TargetConfig
 from torchspec.transfer.spec import RecordSpec
 from torchspec.transfer.store import Address
 
-ANSWERING = ("vllm", "vllm_remote")
-"""Engines that can answer prompts as they capture them."""
-
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -48,7 +45,7 @@ class EngineConfig:
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Passed to the engine as they are (from_pretrained of Transformers, engine arguments of vLLM)."""
     allow_unknown_version: bool = False
-    """Run with a vLLM that is not listed in docs/engines.md."""
+    """Run with a release of the engine's library (vLLM) that is not listed in docs/engines.md."""
     start_timeout: float = 600.0
     """Seconds for a worker to say ready; then it is given up, with the last lines of its log."""
     lease_timeout: float = 300.0

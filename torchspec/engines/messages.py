@@ -15,8 +15,6 @@ from typing import Any
 import msgspec
 
 PROTOCOL = 4
-ANSWERER = "vllm_answers"
-"""The engine of workers that only answer; their names begin with it."""
 MAX_FRAME = 64 * 2**20
 """Bytes; a longer frame is refused unread."""
 

@@ -36,6 +36,8 @@ class WorkerProcess:
     device: str
     """cpu, or CUDA indices such as "0" or "0,1"."""
     log_file: Path
+    answers: bool = False
+    """It only answers prompts (``data.on_policy.answer_workers``)."""
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     ready: bool = False
@@ -157,6 +159,10 @@ class Supervisor:
     def owns(self, name: str) -> bool:
         """Whether a worker was started here, by name."""
         return any(process.name == name for process in self.processes)
+
+    def answers(self, name: str) -> bool:
+        """Whether the worker was started to answer prompts, and no more."""
+        return any(process.name == name and process.answers for process in self.processes)
 
     def word(self, name: str) -> str:
         """What the process that was started under this name knows beside the run token; "" where none was."""

@@ -26,7 +26,6 @@ from torchspec.engines.connection import SILENCE, BadFrame, Closed, Connection
 from torchspec.engines.engine import Engine, EngineConfig, Job, OnPolicy, TakesDrafts
 from torchspec.engines.handshake import WORD_VARIABLE, Over, Refused, greet
 from torchspec.engines.messages import (
-    ANSWERER,
     Answered,
     Beat,
     Cancel,
@@ -44,34 +43,23 @@ from torchspec.engines.messages import (
     Work,
 )
 from torchspec.engines.parent_death import die_with
+from torchspec.engines.table import ENGINES, EngineKind
 from torchspec.errors import UserError
 from torchspec.imports import heavy_imports
+from torchspec.named import find_named
 from torchspec.network import host_port, split_host_port
 from torchspec.target import TargetConfig
 from torchspec.transfer.spec import RecordSpec
 
 log = logging.getLogger("torchspec.worker")
 
-ENGINES = {
-    "transformers": "torchspec.engines.transformers.engine:TransformersEngine",
-    "vllm": "torchspec.engines.vllm.engine:VLLMEngine",
-    "vllm_remote": "torchspec.engines.vllm.remote:RemoteVLLMEngine",
-    ANSWERER: "torchspec.engines.vllm.answering:AnsweringEngine",
-}
-"""Engine by its name in the configuration; imported in the worker alone."""
-
 _POLL = 0.25
 
 
-def build(kind: str, job: Job) -> Engine:
-    """The engine of that name.
-
-    Raises:
-        UserError: an unknown name.
-    """
-    if kind not in ENGINES:
-        raise UserError("data.engine", kind, "is unknown", f"use one of {', '.join(ENGINES)}")
-    module, name = ENGINES[kind].split(":")
+def build(kind: EngineKind, job: Job) -> Engine:
+    """The engine of a kind that has workers."""
+    assert kind.worker is not None
+    module, _, name = kind.worker.partition(":")
     engine: Engine = getattr(importlib.import_module(module), name)(job)
     return engine
 
@@ -95,7 +83,8 @@ def work(host: str, port: int, *, token: str, name: str, device: str, word: str 
     try:
         welcome = greet(connection, token=token, role="worker", name=name, word=word)
         try:
-            _serve_run(connection, _job_of(welcome, device=device), str(welcome.job["engine"]))
+            kind = find_named(str(welcome.job["engine"]), ENGINES, EngineKind, field="data.engine")
+            _serve_run(connection, _job_of(welcome, device=device), kind)
         except UserError as error:
             _tell(connection, error)
             raise
@@ -153,7 +142,7 @@ def _job_of(welcome: Welcome, *, device: str) -> Job:
         raise UserError("torchspec", torchspec.__version__, problem, "install the same commit on every host") from error
 
 
-def _serve_run(connection: Connection, job: Job, kind: str) -> None:
+def _serve_run(connection: Connection, job: Job, kind: EngineKind) -> None:
     """Build the engine, say that it is ready, and work until the run ends."""
     faulthandler.enable()  # what crashes below Python leaves the threads' stacks in the worker's log
     with heavy_imports():

@@ -15,11 +15,11 @@ import torch
 from torchspec.engines.asynchronous import AsynchronousEngine
 from torchspec.engines.engine import EngineStats, Job
 from torchspec.engines.messages import Answered, Failed, Lease
+from torchspec.engines.table import ANSWERER, ENGINES
 from torchspec.engines.vllm.draft_weights import EXTENSION
 from torchspec.engines.vllm.options import (
     ANSWERS,
     check_arguments,
-    check_version,
     model_arguments,
     own_devices,
     refuse_random_on_cpu,
@@ -58,7 +58,7 @@ class AnsweringEngine(AsynchronousEngine[Answered]):
         set_environment(self.job.config, device=self.job.device)
         import vllm
 
-        check_version(vllm.__version__, allow_unknown=self.job.config.allow_unknown_version)
+        ENGINES[ANSWERER].check_version(vllm.__version__, allow_unknown=self.job.config.allow_unknown_version)
         self._thread.start()
         versions = {"vllm": vllm.__version__, "torch": str(torch.__version__)}
         return {"engine": "vllm, answers alone", "versions": versions, "device": self.job.device, "num_layers": self.target.num_layers}

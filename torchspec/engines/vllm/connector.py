@@ -27,10 +27,10 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from torchspec.engines.connection import Closed
 from torchspec.engines.parent_death import die_with
 from torchspec.engines.record_writer import one_line
+from torchspec.engines.table import ENGINES
 from torchspec.engines.vllm import checks
 from torchspec.engines.vllm.cache import HiddenStateCache, find_group
 from torchspec.engines.vllm.capture_requests import PARAMETER, TOKEN_VARIABLE, BadOrder, Order, ids_digest, read_destination, read_order
-from torchspec.engines.vllm.options import check_version
 from torchspec.engines.vllm.sink import Capture, Sink, introduced
 from torchspec.errors import UserError
 
@@ -66,7 +66,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         extra = vllm_config.kv_transfer_config.get_from_extra_config
-        check_version(vllm.__version__, allow_unknown=bool(extra("allow_unknown_version", False)))
+        ENGINES["vllm"].check_version(vllm.__version__, allow_unknown=bool(extra("allow_unknown_version", False)))
         checks.check(vllm_config)
         if role == KVConnectorRole.SCHEDULER and (owner := extra("owner", None)) is not None:
             die_with(owner)  # the engine core must not outlive the worker that started it

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchspec.engines.engine import Sampling
+from torchspec.engines.table import ENGINES
 from torchspec.engines.vllm.capture import CapturingEngine
 from torchspec.engines.vllm.capture_requests import TOKEN_VARIABLE
 from torchspec.engines.vllm.options import (
     capture_arguments,
-    check_version,
     model_arguments,
     own_devices,
     refuse_random_on_cpu,
@@ -47,7 +47,7 @@ class VLLMEngine(CapturingEngine):
 
             from torchspec.engines.vllm.checks import check
 
-        check_version(vllm.__version__, allow_unknown=config.allow_unknown_version)
+        ENGINES["vllm"].check_version(vllm.__version__, allow_unknown=config.allow_unknown_version)
         self.token = os.environ.setdefault(TOKEN_VARIABLE, os.urandom(16).hex())
         arguments = model_arguments(self.target, config, max_length=self.max_tokens, device=device, images=self.job.images)
         if device != "cpu":

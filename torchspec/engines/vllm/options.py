@@ -15,9 +15,6 @@ from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
 from torchspec.target import Target
 
-KNOWN_VERSIONS = ("0.26", "0.32")
-"""Releases that this connector was run with (docs/engines.md)."""
-
 OWNED = {
     "model": "data.target.path names the target",
     "tokenizer": "requests are token ids",
@@ -54,18 +51,6 @@ ANSWERS = {
     "data_parallel_size": "use data.on_policy.answer_workers: each worker is a replica",
 }
 """What is refused where it answers in a run."""
-
-
-def check_version(version: str, *, allow_unknown: bool) -> None:
-    """Refuse a vLLM that nobody has run this with.
-
-    Raises:
-        UserError: the version is not among :data:`KNOWN_VERSIONS`, and that was not allowed.
-    """
-    if ".".join(version.split(".")[:2]) not in KNOWN_VERSIONS and not allow_unknown:
-        known = ", ".join(f"{known}.*" for known in KNOWN_VERSIONS)
-        fix = "install one of them, or set data.engines.allow_unknown_version"
-        raise UserError("vllm", version, f"is not among the versions this was run with ({known})", fix)
 
 
 def check_arguments(config: EngineConfig, *, field: str = "data.engines.engine_args", owned: Mapping[str, str] = OWNED) -> None:
