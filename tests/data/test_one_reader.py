@@ -214,7 +214,8 @@ def test_every_command_names_what_it_does_not_use(target: Path, tmp_path: Path, 
     assert all(row["mood"] for row in written)
     assert caplog.messages == [f"{key}: {source}: {LINE}" for key in ("data.train", "prompts", "input")]
     titles = [row.title for row in shown_rows(facts, source, options=DataOptions(64), skip=0, limit=2)]
-    assert titles[0].endswith("; keys that are not used: id, mood, score, messages[].mood") and titles[1].endswith("; keys that are not used: id, mood")
+    assert titles[0].endswith("; keys that are not used: mood, score, messages[].mood; metadata that is not used: id")
+    assert titles[1].endswith("; keys that are not used: mood; metadata that is not used: id")
 
 
 def test_records_are_not_written_into_the_data(target: Path, tmp_path: Path) -> None:

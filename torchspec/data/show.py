@@ -18,7 +18,7 @@ from torchspec.data.render import Renderer, special_ids
 from torchspec.data.served import check_served
 from torchspec.data.sources import Given, find_sources, read_rows
 from torchspec.data.tokenise import Tokenise, Tokenised
-from torchspec.data.unused import NULL
+from torchspec.data.unused import told
 from torchspec.errors import UserError
 from torchspec.files import begins_with, write
 from torchspec.images import VisionTower
@@ -70,11 +70,8 @@ class Shown:
         if self.problem:
             return f"{self.place} {self.problem}"
         cut = f", {self.cut} more cut off by max_length" if self.cut else ""
-        nulls = [key.removesuffix(NULL) for key in self.unused if key.endswith(NULL)]
-        others = [key for key in self.unused if not key.endswith(NULL)]
-        unused = f"; keys that are not used: {', '.join(others)}" if others else ""
-        kept = f"; arguments that are null: {', '.join(nulls)}" if nulls else ""
-        return f"{self.place}: {self.tokens} tokens{cut}, {self.supervised} supervised{unused}{kept}"
+        unused = f"; {clauses}" if (clauses := told(self.unused)) else ""
+        return f"{self.place}: {self.tokens} tokens{cut}, {self.supervised} supervised{unused}"
 
 
 def shown_rows(target: Target, given: Given, *, options: DataOptions, skip: int, limit: int, written: Sequence[Path] = ()) -> list[Shown]:

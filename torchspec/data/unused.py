@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 METADATA = frozenset(
     "id ids _id uid uuid idx index row_id conversation_id prompt_id question_id message_id source sources dataset dataset_name subset split category "
@@ -39,23 +39,37 @@ class Unused:
 
     def lines(self, config_key: str) -> list[str]:
         """A line a source that has any."""
-        return [f"{config_key}: {source}: {_told(keys)}" for source, keys in self.counts.items()]
+        return [f"{config_key}: {source}: {told(_by_number(keys), keys)}" for source, keys in self.counts.items()]
 
 
-def _told(keys: Mapping[str, int]) -> str:
-    ordered = sorted(keys, key=lambda key: (-keys[key], key))
-    nulls = [key for key in ordered if key.endswith(NULL)]
-    plain = [key for key in ordered if key.rpartition(".")[2] not in METADATA and key not in nulls]
-    known = [key for key in ordered if key not in plain and key not in nulls]
+def told(keys: Sequence[str], counts: Mapping[str, int] | None = None) -> str:
+    """The clauses on keys that are not used; "" without one.
+
+    Args:
+        keys: in the order in which they are named.
+        counts: in how many rows each is; None for those of one row.
+    """
+
+    def named(chosen: Iterable[str]) -> str:
+        rows = {key: "" if counts is None else f" ({counts[key]} row{_s(counts[key])})" for key in chosen}
+        return _some([key.removesuffix(NULL) + number for key, number in rows.items()])
+
+    nulls = [key for key in keys if key.endswith(NULL)]
+    plain = [key for key in keys if key.rpartition(".")[2] not in METADATA and key not in nulls]
+    known = [key for key in keys if key not in plain and key not in nulls]
     parts = []
     if plain:
-        parts.append(f"keys that are not used: {_some([f'{key} ({keys[key]} row{_s(keys[key])})' for key in plain])}")
+        parts.append(f"keys that are not used: {named(plain)}")
     if nulls:
-        named = _some([f"{key.removesuffix(NULL)} ({keys[key]} row{_s(keys[key])})" for key in nulls])
-        parts.append(f"arguments that are null are kept, and trained (leave out those that only a table of many rows put there): {named}")
+        advice = "" if counts is None else " are kept, and trained (leave out those that only a table of many rows put there)"
+        parts.append(f"arguments that are null{advice}: {named(nulls)}")
     if known:
         parts.append(f"metadata that is not used: {_some(known)}")
     return "; ".join(parts)
+
+
+def _by_number(keys: Mapping[str, int]) -> list[str]:
+    return sorted(keys, key=lambda key: (-keys[key], key))
 
 
 def _some(names: list[str]) -> str:
