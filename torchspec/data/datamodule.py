@@ -1,17 +1,19 @@
-"""The data side of a run: tokenised conversations, the plan, the engine group, and the loaders; everything that Lightning asks a datamodule for.
+"""The data side of a run: tokenised conversations, the plan, the engine group, and the loaders; everything that
+Lightning asks a datamodule for.
 
-Order of events (docs/design.md): ``prepare_data`` tokenises on each host and, on global rank 0 and in its main thread, starts the engine group; ``setup``
-makes the plan and takes the group's address from rank 0; the loaders stream; ``teardown`` or ``on_exception`` closes it all.
+Order of events (docs/design.md): ``prepare_data`` tokenises on each host and, on global rank 0 and in its main thread,
+starts the engine group; ``setup`` makes the plan and takes the group's address from rank 0; the loaders stream;
+``teardown`` or ``on_exception`` closes it all.
 
-*Resume.* The position is the number of optimizer steps done, which the trainer restores; the checkpoint only carries what must still be the same
-(``state_dict``). Every loader counts a whole epoch as its length, and Lightning's own batch counter is set to what the position means for this world size
-(``progress.py``).
+*Resume.* The position is the number of optimizer steps done, which the trainer restores; the checkpoint only carries
+what must still be the same (``state_dict``). Every loader counts a whole epoch as its length, and Lightning's own batch
+counter is set to what the position means for this world size (``progress.py``).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -21,30 +23,27 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from torchspec.agreement import alone
 from torchspec.batch import PackedBatch
 from torchspec.data.corpus import Corpus, default_cache_dir
 from torchspec.data.failures import cut_failures
-from torchspec.data.loader import LoaderConfig, LoaderStats, PackLoader, Pass
+from torchspec.data.loader import LoaderStats, PackLoader
 from torchspec.data.prepare import DataOptions
 from torchspec.data.progress import batches_in_epoch, check_cursor, check_limit, check_trainer, cursor, drop_schedules, set_progress
 from torchspec.data.settings import check_engine, check_media, check_sizes, validation_sets
 from torchspec.data.sources import check_outside
-from torchspec.data.staging import CudaStage
+from torchspec.data.stage_loaders import StageLoaders
 from torchspec.engines.engine import EngineConfig, OnPolicy
 from torchspec.errors import DeviceLost, UserError
 from torchspec.network import host_port
-from torchspec.ranks import told_to_end
 from torchspec.supervision import Learner
 from torchspec.target import Target, TargetConfig
-from torchspec.transfer.record import Record, RecordSpec
+from torchspec.transfer.record import RecordSpec
 from torchspec.transfer.sizes import parse_bytes
 from torchspec.transfer.store import StoreConfig
 
 if TYPE_CHECKING:
     from torchspec.engines.client import Endpoint, TrainerClient
     from torchspec.engines.group import EngineGroup
-    from torchspec.transfer.shards import ShardWriter
 
 _ENGINES = EngineConfig()
 _STORE = StoreConfig()
@@ -55,33 +54,40 @@ class DraftDataModule(pl.LightningDataModule):
 
     Args:
         target: the frozen model.
-        train: conversation file (.jsonl, .json, .parquet, .arrow), a folder of them, or a hub dataset id (``org/name:split``); or several; or a table of
-            them with how many times an epoch each is trained (0.5: a fixed half of it).
-        validate: the same for validation; or a table of names with a set each, whose metrics are logged as ``val/NAME/...``; none skips it.
+        train: conversation file (.jsonl, .json, .parquet, .arrow), a folder of them, or a hub dataset id
+            (``org/name:split``); or several; or a table of them with how many times an epoch each is trained (0.5: a
+            fixed half of it).
+        validate: the same for validation; or a table of names with a set each, whose metrics are logged as
+            ``val/NAME/...``; none skips it.
         max_length: tokens of a conversation at most; longer ones are cut on the right.
         max_tokens: tokens of a pack (one micro-batch of one rank) at most.
         max_rows: draft rows of a training pack at most, where a draft computes more than its tokens (a block draft: its
-            blocks times their slots). A conversation of more is a pack of its own. None means 16384. Refused for a draft
-            whose work follows from its tokens, as that of EAGLE-3 does. Validation has no such bound.
+            blocks times their slots). A conversation of more is a pack of its own. None means 16384. Refused for a
+            draft whose work follows from its tokens, as that of EAGLE-3 does. Validation has no such bound.
         packs_per_step: packs of an optimizer step over all ranks; accumulation is this divided by the number of ranks.
         seed: of the order of the data.
         on_policy: the target answers the training prompts anew in the run, instead of the answers in the data. Engines
-            vllm and vllm_remote, or any but replay where its ``answer_workers`` is at least 1. Its own options: ``--data.on_policy.help``.
-        engine: what runs the target: ``transformers``, ``vllm``, ``vllm_remote`` (a vLLM server that somebody else runs), ``replay``, which runs none
-            and trains from records on disk, or one of your own, ``package.module:NAME`` (docs/engines.md).
+            vllm and vllm_remote, or any but replay where its ``answer_workers`` is at least 1. Its own options:
+            ``--data.on_policy.help``.
+        engine: what runs the target: ``transformers``, ``vllm``, ``vllm_remote`` (a vLLM server that somebody else
+            runs), ``replay``, which runs none and trains from records on disk, or one of your own,
+            ``package.module:NAME`` (docs/engines.md).
         records: folder of records that ``main.py extract`` or ``tee`` wrote, for engine replay.
         tee: folder to which the records of this run are also written, for replays.
         engines: how its workers run.
         store: where hidden states wait.
         cache_dir: folder of tokenised data; none means ``~/.cache/torchspec`` (``XDG_CACHE_HOME`` is honoured).
         messages_key: column of the messages; none takes ``conversations`` or ``messages``.
-        supervise: auto trains every answer that the chat template shows as the target generated it (a reasoning model's template drops the thinking of
-            earlier turns: those are left out); last trains the last one alone; all also trains the words of answers that the template rewrites.
-        media: refuse counts a row with images, video or audio as bad; placeholder keeps the template's placeholder tokens (the engine is given none of
-            the media: the states are those of the text alone); engine gives images to the engine, and refuses video and audio.
-        image_positions: RoPE positions of a draft whose target has multi-axis RoPE, after an image: index counts every token, as vLLM's model runner 2
-            does; temporal is the target's first axis, as its model runner 1 does.
-        template_args: variables for the chat template, as ``chat_template_kwargs`` of a server. Whether an answer thinks is told to it in any case.
+        supervise: auto trains every answer that the chat template shows as the target generated it (a reasoning model's
+            template drops the thinking of earlier turns: those are left out); last trains the last one alone; all also
+            trains the words of answers that the template rewrites.
+        media: refuse counts a row with images, video or audio as bad; placeholder keeps the template's placeholder
+            tokens (the engine is given none of the media: the states are those of the text alone); engine gives images
+            to the engine, and refuses video and audio.
+        image_positions: RoPE positions of a draft whose target has multi-axis RoPE, after an image: index counts every
+            token, as vLLM's model runner 2 does; temporal is the target's first axis, as its model runner 1 does.
+        template_args: variables for the chat template, as ``chat_template_kwargs`` of a server. Whether an answer
+            thinks is told to it in any case.
         min_supervised_tokens: conversations with fewer answer tokens within max_length are dropped, and counted.
         max_bad_fraction: share of unusable rows that is tolerated; they are listed beside the cache either way.
         num_proc: processes that tokenise; none takes the cores there are for large inputs.
@@ -163,9 +169,7 @@ class DraftDataModule(pl.LightningDataModule):
         )
         self.group: EngineGroup | None = None
         self.endpoint: Endpoint | None = None
-        self._loaders: dict[str, PackLoader] = {}
-        self._writer: ShardWriter | None = None
-        self._validations = 0
+        self._loaders = StageLoaders(self, health=self._check_group)
         self._restored: dict[str, Any] | None = None
         self._refusal: Exception | None = None
 
@@ -208,12 +212,11 @@ class DraftDataModule(pl.LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch of the trainer."""
-        return -(-self._batches_limited // self._trainer.accumulate_grad_batches)
+        return -(-self.batches_limited // self._trainer.accumulate_grad_batches)
 
     def loader_stats(self, stage: str) -> LoaderStats:
         """Counters of this rank's loader of a stage."""
-        loader = self._loaders.get(stage)
-        return loader.stats if loader is not None else LoaderStats()
+        return self._loaders.stats(stage)
 
     def connect(self, name: str, role: str = "trainer") -> TrainerClient:
         """A connection of this process to the coordinator, as ``trainer`` or ``observer``; the caller closes it."""
@@ -283,27 +286,15 @@ class DraftDataModule(pl.LightningDataModule):
 
     def _start_group(self, stages: list[str]) -> None:
         """Start coordinator, store and workers; they load while the trainer builds the model."""
-        from torchspec.data.group_start import group_config
+        from torchspec.data.group_start import group_of
         from torchspec.engines.group import EngineGroup
 
-        config = group_config(
-            self.corpus,
-            spec=self.spec,
-            engine=self.engine,
-            engines=self.engines,
-            store=self.store,
-            stages=stages,
-            world=self._trainer.world_size,
-            log_dir=Path(self._trainer.default_root_dir) / "logs",
-            local_ranks=_cpu_ranks(self._trainer),
-            main_address=_main_address(self._trainer),
-        )
-        self.group = EngineGroup(config, say=rank_zero_info)
+        self.group = EngineGroup(group_of(self, stages), say=rank_zero_info)
         self.endpoint = self.group.start()
         if self.engines.workers == 0:
-            rank_zero_info(
-                f"no workers of our own (data.engines.workers: 0); start some: main.py worker --coordinator {host_port(self.endpoint.host, self.endpoint.port)}"
-            )
+            address = host_port(self.endpoint.host, self.endpoint.port)
+            fix = f"start some: main.py worker --coordinator {address}"
+            rank_zero_info(f"no workers of our own (data.engines.workers: 0); {fix}")
 
     def setup(self, stage: str) -> None:
         trainer = self._trainer
@@ -311,94 +302,37 @@ class DraftDataModule(pl.LightningDataModule):
             if self._refusal is not None:
                 raise self._refusal
             raise SystemExit(2)  # the rank that knows why says it
-        self._loaders.clear()
+        self._loaders.forget()
         self._ask(trainer.lightning_module)
         if stage == "fit":
             drop_schedules(trainer)
             trainer.accumulate_grad_batches = self.accumulation
-            check_limit(trainer, batches_per_epoch=self._batches)
+            check_limit(trainer, batches_per_epoch=self.batches_per_epoch)
             if (line := self.corpus.about_work) is not None:
                 rank_zero_info(line)
         for validation in self.validation_stages:
             self.corpus.validation_plan(validation, trainer.world_size)
         self.endpoint = trainer.strategy.broadcast(self.endpoint)
         if trainer.strategy.root_device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            from torchspec.data.group_start import cpu_ranks
             from torchspec.engines.group import cpu_share
 
-            torch.set_num_threads(cpu_share((0 if self.records else self.engines.workers) + _cpu_ranks(trainer)))
+            torch.set_num_threads(cpu_share((0 if self.records else self.engines.workers) + cpu_ranks(trainer)))
 
     # -- loaders
 
     def train_dataloader(self) -> PackLoader:
         trainer = self._trainer
         if self._restored is not None:
-            set_progress(trainer, batches_per_epoch=self._batches, packs_per_step=self.packs_per_step, saved_world=int(self._restored["world_size"]))
+            set_progress(trainer, batches_per_epoch=self.batches_per_epoch, packs_per_step=self.packs_per_step, saved_world=int(self._restored["world_size"]))
             self._restored = None
         if trainer.is_global_zero:
             epoch, step = divmod(trainer.global_step, self.corpus.any_plan.steps)
-            cut_failures(self._failed_path, epoch=epoch, pack=step * self.packs_per_step)
-        return self._loader("train", self._begin_train, lambda: self._batches)
+            cut_failures(self._loaders.failed_path, epoch=epoch, pack=step * self.packs_per_step)
+        return self._loaders.train()
 
     def val_dataloader(self) -> list[PackLoader]:
-        return [self._validation_loader(number, stage) for number, stage in enumerate(self.validation_stages)]
-
-    def _validation_loader(self, number: int, stage: str) -> PackLoader:
-        world = self._trainer.world_size
-        return self._loader(stage, lambda: self._begin_validation(number, stage), lambda: len(self.corpus.validation_plan(stage, world)) // world)
-
-    def _loader(self, stage: str, begin: Callable[[], Pass], length: Callable[[], int]) -> PackLoader:
-        trainer = self._trainer
-        if stage not in self._loaders:
-            config = LoaderConfig(
-                stage=stage,
-                rank=trainer.global_rank,
-                world=trainer.world_size,
-                dataset=self.corpus.samples(stage),
-                spec=self.spec,
-                supervision=self.corpus.rule(stage),
-                window_bytes=self.budget,
-                prefetch_packs=self.prefetch_packs,
-                failed_path=self._failed_path,
-                pin=trainer.strategy.root_device.type == "cuda",
-                health=self._check_group,
-                interrupted=lambda: told_to_end(trainer),
-                agree=lambda vote: getattr(trainer, "agreement", alone)(vote),
-                chained=stage == "train",
-                stage_on=CudaStage(trainer.strategy.root_device) if trainer.strategy.root_device.type == "cuda" else None,
-                tee=self._tee(),
-                on_policy=stage == "train" and self.corpus.on_policy is not None,
-            )
-            self._loaders[stage] = PackLoader(config, connect=self.connect, begin=begin, length=length)
-        return self._loaders[stage]
-
-    def _tee(self) -> Callable[[Record, int], None] | None:
-        """Where records of this rank are also written."""
-        if self.tee is None:
-            return None
-        if self._writer is None:
-            from torchspec.transfer.shards import ShardWriter
-
-            self._writer = ShardWriter(self.tee, self.spec, part=f"rank{self._trainer.global_rank}")
-        return self._writer.add
-
-    def _begin_train(self) -> Pass:
-        """From where the optimizer stands to the end of the plan's epoch, the trainer's epoch or the run, whichever is first."""
-        trainer = self._trainer
-        epoch, step = divmod(trainer.global_step, self.corpus.any_plan.steps)
-        plan = self.corpus.plan(epoch)
-        first = step * self.packs_per_step
-        left = [len(plan) - first, (self._batches_limited - trainer.fit_loop.epoch_loop.batch_progress.current.ready) * trainer.world_size]
-        if trainer.max_steps > 0:
-            left.append((trainer.max_steps - trainer.global_step) * self.packs_per_step)
-        return Pass(plan, epoch, first, first + max(min(left), 0))
-
-    def _begin_validation(self, number: int, stage: str) -> Pass:
-        """The batches that Lightning will take, from the first on."""
-        trainer = self._trainer
-        loop = trainer.validate_loop if trainer.state.fn == TrainerFn.VALIDATING else trainer.fit_loop.epoch_loop.val_loop
-        plan = self.corpus.validation_plan(stage, trainer.world_size)
-        self._validations += 1
-        return Pass(plan, self._validations, 0, int(min(loop.max_batches[number] * trainer.world_size, len(plan))))
+        return [self._loaders.validate(number, stage) for number, stage in enumerate(self.validation_stages)]
 
     def _check_group(self) -> None:
         """Raise when the group is gone."""
@@ -418,10 +352,7 @@ class DraftDataModule(pl.LightningDataModule):
 
     def close(self, *, loaders: bool = True) -> None:
         """End loaders and engines. Idempotent."""
-        for loader in self._loaders.values() if loaders else ():
-            loader.close()
-        if self._writer is not None:
-            self._writer.close()
+        self._loaders.close(loaders=loaders)
         if self.group is not None:
             self.group.close()
             self.group = None
@@ -449,28 +380,11 @@ class DraftDataModule(pl.LightningDataModule):
         return self.trainer
 
     @property
-    def _batches(self) -> int:
+    def batches_per_epoch(self) -> int:
         """Micro-batches of a rank in an epoch of the plan."""
         return len(self.corpus.any_plan) // self._trainer.world_size
 
     @property
-    def _batches_limited(self) -> int:
+    def batches_limited(self) -> int:
         """Micro-batches of a rank in an epoch of the trainer."""
-        return batches_in_epoch(self._batches, self._trainer.limit_train_batches)
-
-    @property
-    def _failed_path(self) -> Path:
-        return Path(self._trainer.default_root_dir) / "failed_samples.jsonl"
-
-
-def _cpu_ranks(trainer: pl.Trainer) -> int:
-    """Ranks on this host that compute on its CPU."""
-    return trainer.num_devices if trainer.strategy.root_device.type == "cpu" else 0
-
-
-def _main_address(trainer: pl.Trainer) -> str | None:
-    """Of this host (global rank 0's), as ranks on other hosts know it; None where there are none."""
-    if trainer.num_nodes == 1:
-        return None
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    return environment.main_address if environment is not None else os.environ.get("MASTER_ADDR")
+        return batches_in_epoch(self.batches_per_epoch, self._trainer.limit_train_batches)

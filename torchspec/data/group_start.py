@@ -16,7 +16,28 @@ from torchspec.transfer.sizes import parse_bytes, show_bytes
 from torchspec.transfer.store import StoreConfig
 
 if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from torchspec.data.datamodule import DraftDataModule
     from torchspec.transfer.record import RecordSpec
+
+
+def group_of(data: DraftDataModule, stages: list[str]) -> GroupConfig:
+    """:func:`group_config` of a datamodule that a trainer uses; ``stages`` are gone through."""
+    trainer = data.trainer
+    assert trainer is not None
+    return group_config(
+        data.corpus,
+        spec=data.spec,
+        engine=data.engine,
+        engines=data.engines,
+        store=data.store,
+        stages=stages,
+        world=trainer.world_size,
+        log_dir=Path(trainer.default_root_dir) / "logs",
+        local_ranks=cpu_ranks(trainer),
+        main_address=_main_address(trainer),
+    )
 
 
 def group_config(
@@ -104,3 +125,16 @@ def listening(engines: EngineConfig, store: StoreConfig, *, main_address: str | 
         problem = f"is memory of one host, and ranks of others are to read it (trainer.num_nodes, {main_address})"
         raise UserError("data.store.kind", "shm", problem, "set it to mooncake")
     return host, port
+
+
+def cpu_ranks(trainer: pl.Trainer) -> int:
+    """Ranks on this host that compute on its CPU."""
+    return trainer.num_devices if trainer.strategy.root_device.type == "cpu" else 0
+
+
+def _main_address(trainer: pl.Trainer) -> str | None:
+    """Of this host (global rank 0's), as ranks on other hosts know it; None where there are none."""
+    if trainer.num_nodes == 1:
+        return None
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return environment.main_address if environment is not None else os.environ.get("MASTER_ADDR")
