@@ -106,11 +106,11 @@ def check_cursor(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """
     data = "data (data.train, data.max_length, the target's template)"
     settings = {"packs_per_step": "data.packs_per_step", "seed": "data.seed", "max_tokens": "data.max_tokens", "max_rows": "data.max_rows"}
-    order = "data and order" if ours["max_rows"] is None else "data, order and anchors of the draft"
+    order = "data and order" if ours.get("max_rows") is None else "data, order and anchors of the draft"
     for name, what in {**settings, "conversations": data, "content": data, "plan_fingerprint": order}.items():
-        if saved.get(name) != ours[name]:
+        if saved.get(name) != ours.get(name):
             fix = f"resume with the {what} of the checkpoint, or start a new run"
-            raise UserError(f"ckpt_path ({name})", saved.get(name), f"differs from this run's {ours[name]}", fix)
+            raise UserError(f"ckpt_path ({name})", saved.get(name), f"differs from this run's {ours.get(name)}", fix)
 
 
 def set_progress(trainer: pl.Trainer, *, batches_per_epoch: int, packs_per_step: int, saved_world: int) -> None:
