@@ -24,9 +24,11 @@ from tests.tiny import save_target
 from torchspec.batch import PackedBatch
 from torchspec.blocks import BlockRows
 from torchspec.models.blocks.config import BlockConfig
-from torchspec.models.blocks.formats import MASK_FILE, describe, head_rows
+from torchspec.models.blocks.formats import describe, write_mask, written
 from torchspec.models.blocks.network import BlockDraft
+from torchspec.models.family import Draft, Format
 from torchspec.models.target_head import TargetHead, read_embedding
+from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target, TargetConfig
 
 LAYERS = 8
@@ -41,7 +43,7 @@ class Case:
 
     changes: dict[str, Any]
     pruned: int | None = None
-    form: str = "vllm"
+    form: Format = "vllm"
     aux_layers: tuple[int, ...] = (2, 4, 7)
 
 
@@ -90,11 +92,10 @@ def make(case: Case, target: Target, folder: Path) -> Served:
     folder.mkdir(parents=True)
     described = describe(config, target, form=case.form, dtype=torch.float32)
     (folder / "config.json").write_text(json.dumps(described))
-    tensors = {name: parameter.detach().contiguous() for name, parameter in draft.named_parameters()}
-    mask = tensors.pop("mask_embedding", None)
-    if mask is not None:
-        torch.save({"embedding": mask, "mask_token_id": config.mask_token_id}, folder / MASK_FILE)
-    save_file({**tensors, **head_rows(config, head, torch.tensor(kept) if case.pruned else None)}, folder / "model.safetensors")
+    vocabulary = None if case.pruned is None else VocabularyMapping(torch.tensor(kept), config.vocab_size)
+    made = Draft(config, {name: parameter.detach().contiguous() for name, parameter in draft.named_parameters()}, vocabulary)
+    write_mask(folder, made)
+    save_file(written(made, target, dtype=torch.float32), folder / "model.safetensors")
     return Served(draft, head[kept], kept, folder)
 
 

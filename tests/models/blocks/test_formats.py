@@ -12,10 +12,12 @@ from torch import Tensor
 from tests.models.exports import LAYERS, save_plain_target
 from torchspec.errors import UserError
 from torchspec.models.blocks.config import BlockConfig
-from torchspec.models.blocks.formats import describe, head_rows
+from torchspec.models.blocks.formats import describe, written
 from torchspec.models.blocks.importing import kind_of, read_draft, spread_layers
 from torchspec.models.blocks.network import BlockDraft
+from torchspec.models.family import Draft
 from torchspec.models.target_head import TargetHead, read_embedding
+from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target
 
 KEPT = torch.arange(0, 40, 2)
@@ -50,11 +52,13 @@ def made(target: Target, changes: dict[str, Any], pruned: bool = False) -> tuple
     draft.set_embedding(read_embedding(target))
     draft.initialise()
     weights = {name: parameter.detach() + torch.randn_like(parameter) for name, parameter in draft.named_parameters()}
-    return config, {**weights, **head_rows(config, TargetHead.of(target).weight, KEPT if pruned else None)}
+    vocabulary = VocabularyMapping(KEPT, config.vocab_size) if pruned else None
+    tensors = written(Draft(config, weights, vocabulary), target, dtype=torch.float32)
+    return config, {**tensors, **{name: tensor for name, tensor in weights.items() if name == "mask_embedding"}}
 
 
 @pytest.mark.parametrize(("changes", "pruned", "form"), CASES)
-def test_read_back_as_it_was_written(changes: dict[str, Any], pruned: bool, form: str, target: Target) -> None:
+def test_read_back_as_it_was_written(changes: dict[str, Any], pruned: bool, form: Any, target: Target) -> None:
     config, tensors = made(target, changes, pruned)
     described = describe(config, target, form=form, dtype=torch.float32)
     assert kind_of(described) == config.kind
@@ -78,7 +82,7 @@ def test_read_back_as_it_was_written(changes: dict[str, Any], pruned: bool, form
         ({"kind": "dflash"}, False, "trtllm", "is not one of"),
     ],
 )
-def test_what_a_format_cannot_say_is_refused(changes: dict[str, Any], pruned: bool, form: str, named: str, target: Target) -> None:
+def test_what_a_format_cannot_say_is_refused(changes: dict[str, Any], pruned: bool, form: Any, named: str, target: Target) -> None:
     config, _ = made(target, changes, pruned)
     with pytest.raises(UserError, match=named):
         describe(config, target, form=form, dtype=torch.float32)

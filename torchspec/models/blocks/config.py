@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from torchspec.errors import UserError
 from torchspec.models.blocks.mask_token import Mask, default_mask
 from torchspec.models.draft_defaults import default_rope, default_width, whole
 from torchspec.models.ops.rope_parameters import check_rope
-from torchspec.paths import home
 from torchspec.target import Target
 
 Kind = Literal["dflash", "dspark", "dflash2"]
@@ -180,29 +178,26 @@ class BlockConfig:
         return cls(**{**described, **changes})
 
     @classmethod
-    def from_json(cls, path: str | Path, *, target: Target, kind: Kind, aux_layers: tuple[int, ...], logit_scale: float = 1.0) -> BlockConfig:
-        """A user's architecture file: fields of this class, the ones left out taken from the target. ``family`` is not read here.
+    def from_fields(
+        cls, given: Mapping[str, Any], *, target: Target, kind: Kind, aux_layers: tuple[int, ...], where: str, logit_scale: float = 1.0
+    ) -> BlockConfig:
+        """A user's architecture: fields of this class, the ones left out taken from the target.
+
+        Transformers' own names for heads and layers (``num_attention_heads``, ``num_key_value_heads``, ``num_hidden_layers``) are understood too.
 
         Raises:
-            UserError: a missing file, unknown keys, keys of another kind, or sizes that do not fit the target.
+            UserError: unknown keys, keys of another kind, or sizes that do not fit the target.
         """
-        file = home(Path(path))
-        if not file.is_file():
-            raise UserError("model.draft", str(path), "does not exist", "give a JSON file such as configs/drafts/eagle3.json")
-        try:
-            given = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError("model.draft", str(path), f"is no JSON ({error})", "correct the file") from error
-        given.pop("family", None)
-        given = {_ALIASES.get(name, name): value for name, value in given.items()}
-        unknown = sorted(given.keys() - ({f.name for f in fields(cls)} - {"kind", "logit_scale", "aux_layers"}))
-        if unknown:
-            raise UserError(f"model.draft ({file.name})", unknown, f"are no fields of a {kind} draft", "remove them; docs/configuration.md lists the fields")
-        foreign = sorted(name for name in given if _OF_KIND.get(name, kind) != kind)
-        if foreign:
-            raise UserError(f"model.draft ({file.name})", foreign, f"are no fields of a {kind} draft", "remove them")
-        fixed = {"vocab_size": target.vocab_size, "hidden_size": target.hidden_size}
-        for name, value in fixed.items():
-            if given.get(name, value) != value:
-                raise UserError(f"model.draft ({file.name}: {name})", given[name], f"does not fit the target, which has {value}", "leave it out")
-        return cls.from_target(target, kind=kind, aux_layers=aux_layers, logit_scale=logit_scale, **given)
+        named = {_ALIASES.get(name, name): value for name, value in given.items()}
+        if tuple(named.pop("aux_layers", aux_layers)) != tuple(aux_layers):
+            problem = f"differs from model.aux_layers={list(aux_layers)}"
+            raise UserError(f"{where[:-1]}: aux_layers)", given["aux_layers"], problem, "set model.aux_layers alone")
+        known = {f.name for f in fields(cls)} - {"kind", "logit_scale", "draft_vocab_size"}
+        if unknown := sorted(named.keys() - known):
+            raise UserError(where, unknown, f"are no fields of a {kind} draft", "remove them; docs/configuration.md lists the fields")
+        if foreign := sorted(name for name in named if _OF_KIND.get(name, kind) != kind):
+            raise UserError(where, foreign, f"are no fields of a {kind} draft", "remove them")
+        for name, value in {"vocab_size": target.vocab_size, "hidden_size": target.hidden_size}.items():
+            if named.get(name, value) != value:
+                raise UserError(f"{where[:-1]}: {name})", named[name], f"does not fit the target, which has {value}", "leave it out")
+        return cls.from_target(target, kind=kind, aux_layers=aux_layers, logit_scale=logit_scale, **named)

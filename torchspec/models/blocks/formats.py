@@ -7,25 +7,26 @@ under ``target_layer_ids``. Tensors go by the draft's own names; the head is the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchspec.errors import UserError
 from torchspec.models.blocks.config import BlockConfig
+from torchspec.models.family import FORMATS, Draft, Format
+from torchspec.models.target_head import TargetHead
 from torchspec.target import Target
 
-Format = Literal["vllm", "speculators", "sglang"]
-FORMATS: tuple[Format, ...] = ("vllm", "speculators", "sglang")
 MASK_FILE = "mask_embedding.pt"
 SPECULATORS_VERSION = "0.9.0"
 ARCHITECTURES = {"dflash": "DFlashDraftModel", "dflash2": "DFlash2DraftModel", "dspark": "Qwen3DSparkModel"}
 _SPECULATORS_CLASS = {"dflash": "DFlashDraftModel", "dflash2": "DFlash2DraftModel", "dspark": "Qwen3DSparkModel"}
 
 
-def refuse_unserved(config: BlockConfig, target: Target, *, form: str) -> None:
+def refuse_unserved(config: BlockConfig, target: Target, *, form: Format) -> None:
     """Refuse a draft that the format cannot say, or that its server would run as another one without a word.
 
     Raises:
@@ -54,7 +55,7 @@ def refuse_unserved(config: BlockConfig, target: Target, *, form: str) -> None:
 
 
 def describe(
-    config: BlockConfig, target: Target, *, form: str, dtype: torch.dtype, training: dict[str, Any] | None = None, target_name: str | None = None
+    config: BlockConfig, target: Target, *, form: Format, dtype: torch.dtype, training: Mapping[str, Any] | None = None, target_name: str | None = None
 ) -> dict[str, Any]:
     """``config.json`` of a draft.
 
@@ -88,7 +89,7 @@ def describe(
             block["output_multiplier"] = config.logit_scale
     described["dflash_config"] = block
     if training is not None:
-        described["torchspec"] = {**training, "target": target_name or target.config.path, "target_fingerprint": target.fingerprint}
+        described["torchspec"] = {"options": dict(training), "target": target_name or target.config.path, "target_fingerprint": target.fingerprint}
     return described
 
 
@@ -164,10 +165,26 @@ def _speculators(config: BlockConfig, target: Target, network: dict[str, Any], t
     }
 
 
-def head_rows(config: BlockConfig, head: Tensor, draft_ids: Tensor | None) -> dict[str, Tensor]:
-    """What of the target's head [V, H] ships with a draft: its rows and their ids where they are fewer than the target's."""
-    if draft_ids is None or config.draft_vocab_size == config.vocab_size:
+def written(draft: Draft, target: Target, *, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of a draft as servers look for them: its own but a learned mask, and the rows of the target's head with their ids where they are fewer."""
+    tensors = {name: tensor for name, tensor in draft.weights.items() if name != "mask_embedding"}
+    vocabulary = draft.vocabulary
+    if vocabulary is None or vocabulary.size == draft.config.vocab_size:
+        return tensors
+    rows = TargetHead.of(target).weight[vocabulary.draft_ids].to(dtype)
+    return {**tensors, "lm_head.weight": rows.contiguous(), "d2t": vocabulary.d2t.contiguous(), "t2d": vocabulary.t2d.contiguous()}
+
+
+def write_mask(folder: Path, draft: Draft) -> None:
+    """A learned mask as the file that vLLM looks for; nothing where there is none."""
+    if "mask_embedding" in draft.weights:
+        torch.save({"embedding": draft.weights["mask_embedding"], "mask_token_id": draft.config.mask_token_id}, folder / MASK_FILE)
+
+
+def read_mask(folder: Path) -> dict[str, Tensor]:
+    """A learned mask that is published in a file of its own, by its name in the network."""
+    file = folder / MASK_FILE
+    if not file.is_file():
         return {}
-    member = torch.zeros(config.vocab_size, dtype=torch.bool)
-    member[draft_ids] = True
-    return {"lm_head.weight": head[draft_ids], "d2t": draft_ids - torch.arange(draft_ids.numel()), "t2d": member}
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    return {"mask_embedding": (state["embedding"] if isinstance(state, dict) else state).reshape(-1)}

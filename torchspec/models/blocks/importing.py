@@ -7,8 +7,7 @@ draft here has none of its own. An embedding that differs in the mask's row alon
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from torchspec.errors import UserError
 from torchspec.models.blocks.config import KINDS, BlockConfig, Kind
-from torchspec.models.blocks.formats import ARCHITECTURES, MASK_FILE
+from torchspec.models.blocks.formats import ARCHITECTURES
 from torchspec.models.blocks.network import BlockDraft
+from torchspec.models.family import Draft
 from torchspec.models.ops.rope_parameters import rope_of
 from torchspec.models.target_head import TargetHead, read_embedding
 from torchspec.models.vocabulary import VocabularyMapping
@@ -35,18 +35,7 @@ _UNKNOWN = {
 """What changes the computation and a draft here does not have, with the value that says nothing."""
 
 
-@dataclass(frozen=True, eq=False)
-class ReadDraft:
-    """A published draft."""
-
-    config: BlockConfig
-    weights: dict[str, Tensor]
-    """By their name in ``BlockDraft``, in the published type."""
-    vocabulary: VocabularyMapping | None
-    """None for the whole vocabulary."""
-
-
-def kind_of(described: dict[str, Any]) -> Kind | None:
+def kind_of(described: Mapping[str, Any]) -> Kind | None:
     """Which block draft a ``config.json`` describes; None for another one."""
     form, names = described.get("speculators_model_type"), described.get("architectures") or []
     for kind in KINDS:
@@ -55,7 +44,7 @@ def kind_of(described: dict[str, Any]) -> Kind | None:
     return None
 
 
-def read_draft(described: dict[str, Any], tensors: dict[str, Tensor], target: Target, *, where: str) -> ReadDraft:
+def read_draft(described: dict[str, Any], tensors: dict[str, Tensor], target: Target, *, where: str) -> Draft:
     """Architecture and weights of a published draft.
 
     Args:
@@ -84,7 +73,7 @@ def read_draft(described: dict[str, Any], tensors: dict[str, Tensor], target: Ta
     wrong = [f"{name} {tuple(tensors[name].shape)}, not {tuple(shape)}" for name, shape in expected.items() if tensors[name].shape != shape]
     if wrong:
         raise UserError("draft", where, f"has tensors of other shapes than its config.json: {', '.join(wrong[:3])}", "correct its config.json")
-    return ReadDraft(config, {name: tensors[name] for name in expected}, ids)
+    return Draft(config, {name: tensors[name] for name in expected}, ids)
 
 
 def config_of(described: dict[str, Any], tensors: dict[str, Tensor], target: Target, *, where: str) -> BlockConfig:
@@ -153,14 +142,6 @@ def config_of(described: dict[str, Any], tensors: dict[str, Tensor], target: Tar
         if theirs != ours:
             raise UserError("draft", where, f"was made for a target of {name} {theirs}; this one has {ours}", "give the draft's own target")
     return config
-
-
-def mask_file(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Take a learned mask that is published in a file of its own among the tensors."""
-    file = folder / MASK_FILE
-    if file.is_file():
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        tensors["mask_embedding"] = (state["embedding"] if isinstance(state, dict) else state).reshape(-1)
 
 
 def _attention(

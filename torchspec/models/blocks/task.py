@@ -6,23 +6,31 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from torchspec.batch import PackedBatch
 from torchspec.blocks import BlockRows, as_blocks
+from torchspec.errors import UserError
+from torchspec.hardware import working_dtype
+from torchspec.models.blocks.config import BlockConfig
 from torchspec.models.blocks.loss import BlockPlan, BlockResult, block_loss
 from torchspec.models.blocks.network import BlockDraft, Context
 from torchspec.models.blocks.options import BlockOptions
 from torchspec.models.blocks.selector import with_label
 from torchspec.models.blocks.weighting import fixed_weights, normaliser
+from torchspec.models.family import Build
 from torchspec.models.metrics import StepOutput
 from torchspec.models.ops.head_loss import target_distribution
 from torchspec.models.ops.loss_formulas import LossWeights, mixing
 from torchspec.models.ops.shared_weight import wide
-from torchspec.models.target_head import TargetHead
+from torchspec.models.target_head import TargetHead, is_tied, read_embedding
+from torchspec.models.training.finite import named, not_finite
 
 _ROWS = 2**14
 """Draft rows at a time where no gradient is asked for."""
+_FLAT = 0.3
+"""Scale of the final norm at the start, as of EAGLE-3's."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,35 @@ class BlockTask(nn.Module):
         """What the losses of a block are divided by."""
         self.register_buffer("mean_alpha", torch.zeros(horizon), persistent=False)
         self.register_buffer("fixed", torch.tensor(fixed, dtype=torch.float64), persistent=False)
+
+    @classmethod
+    def build(cls, config: BlockConfig, options: BlockOptions, build: Build) -> BlockTask:
+        """A fresh task for a target; weights from torch's global random state.
+
+        The head is the target's own and frozen, whatever ``train_head``. ``init: target`` flattens the final norm, as logits of a draft that knows nothing
+        should be; the layers begin random in any case.
+
+        Raises:
+            UserError: 8-bit products, or a damaged target.
+        """
+        target, vocabulary = build.target, build.vocabulary
+        if build.fp8:
+            raise UserError("model.matmul", str(build.fp8), "is not there for block drafts", "leave it out (bf16)")
+        head = TargetHead.of(target).to(working_dtype(target.dtype, build.device))
+        draft = BlockDraft(config, compute_dtype=build.compute_dtype, recompute=build.recompute)
+        draft.set_embedding(head.weight if config.vocab_size == head.weight.shape[0] and is_tied(target) else read_embedding(target))
+        draft.initialise()
+        if wrong := not_finite([*((name.removeprefix("norm_"), tensor) for name, tensor in head.named_buffers()), *draft.named_buffers()]):
+            problem = f"has a head, norm or embedding that is not made of numbers ({named(wrong)})"
+            raise UserError("data.target.path", target.config.path, problem, "the files are damaged: fetch or convert the target again")
+        if head.bias is not None:
+            rank_zero_warn("the target's head has a bias, which servers of block drafts leave out: its rows are taken without it")
+        norm = head.rms_weight()
+        if build.init == "target" and norm is not None:
+            with torch.no_grad():
+                draft.norm.weight.copy_(_FLAT * norm)
+        pruned = vocabulary is not None and vocabulary.size < config.vocab_size
+        return cls(draft, head, draft_ids=vocabulary.draft_ids if vocabulary is not None and pruned else None, options=options, loss=build.loss)
 
     def forward(self, batch: PackedBatch, measure: bool = False) -> StepOutput:
         """Loss and metric sums of a batch.
