@@ -221,7 +221,7 @@ def test_whole_step_around_a_flash_kernel(variant: str, whole: bool, monkeypatch
 
     ``whole``: as where nearly all rows are supervised, with queries kept spread and embeddings of all rows projected at once.
     """
-    from torchspec.models.eagle3.network import network
+    from torchspec.models.eagle3 import network
     from torchspec.models.ops.attention import flash as attention_flash
     from torchspec.models.ops.attention import fused as attention_fused
 

@@ -12,7 +12,7 @@ from tests.models.differences import PRUNED, STEPS, WEIGHTS, against_reference, 
 from tests.models.packs import Conversation, conversation, draft_config, pack, task
 from tests.models.variants import VARIANTS
 from torchspec.errors import UserError
-from torchspec.models.eagle3.network import network
+from torchspec.models.eagle3 import network
 from torchspec.models.ops import mlp
 from torchspec.models.training.parallelize import check_reduced
 
