@@ -50,7 +50,7 @@ DEFECTS = (
     Mutation(2, "resume loses the optimizer's moments", "models/module.py",
              'facts = checkpoint.get("torchspec")', '[s.update(state={}) for s in checkpoint["optimizer_states"]]; facts = checkpoint.get("torchspec")'),
     Mutation(3, "the position before the end is supervised by a state that nobody computed", "supervision.py",
-             "- np.arange(n))[1:]", "- np.arange(n))[1:] + 1"),
+             "depth = end - begin - alone", "depth = end - begin - alone + 1"),
     Mutation(4, "vocabulary mapping recomputed on resume", "callbacks/vocabulary.py", "if path is not None:", "if path is None:"),
     Mutation(5, "final norm not applied before the target's head", "models/target_head.py",
              "return normed\n", "return last.to(self.weight.dtype)\n"),

@@ -101,22 +101,52 @@ def turns(mask: np.ndarray, bounds: np.ndarray) -> np.ndarray:
         [N] int64.
     """
     on = mask.astype(bool)
+    return np.where(on, np.cumsum(_begins(on, bounds)) - 1, -1).astype(np.int64)
+
+
+def _begins(on: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """[N] bool: the first token of each turn."""
     first = on.copy()
     first[1:] &= ~on[:-1]
     starts = bounds[:-1]
     starts = starts[starts < on.shape[0]]
     first[starts] |= on[starts]
-    return np.where(on, np.cumsum(first) - 1, -1).astype(np.int64)
+    return first
+
+
+def chains(mask: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The positions with a depth above 0, a chain for each turn: depths d, d-1, .., 1 at positions t, t+1, .., t+d-1.
+
+    A turn of L tokens that a token of its conversation precedes gives d = L-1, from that token on. One that begins the
+    conversation has no such token: d = L-2, from its own first token on.
+
+    Args:
+        mask: [N] 0 or 1.
+        bounds: [C+1] conversation boundaries.
+
+    Returns:
+        t, d and the conversation of each chain, [J] int64 each.
+    """
+    on = mask.astype(bool)
+    last = on.copy()
+    last[:-1] &= ~on[1:]
+    tails = bounds[1:] - 1
+    tails = tails[tails >= 0]
+    last[tails] |= on[tails]
+    begin, end = np.flatnonzero(_begins(on, bounds)), np.flatnonzero(last)
+    owner = np.searchsorted(bounds, begin, side="right") - 1
+    alone = (begin == bounds[owner]).astype(np.int64)
+    depth = end - begin - alone
+    some = depth > 0
+    return (begin - 1 + alone)[some], depth[some], owner[some]
 
 
 def depths(turn: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """How many draft tokens can be learnt after x_{t+1}, at each position t of a pack.
 
-    x_{t+1} .. x_{t+1+d} in one turn means: from t+1 on, d+1 or more tokens have the same turn index.
-
     Args:
         turn: [N] from :func:`turns`.
-        bounds: [C+1] conversation boundaries; the last token of a conversation has no successor in it.
+        bounds: [C+1] conversation boundaries.
 
     Returns:
         [N] int64, 0 where nothing is supervised.
@@ -125,15 +155,10 @@ def depths(turn: np.ndarray, bounds: np.ndarray) -> np.ndarray:
         >>> depths(turns(np.array([0, 0, 1, 1, 1, 1]), np.array([0, 6])), np.array([0, 6]))
         array([0, 3, 2, 1, 0, 0])
     """
-    n = turn.shape[0]
-    depth = np.zeros(n, dtype=np.int64)
-    if n < 2:
-        return depth
-    end = np.flatnonzero(np.diff(turn, append=turn[-1] - 1))  # last index of each run of equal values
-    depth[:-1] = (np.repeat(end, np.diff(end, prepend=-1)) - np.arange(n))[1:]
-    depth[:-1][turn[1:] < 0] = 0
-    ends = bounds[1:] - 1
-    depth[ends[ends >= 0]] = 0
+    start, length, _ = chains(turn >= 0, bounds)
+    along = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+    depth = np.zeros(turn.shape[0], dtype=np.int64)
+    depth[np.repeat(start, length) + along] = np.repeat(length, length) - along
     return depth
 
 
@@ -233,11 +258,11 @@ class Unroll:
             >>> Unroll(4).counts(np.array([0, 0, 1, 1, 1, 1]), np.array([0, 6]))
             array([[3, 2, 1, 0]])
         """
-        conversations, width = bounds.shape[0] - 1, self.steps + 1
-        depth = np.minimum(depths(turns(mask, bounds), bounds), self.steps)
-        owner = np.repeat(np.arange(conversations), np.diff(bounds))
-        of_depth = np.bincount(owner * width + depth, minlength=conversations * width).reshape(conversations, width)
-        return of_depth[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:].astype(np.int64)  # of depth k+1 and more
+        _, depth, owner = chains(mask, bounds)
+        counts = np.zeros((bounds.shape[0] - 1, self.steps), dtype=np.int64)
+        for k in range(self.steps):  # a chain of depth d has d - k positions of depth above k
+            np.add.at(counts[:, k], owner, np.maximum(depth - k, 0))
+        return counts
 
     def work(self, mask: np.ndarray, bounds: np.ndarray) -> np.ndarray:
         """[C] zeros: an unroll costs what its tokens cost."""
