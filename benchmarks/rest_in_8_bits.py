@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from torchspec.data.conversations import parse
 from torchspec.data.render import Renderer
 from torchspec.data.sources import find_sources, read_rows
-from torchspec.engines.transformers.hidden_states import HiddenStates
+from torchspec.engines.transformers.hidden_states import HiddenStateHooks
 from torchspec.files import dumps
 from torchspec.models.target_head import TargetHead
 from torchspec.paths import expand_all
@@ -46,7 +46,7 @@ def main() -> None:
     head.put_first(torch.argsort(counts, descending=True, stable=True)[: args.draft_vocab].sort().values)
     model = target.auto_class().from_pretrained(args.target, dtype=torch.float32, **target.model_files).eval()
     layer = target.num_layers
-    states = HiddenStates(model, (layer,), num_layers=layer)
+    states = HiddenStateHooks(model, (layer,), num_layers=layer)
     margins, masses = [], []
     with torch.no_grad():
         for one in ids:

@@ -15,7 +15,7 @@ from torchspec.data.plan import Plan
 from torchspec.data.prepare import DataOptions, prepare
 from torchspec.data.prompts import Prompts, answer_counts
 from torchspec.engines.engine import OnPolicy
-from torchspec.engines.messages import Continue
+from torchspec.engines.messages import PartialAnswer
 from torchspec.errors import UserError
 from torchspec.supervision import Unroll, turns
 
@@ -48,9 +48,9 @@ def test_what_is_asked_is_the_prompt_with_a_seed_of_its_own(tmp_path: Path) -> N
     prompts = Prompts(data(tmp_path), OnPolicy(max_new_tokens=5, temperature=1.0, seed=3), max_length=12)
     asked = [prompts.request(i, epoch=epoch) for epoch in (0, 1) for i in range(3)]
     assert np.frombuffer(asked[1].ids, dtype="<i4").tolist() == [20, 21, 22, 23, 24, 25]
-    assert [a.go_on.new_tokens for a in asked if a.go_on] == [5, 5, 3, 5, 5, 3]
-    assert len({a.go_on.seed for a in asked if a.go_on}) == 6 and prompts.request(2, epoch=1) == asked[5]
-    assert isinstance(asked[0].go_on, Continue)
+    assert [a.generate_from.new_tokens for a in asked if a.generate_from] == [5, 5, 3, 5, 5, 3]
+    assert len({a.generate_from.seed for a in asked if a.generate_from}) == 6 and prompts.request(2, epoch=1) == asked[5]
+    assert isinstance(asked[0].generate_from, PartialAnswer)
 
 
 def test_a_record_must_continue_its_prompt(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.models.differences import PRUNED, against_reference
 from tests.models.exports import LAYERS, export_variant, random_draft, save_plain_target
 from tests.models.packs import conversation, counts, draft_config, head_weight, pack, task
 from torchspec.callbacks.vocabulary import VocabularyPruning
-from torchspec.engines.transformers.hidden_states import HiddenStates
+from torchspec.engines.transformers.hidden_states import HiddenStateHooks
 from torchspec.errors import UserError
 from torchspec.models.eagle3.config import DraftConfig
 from torchspec.models.export.export import ExportOptions, export_draft
@@ -110,7 +110,7 @@ def test_defect_05_the_final_norm_is_applied_once_before_the_targets_head(target
         model.model.norm.weight.uniform_(0.5, 2.0)
         ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
         expected = model(ids).logits[0]
-        last = HiddenStates(model, (LAYERS,), num_layers=LAYERS).run(ids)[LAYERS][0]
+        last = HiddenStateHooks(model, (LAYERS,), num_layers=LAYERS).run(ids)[LAYERS][0]
         head = TargetHead(model.lm_head.weight, None, norm_module=model.model.norm, norm_tensors={"weight": model.model.norm.weight})
         torch.testing.assert_close(head.logits(last), expected, rtol=1e-5, atol=1e-5)
 
@@ -121,7 +121,7 @@ def test_defect_06_layer_ids_mean_the_same_to_engine_trainer_and_servers(target:
     ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
     with torch.no_grad():
         states = model(ids, output_hidden_states=True).hidden_states
-    found = HiddenStates(model, (0, 1, 5), num_layers=LAYERS).run(ids)
+    found = HiddenStateHooks(model, (0, 1, 5), num_layers=LAYERS).run(ids)
     assert all(torch.equal(found[i], states[i]) for i in (0, 1, 5))
     made = export_variant("plain", target, tmp_path / "draft")
     described = json.loads((made.folder / "config.json").read_text())

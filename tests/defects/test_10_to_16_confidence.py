@@ -117,14 +117,14 @@ def test_defect_12_a_sample_as_long_as_the_engine_takes_is_taken_and_a_longer_on
 
 def test_defect_13_a_prefill_that_was_not_computed_to_its_end_is_no_record() -> None:
     pytest.importorskip("vllm")
-    from torchspec.engines.vllm.capture_requests import PARAMETER
+    from torchspec.engines.capture.requests import PARAMETER
     from torchspec.engines.vllm.connector import HiddenStatesConnector
 
     pending: list[Any] = []
     order = SimpleNamespace(answer=False, tail=[5], run={}, key="k")
     stand_in = SimpleNamespace(_ids=lambda request, order: [1, 2, 3, 4, 5], _check_run=lambda run: None, _pending=pending, _accepted=OrderedDict())
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("torchspec.engines.vllm.connector.read_order", lambda plain: order)
+        patched.setattr("torchspec.engines.vllm.connector.read_request", lambda plain: order)
         for computed, taken in ((3, False), (4, True)):
             request: Any = SimpleNamespace(
                 kv_transfer_params={PARAMETER: {}}, num_computed_tokens=computed, status=SimpleNamespace(name="ABORTED"), request_id="r"
@@ -273,7 +273,7 @@ def test_defect_16_what_is_drawn_is_never_the_same_on_every_rank() -> None:
     seeds of sampled answers, which belong to the conversation and the epoch and so to no rank: repeated on resume, and different between any two."""
     data: Any = _Data()
     of_ranks = [Prompts(data, OnPolicy(max_new_tokens=4), max_length=16) for _ in range(2)]
-    drawn = [[[prompts.request(index, epoch=epoch).go_on.seed for index in range(12)] for epoch in range(2)] for prompts in of_ranks]  # type: ignore[union-attr]
+    drawn = [[[prompts.request(index, epoch=epoch).generate_from.seed for index in range(12)] for epoch in range(2)] for prompts in of_ranks]  # type: ignore[union-attr]
     assert drawn[0] == drawn[1] and len({seed for epoch in drawn[0] for seed in epoch}) == 24
     plan = Plan(np.full(64, 10), seed=3, epoch=0, max_tokens=20, packs_per_step=4)
     packs = [tuple(plan.pack(i).tolist()) for i in range(len(plan))]

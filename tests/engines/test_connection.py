@@ -23,7 +23,6 @@ from torchspec.engines.group import EngineGroup
 from torchspec.engines.handshake import prove
 from torchspec.engines.messages import (
     MAX_FRAME,
-    Ask,
     Beat,
     Challenge,
     Hello,
@@ -33,6 +32,7 @@ from torchspec.engines.messages import (
     Pulse,
     RecordRef,
     Sample,
+    StatusRequest,
     Stop,
     Submit,
     ToCoordinator,
@@ -44,7 +44,7 @@ from torchspec.errors import GroupStopped
 MESSAGES = [
     Hello(proof=b"p" * 32, role="trainer", name="rank-0"),
     Submit(stage="train", epoch=3, packs=[Pack(0, [Sample(7, b"\0\1\2\3" * 100)]), Pack(2, [])]),
-    Ask(),
+    StatusRequest(),
     Beat(samples=1, tokens=2, busy_s=0.5, write_s=0.25),
 ]
 
@@ -61,17 +61,17 @@ def frame(number: int, body: bytes, length: int | None = None) -> bytes:
     return struct.pack("<II", len(body) if length is None else length, number) + body
 
 
-ASK = msgspec.msgpack.encode(Ask())
+ASK = msgspec.msgpack.encode(StatusRequest())
 WRONG = {
     "replayed": frame(0, ASK) + frame(0, ASK),
     "out of order": frame(1, ASK),
     "oversized": frame(0, b"", length=MAX_FRAME + 1),
     "garbage": frame(0, b"\xff\x00\xff"),
-    "pickle": frame(0, pickle.dumps({"type": "Ask"})),
-    "json": frame(0, json.dumps({"type": "Ask"}).encode()),
+    "pickle": frame(0, pickle.dumps({"type": "StatusRequest"})),
+    "json": frame(0, json.dumps({"type": "StatusRequest"}).encode()),
     "unknown type": frame(0, msgspec.msgpack.encode({"type": "Exec"})),
     "text that is no UTF-8": frame(0, b"\x81\xa4type\xa3\xff\xfe\xfd"),
-    "unknown field": frame(0, msgspec.msgpack.encode({"type": "Ask", "more": 1})),
+    "unknown field": frame(0, msgspec.msgpack.encode({"type": "StatusRequest", "more": 1})),
     "wrong type of field": frame(0, msgspec.msgpack.encode({"type": "Beat", "samples": "x", "tokens": 1, "busy_s": 0.0, "write_s": 0.0})),
     "missing field": frame(0, msgspec.msgpack.encode({"type": "Beat"})),
     "bytes after the message": frame(0, ASK + b"\0"),
@@ -145,7 +145,7 @@ def test_a_peer_that_goes_is_closed_for_both_directions(pair: tuple[Connection, 
         connection.receive(5.0)
     with pytest.raises(Closed):
         for _ in range(1000):
-            connection.send(Ask())
+            connection.send(StatusRequest())
 
 
 def test_close_wakes_a_thread_that_receives(pair: tuple[Connection, socket.socket]) -> None:

@@ -59,7 +59,7 @@ class House:
         config = {"token": TOKEN, "engines": limits, "max_length": 8, "run": "r", "incarnation": 0, "target": {}, "engine": "transformers"}
         config |= {"on_policy": None, "images": False}
         names = [f"worker-{i}" for i in range(workers)]
-        self.processes = [WorkerProcess(name, "cpu", folder / name, word="of the process") for name in names]
+        self.processes = [WorkerProcess(name, "cpu", folder / name, secret="of the process") for name in names]
         attendance = Attendance(names, (), min_workers=min_workers, timeout=None, say=self.lines.append, stop=self._stop)
         self.supervisor = Supervisor(
             self.processes, limits=limits, on_end=lambda name, how: self.exchange.worker_ended(name, how), on_given_up=attendance.given_up
@@ -99,10 +99,10 @@ def exchange(house: House) -> Exchange:
     return house.exchange
 
 
-def greeted(exchange: Exchange, name: str, word: str = "", token: str = TOKEN) -> Line:
+def greeted(exchange: Exchange, name: str, secret: str = "", token: str = TOKEN) -> Line:
     line: Any = Line()
     exchange._made(line)
-    proof = prove(token, line.heard[0].nonce, "worker", name, word=word)
+    proof = prove(token, line.heard[0].nonce, "worker", name, secret=secret)
     exchange._received(line, Hello(proof=proof, role="worker", name=name))
     return line
 
@@ -257,7 +257,7 @@ def test_another_protocol_is_refused_in_words_that_it_can_read(house: House) -> 
     house.exchange._made(line)
     house.exchange._received(line, Hello(proof=b"", role="worker", name="old", protocol=3))
     assert msgspec.to_builtins(line.heard[-1]).keys() == {"type", "error"}
-    assert "speaks protocol 3, this run 4: install the same version" in line.heard[-1].error and "protocol 3" in house.lines[-1]
+    assert "speaks protocol 3, this run 5: install the same version" in line.heard[-1].error and "protocol 3" in house.lines[-1]
 
 
 def test_who_leaves_when_the_run_ends_is_no_news(house: House) -> None:

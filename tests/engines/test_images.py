@@ -24,7 +24,7 @@ from torchspec.data.prepare import DataOptions
 from torchspec.engines.engine import EngineConfig, Job
 from torchspec.engines.messages import Failed, Finished, Lease
 from torchspec.engines.transformers.engine import TransformersEngine
-from torchspec.engines.transformers.hidden_states import HiddenStates
+from torchspec.engines.transformers.hidden_states import HiddenStateHooks
 from torchspec.images import VisionTower, temporal_positions
 from torchspec.target import Target, TargetConfig
 from torchspec.transfer import StoreServer, open_store
@@ -106,7 +106,7 @@ def check(records: dict[int, Record], data: TokenizedDataset, target: Path, file
     """Records against the whole model of Transformers; and that the pixels reach the states at all."""
     model = Target(TargetConfig(str(target))).auto_class().from_pretrained(target)
     tower = VisionTower(Target(TargetConfig(str(target))))
-    hooks = HiddenStates(model, (8,), num_layers=8)
+    hooks = HiddenStateHooks(model, (8,), num_layers=8)
     for index, record in records.items():
         ids, rows = data.ids(index).tolist(), record.last.shape[0]
         assert record.input_ids.tolist() == ids
@@ -221,7 +221,7 @@ def test_vllm(family: str, server: StoreServer, tmp_path: Path, monkeypatch: pyt
     """vLLM is given the pixels and one token an image; its states and Transformers' agree, and ids it did not come to are a named failure."""
     pytest.importorskip("vllm")
     pytest.importorskip("torchvision", exc_type=ImportError, reason="vLLM's vision models need torchvision, whose build does not fit a CPU torch")
-    from torchspec.engines.vllm.capture_requests import TOKEN_VARIABLE
+    from torchspec.engines.capture.requests import TOKEN_VARIABLE
     from torchspec.engines.vllm.engine import VLLMEngine
 
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")

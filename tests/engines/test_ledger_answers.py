@@ -7,7 +7,7 @@ import pytest
 
 from torchspec.engines import audit
 from torchspec.engines.ledger import Ledger, ProtocolError
-from torchspec.engines.messages import Continue, Damaged, Lease, Pack, PackReady, Sample
+from torchspec.engines.messages import Damaged, Lease, Pack, PackReady, PartialAnswer, Sample
 
 
 def ids(length: int) -> bytes:
@@ -15,7 +15,7 @@ def ids(length: int) -> bytes:
 
 
 def prompts(index: int, *lengths: int, new_tokens: int = 5) -> Pack:
-    return Pack(index, [Sample(10 * index + i, ids(length), Continue(new_tokens, seed=i)) for i, length in enumerate(lengths)])
+    return Pack(index, [Sample(10 * index + i, ids(length), PartialAnswer(new_tokens, seed=i)) for i, length in enumerate(lengths)])
 
 
 def ledger_of(*, separate_answers: bool = False, world: int = 1, num_packs: int = 4, step_packs: int = 2, budget: int = 1000) -> Ledger:
@@ -56,7 +56,7 @@ def test_credit_covers_the_longest_answer_and_the_record_says_how_long_it_was() 
     ledger.submit(0, "train", 0, [prompts(0, 3)])
     assert ledger.credit.alive == 10 * (3 + 5)
     (lease,) = pull(ledger)
-    assert lease.go_on == Continue(5, seed=0) and lease.ids == ids(3)
+    assert lease.generate_from == PartialAnswer(5, seed=0) and lease.ids == ids(3)
     ledger.finish("w", lease.id, 10 * 6, 5)  # two tokens of answer
     ((_, message),) = ready(ledger)
     assert (message.records[0].tokens, message.records[0].rows, message.answers) == (6, 5, [3])
@@ -105,7 +105,7 @@ def test_a_damaged_record_is_answered_again_and_keeps_the_lengths_that_others_tr
     ledger.reissue(0, "train", 0, 1, [Damaged(10, second.records[0].key, "checksum")])
     settle(ledger)
     (lease,) = pull(ledger)
-    assert lease.go_on is not None and lease.key != second.records[0].key
+    assert lease.generate_from is not None and lease.key != second.records[0].key
     ledger.finish("w", lease.id, 10 * 7, 6)
     ((_, again),) = ready(ledger)
     assert again.answers == first.answers == [2, 2] and again.records[0].tokens == 7
@@ -130,12 +130,12 @@ def test_one_worker_answers_and_another_captures() -> None:
     ledger.submit(0, "train", 0, [prompts(0, 3, 4)])
     assert pull(ledger) == []
     one, two = pull(ledger, "a")
-    assert one.key == two.key == "" and one.go_on is not None
+    assert one.key == two.key == "" and one.generate_from is not None
     ledger.answered("a", one.id, ids(5))
     ledger.fail("a", two.id, "out of memory", retry=True)
     settle(ledger)
     (capture,) = pull(ledger)
-    assert (capture.ids, capture.go_on) == (ids(5), None)
+    assert (capture.ids, capture.generate_from) == (ids(5), None)
     ledger.finish("w", capture.id, 10 * 5, 4)
     (two,) = pull(ledger, "a")
     ledger.answered("a", two.id, ids(9))
@@ -146,7 +146,7 @@ def test_one_worker_answers_and_another_captures() -> None:
     ledger.reissue(0, "train", 0, 0, [Damaged(0, message.records[0].key, "checksum")])
     settle(ledger)
     (capture,) = pull(ledger)
-    assert (capture.ids, capture.go_on) == (ids(5), None)  # what was said stays said
+    assert (capture.ids, capture.generate_from) == (ids(5), None)  # what was said stays said
 
 
 def test_a_lost_answering_worker_returns_its_prompts() -> None:

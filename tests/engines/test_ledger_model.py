@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from torchspec.engines import audit
 from torchspec.engines.ledger import Ledger
-from torchspec.engines.messages import Continue, Damaged, Lease, Pack, PackReady, Sample
+from torchspec.engines.messages import Damaged, Lease, Pack, PackReady, PartialAnswer, Sample
 
 WORLD, PACKS, LARGEST, BUDGET, RESERVE, TIMEOUT = 2, 6, 12, 60, 24, 5.0
 STAGES = ["train", "validate"]
@@ -241,8 +241,8 @@ class Delivery(RuleBasedStateMachine):
             index, epoch = key[0] + WORLD * side.submitted, side.epoch
             side.lengths[index] = lengths = data.draw(st.just([4, 4, 4]) | st.lists(st.integers(1, LARGEST // 3), max_size=3))
             side.submitted += 1
-            go_on = Continue(NEW_TOKENS, seed=0) if self.on_policy and key[1] == "train" else None
-            pack = Pack(index, [Sample(10 * index + i, b"\0" * 4 * n, go_on) for i, n in enumerate(lengths)])
+            generate_from = PartialAnswer(NEW_TOKENS, seed=0) if self.on_policy and key[1] == "train" else None
+            pack = Pack(index, [Sample(10 * index + i, b"\0" * 4 * n, generate_from) for i, n in enumerate(lengths)])
             side.up.append(lambda: self.ledger.submit(*key, epoch, [pack]))
 
     def take(self, key: Key, pick: int) -> None:
@@ -303,7 +303,7 @@ class Delivery(RuleBasedStateMachine):
             assert len(leases) <= samples
             for lease in leases:
                 if self.workers[name].answers:
-                    assert not lease.key and lease.go_on is not None
+                    assert not lease.key and lease.generate_from is not None
                     continue
                 assert lease.key not in self.used, "a key was used twice"
                 self.used.add(lease.key)
@@ -317,7 +317,7 @@ class Delivery(RuleBasedStateMachine):
         lease = side.held.pop(sorted(side.held)[pick % len(side.held)])
         if good:
             name = next(n for n, s in self.workers.items() if s is side)
-            said = 0 if lease.go_on is None else 1 + pick % NEW_TOKENS
+            said = 0 if lease.generate_from is None else 1 + pick % NEW_TOKENS
             tokens = len(lease.ids) // 4 + said
             if not side.answers:
                 self.store[lease.key] = tokens

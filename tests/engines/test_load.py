@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.quantised import FP8, fp8
-from torchspec.engines.transformers.hidden_states import HiddenStates
+from torchspec.engines.transformers.hidden_states import HiddenStateHooks
 from torchspec.engines.transformers.load import load_model
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
@@ -109,5 +109,5 @@ def test_a_norm_that_also_runs_before_the_blocks_is_read_behind_them() -> None:
             return self.norm(state)
 
     model = Decoder()
-    states = HiddenStates(model, (2,), num_layers=2).run(torch.ones(1, 3, dtype=torch.int64))
+    states = HiddenStateHooks(model, (2,), num_layers=2).run(torch.ones(1, 3, dtype=torch.int64))
     assert torch.equal(states[2], model.seen)

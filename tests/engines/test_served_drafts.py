@@ -14,7 +14,7 @@ from tests.engines.parts import save_tiny, spec_of
 from torchspec.callbacks import on_policy
 from torchspec.callbacks.on_policy import ServeDraft
 from torchspec.engines.engine import EngineConfig, Job, OnPolicy
-from torchspec.engines.messages import Answered, Continue, Failed, Lease, NewDraft, Report, Stop, Work
+from torchspec.engines.messages import Answered, Failed, Lease, NewDraft, PartialAnswer, Report, Stop, Work
 from torchspec.engines.vllm.answering import AnsweringEngine
 from torchspec.engines.vllm.draft_weights import DraftWeights
 from torchspec.engines.worker import _loop
@@ -107,7 +107,7 @@ def draft(step: int) -> NewDraft:
 
 
 def lease(number: int) -> Lease:
-    return Lease(number, "", "train", number, struct.pack("<3i", 5, 6, 7), go_on=Continue(4, 0))
+    return Lease(number, "", "train", number, struct.pack("<3i", 5, 6, 7), generate_from=PartialAnswer(4, 0))
 
 
 def test_of_several_drafts_the_newest_is_taken() -> None:

@@ -15,7 +15,7 @@ from torchspec.engines.engine import EngineConfig, Job
 from torchspec.engines.messages import Failed, Finished, Lease
 from torchspec.engines.record_writer import RecordWriter
 from torchspec.engines.transformers.engine import TransformersEngine, load_model
-from torchspec.engines.transformers.hidden_states import HiddenStates
+from torchspec.engines.transformers.hidden_states import HiddenStateHooks
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
 from torchspec.transfer import Store, StoreError, StoreServer, open_store
@@ -84,7 +84,7 @@ def test_records_equal_transformers_whatever_the_batch(family: str, server: Stor
     samples = random_samples([5, 17, 1, 40, 33, 2, 64, 18])
     engine = engine_for(target, server, aux=(0, 1, 3))
     records = records_of(engine, server, samples)
-    hooks = HiddenStates(model, (4,), num_layers=4)
+    hooks = HiddenStateHooks(model, (4,), num_layers=4)
     for ids, record in zip(samples, records, strict=True):
         states, final = expected(model, ids)
         torch.testing.assert_close(record.aux, torch.cat([states[0], states[1], states[3]], dim=-1), rtol=1e-4, atol=1e-4)
@@ -124,16 +124,16 @@ def test_only_what_is_needed_is_computed(target: Path) -> None:
     for name, module in model.named_modules():
         if name in ("model.norm", "lm_head") or (name.startswith("model.layers.") and name.count(".") == 2):
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
-    HiddenStates(model, (1, 2), num_layers=4).run(torch.tensor([[1, 2, 3]]))
+    HiddenStateHooks(model, (1, 2), num_layers=4).run(torch.tensor([[1, 2, 3]]))
     assert ran == ["model.layers.0", "model.layers.1"]
     ran.clear()
-    HiddenStates(model, (1, 4), num_layers=4).run(torch.tensor([[1, 2, 3]]))
+    HiddenStateHooks(model, (1, 4), num_layers=4).run(torch.tensor([[1, 2, 3]]))
     assert ran == [f"model.layers.{i}" for i in range(4)]
 
 
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(UserError, match="no list of 4 blocks"):
-        HiddenStates(nn.Linear(2, 2), (1,), num_layers=4)
+        HiddenStateHooks(nn.Linear(2, 2), (1,), num_layers=4)
 
 
 def test_a_bad_sample_is_named_and_its_neighbours_arrive(target: Path, server: StoreServer) -> None:
@@ -148,14 +148,14 @@ def test_a_bad_sample_is_named_and_its_neighbours_arrive(target: Path, server: S
 
 def test_a_forward_that_fails_is_repeated_one_by_one(target: Path, server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_for(target, server)
-    run = HiddenStates.run
+    run = HiddenStateHooks.run
 
-    def too_much(self: HiddenStates, input_ids: Tensor, seen: Any = None) -> dict[int, Tensor]:
+    def too_much(self: HiddenStateHooks, input_ids: Tensor, seen: Any = None) -> dict[int, Tensor]:
         if input_ids.shape[0] > 1 or input_ids[0, 0] == 7:
             raise torch.OutOfMemoryError("out of memory\nmany lines")
         return run(self, input_ids, seen)
 
-    monkeypatch.setattr(HiddenStates, "run", too_much)
+    monkeypatch.setattr(HiddenStateHooks, "run", too_much)
     finished, failed = work_off(engine, leases_of([[1, 2], [7, 8], [3]]))
     assert sorted(f.lease for f in finished) == [0, 2]
     assert [(f.lease, f.reason, f.retry) for f in failed] == [(1, "OutOfMemoryError: out of memory", True)]

@@ -21,12 +21,12 @@ from tests.engines.parts import save_tiny, spec_of
 from tests.engines.test_vllm_parts import Inbox
 from tests.tiny import save_target
 from tests.tiny_vl import save_vl_target
+from torchspec.engines.capture.requests import PARAMETER, TOKEN_VARIABLE, CaptureRequest, Destination
+from torchspec.engines.capture.sink import Capture, introduced
 from torchspec.engines.connection import Closed
 from torchspec.engines.engine import EngineConfig
-from torchspec.engines.vllm.capture_requests import PARAMETER, TOKEN_VARIABLE, Destination, Order
 from torchspec.engines.vllm.checks import check, check_cache
 from torchspec.engines.vllm.options import capture_arguments, model_arguments, vllm_config_of
-from torchspec.engines.vllm.sink import Capture, introduced
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
 
@@ -126,7 +126,7 @@ def said_to(
 ) -> tuple[bool, dict[str, Any]]:
     """Whether the blocks of a finished request are held, and what is said of its order, which is of this target. With ``answer`` the order is for one."""
     run = Destination({"kind": "shm"}, spec_of(target, AUX), ("127.0.0.1", port), alone=alone).to_dict()
-    order = Order(key=key, tail=[7] if answer is None else [], answer=answer is not None, ids="", run=run).signed("secret")
+    order = CaptureRequest(key=key, tail=[7] if answer is None else [], answer=answer is not None, ids="", run=run).signed("secret")
     said = answer if answer is not None else [1]
     finished = SimpleNamespace(request_id="r", prompt_token_ids=[5, 6], output_token_ids=said, num_computed_tokens=1 + len(said))
     finished.status = RequestStatus[of_request.get("status", "FINISHED_STOPPED")]

@@ -11,10 +11,10 @@ import torch
 
 from tests.engines.parts import read_record, save_tiny, spec_of
 from tests.engines.test_transformers_engine import expected, leases_of, random_samples, work_off
+from torchspec.engines.capture.requests import TOKEN_VARIABLE
 from torchspec.engines.engine import EngineConfig, Job, OnPolicy
-from torchspec.engines.messages import Continue, Failed, Finished, Lease
-from torchspec.engines.transformers.hidden_states import HiddenStates
-from torchspec.engines.vllm.capture_requests import TOKEN_VARIABLE
+from torchspec.engines.messages import Failed, Finished, Lease, PartialAnswer
+from torchspec.engines.transformers.hidden_states import HiddenStateHooks
 from torchspec.engines.vllm.engine import VLLMEngine
 from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
@@ -66,7 +66,7 @@ def test_records_equal_transformers(
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     target = save_tiny(tmp_path, family, hidden=128, dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(target)
-    hooks = HiddenStates(model, (4,), num_layers=4)
+    hooks = HiddenStateHooks(model, (4,), num_layers=4)
     hybrid = family == "qwen3_next"
     aux = (1, 3) if family == "deepseek_v3" else (0, 1, 3)  # vLLM's DeepSeek model cannot give index 0
     engine = engine_for(target, server, aux, None if hybrid else OnPolicy(), engine_args=engine_args)
@@ -106,7 +106,7 @@ def check_answers(engine: VLLMEngine, server: StoreServer, model: Any, tolerance
     """Prompts are answered as the target would, beside conversations that are not, and the record holds prompt, answer and the states of both."""
     prompts, new = random_samples([7, 1, 40, 20, 30]), [9, 2, 24, 16, 0]
     pairs = zip(leases_of(prompts), new, strict=True)
-    leases = [msgspec.structs.replace(lease, go_on=Continue(tokens, seed=0) if tokens else None) for lease, tokens in pairs]
+    leases = [msgspec.structs.replace(lease, generate_from=PartialAnswer(tokens, seed=0) if tokens else None) for lease, tokens in pairs]
     before = engine.stats()
     finished, failed = work_off(engine, leases)
     assert not failed
@@ -136,7 +136,7 @@ def check_preempted(engine: VLLMEngine, server: StoreServer, model: Any) -> None
     from vllm.v1.metrics.reader import get_metrics_snapshot
 
     prompts = random_samples([30] * 8)
-    leases = [msgspec.structs.replace(lease, go_on=Continue(30, seed=0)) for lease in leases_of(prompts)]
+    leases = [msgspec.structs.replace(lease, generate_from=PartialAnswer(30, seed=0)) for lease in leases_of(prompts)]
     finished, failed = work_off(engine, leases)
     assert not failed
     assert sum(int(getattr(m, "value", 0)) for m in get_metrics_snapshot() if m.name == "vllm:num_preemptions") > 0, "the test must see preemptions"

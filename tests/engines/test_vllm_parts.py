@@ -19,16 +19,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engines.parts import read_record, save_tiny, spec_of, wait_until
+from torchspec.engines.capture.engine import PrefillEngine
+from torchspec.engines.capture.reports import ReportServer
+from torchspec.engines.capture.requests import (
+    PARAMETER,
+    TOKEN_VARIABLE,
+    BadCaptureRequest,
+    CaptureRequest,
+    Destination,
+    Introduce,
+    Wrote,
+    read_destination,
+    read_request,
+)
+from torchspec.engines.capture.sink import Capture, Ring, Sink, introduced
 from torchspec.engines.connection import Closed, Framer
 from torchspec.engines.engine import EngineConfig, Job
 from torchspec.engines.messages import Challenge, Failed, Finished, Lease
 from torchspec.engines.table import ENGINES
 from torchspec.engines.vllm.cache import HiddenStateCache
-from torchspec.engines.vllm.capture import CapturingEngine
-from torchspec.engines.vllm.capture_requests import PARAMETER, TOKEN_VARIABLE, BadOrder, Destination, Introduce, Order, Wrote, read_destination, read_order
 from torchspec.engines.vllm.options import OWNED, check_arguments
-from torchspec.engines.vllm.reports import ReportServer
-from torchspec.engines.vllm.sink import Capture, Ring, Sink, introduced
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
 from torchspec.transfer import StoreServer, open_store
@@ -163,12 +173,12 @@ def test_records_that_wait_are_put_in_one_call_and_a_bad_one_takes_no_neighbour_
     cache = HiddenStateCache(torch.randn(10, LAYERS, BLOCK, HIDDEN), layers=LAYERS, block_size=BLOCK)
     sink = make_sink(server.address, inbox)
     assert sink._store is not None
-    put, calls, begun, go_on = sink._store.put, list[list[str]](), threading.Event(), threading.Event()
+    put, calls, begun, generate_from = sink._store.put, list[list[str]](), threading.Event(), threading.Event()
 
     def watched(keys: list[str], values: list[torch.Tensor]) -> None:
         calls.append(list(keys))
         begun.set()
-        assert go_on.wait(20)
+        assert generate_from.wait(20)
         if "poison" in keys:
             raise StoreError("io", "poison", "no")
         put(keys, values)
@@ -178,16 +188,16 @@ def test_records_that_wait_are_put_in_one_call_and_a_bad_one_takes_no_neighbour_
     assert begun.wait(10)
     for key in ("a", "b", "c"):
         sink.copy(capture_of(key, 9, [5]), cache)
-    go_on.set()
+    generate_from.set()
     assert [(report.key, report.error) for report in inbox.wait(4)] == [(key, "") for key in ("first", "a", "b", "c")]
     assert calls == [["first"], ["a", "b", "c"]]
-    begun.clear(), go_on.clear(), calls.clear()
+    begun.clear(), generate_from.clear(), calls.clear()
     sink.copy(capture_of("second", 9, [5]), cache)
     assert begun.wait(10)
     for key in ("d", "poison", "e"):
         sink.copy(capture_of(key, 9, [5]), cache)
     sink.copy(capture_of("bad", 20, [5]), cache)  # fewer blocks than states
-    go_on.set()
+    generate_from.set()
     reports = {report.key: report.error for report in inbox.wait(9)[4:]}
     assert list(reports) == ["second", "d", "poison", "e", "bad"] and [bool(error) for error in reports.values()] == [False, False, True, False, True]
     assert calls == [["second"], ["d", "poison", "e"], ["d"], ["poison"], ["e"]]
@@ -210,7 +220,7 @@ def test_a_store_that_is_gone_is_reported_for_each_record(server: StoreServer, i
 
 
 def test_places_of_written_records_are_used_again(server: StoreServer, inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchspec.engines.vllm.sink._RING", 0)
+    monkeypatch.setattr("torchspec.engines.capture.sink._RING", 0)
     cache = HiddenStateCache(torch.randn(10, LAYERS, BLOCK, HIDDEN), layers=LAYERS, block_size=BLOCK)
     sink = make_sink(server.address, inbox)
     offered = [sink.copy(capture_of(f"k{i}", 64, list(range(8))), cache) for i in range(200)]
@@ -243,31 +253,31 @@ def test_nobody_listening_is_said(server: StoreServer, inbox: Inbox) -> None:
 def test_orders_are_checked(monkeypatch: pytest.MonkeyPatch, server: StoreServer) -> None:
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     run = Destination(server.address, SPEC, ("127.0.0.1", 1)).to_dict()
-    order = Order(key="k", tail=[3], answer=False, ids="", run=run).signed("secret")
-    assert read_order(order.to_dict()) == order
+    order = CaptureRequest(key="k", tail=[3], answer=False, ids="", run=run).signed("secret")
+    assert read_request(order.to_dict()) == order
     assert read_destination(order.run) == Destination(server.address, SPEC, ("127.0.0.1", 1))
-    with pytest.raises(BadOrder, match="token"):
-        read_order(order.signed("guess").to_dict())
+    with pytest.raises(BadCaptureRequest, match="token"):
+        read_request(order.signed("guess").to_dict())
     elsewhere = {**run, "report": ["127.0.0.1", 2]}
     for changed in ({"key": "another"}, {"tail": []}, {"ids": "0" * 32}, {"run": elsewhere}, {"run": {**run, "alone": True}}, {"tail": [], "answer": True}):
-        with pytest.raises(BadOrder, match="token"):  # the proof is of the whole order: a logged one is of no use to send states elsewhere
-            read_order(dataclasses.replace(order, **changed).to_dict())
-    assert read_order(json.loads(json.dumps(order.to_dict()))) == order
-    with pytest.raises(BadOrder, match="2 tokens after the prompt"):
-        read_order(dataclasses.replace(order, tail=[1, 2]).to_dict())
-    with pytest.raises(BadOrder, match="1 tokens after the prompt"):  # what follows is for the target to say
-        read_order(dataclasses.replace(order, answer=True).to_dict())
+        with pytest.raises(BadCaptureRequest, match="token"):  # the proof is of the whole order: a logged one is of no use to send states elsewhere
+            read_request(dataclasses.replace(order, **changed).to_dict())
+    assert read_request(json.loads(json.dumps(order.to_dict()))) == order
+    with pytest.raises(BadCaptureRequest, match="2 tokens after the prompt"):
+        read_request(dataclasses.replace(order, tail=[1, 2]).to_dict())
+    with pytest.raises(BadCaptureRequest, match="1 tokens after the prompt"):  # what follows is for the target to say
+        read_request(dataclasses.replace(order, answer=True).to_dict())
     for broken in ({}, {**order.to_dict(), "more": 1}, {**order.to_dict(), "tail": "x"}, [1], {**order.to_dict(), "key": None}):
-        with pytest.raises(BadOrder, match="malformed"):
-            read_order(broken)
-    with pytest.raises(BadOrder, match="malformed"):
+        with pytest.raises(BadCaptureRequest, match="malformed"):
+            read_request(broken)
+    with pytest.raises(BadCaptureRequest, match="malformed"):
         read_destination({"store": {}, "record": {}, "report": []})
     for wrong in ({"report": ["127.0.0.1", 70000]}, {"record": {**run["record"], "dtype": "int8"}}):
-        with pytest.raises(BadOrder, match="malformed"):
+        with pytest.raises(BadCaptureRequest, match="malformed"):
             read_destination({**run, **wrong})
     monkeypatch.delenv(TOKEN_VARIABLE)
-    with pytest.raises(BadOrder, match="token"):  # no token, no service
-        read_order(order.signed("").to_dict())
+    with pytest.raises(BadCaptureRequest, match="token"):  # no token, no service
+        read_request(order.signed("").to_dict())
 
 
 @pytest.mark.parametrize("name", sorted(OWNED))
@@ -285,7 +295,7 @@ def test_versions() -> None:
         ENGINES["vllm"].check_version(version, allow_unknown=True)
 
 
-class Absent(CapturingEngine):
+class Absent(PrefillEngine):
     """An engine without a vLLM: the connector's part is played by the test, and what ``ask`` answers is given."""
 
     said: dict[str, Any]

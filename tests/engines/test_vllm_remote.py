@@ -23,7 +23,7 @@ from tests.engines.test_transformers_engine import expected, leases_of, work_off
 from tests.tiny import save_target
 from torchspec.cli import main
 from torchspec.engines.engine import EngineConfig, Job, OnPolicy
-from torchspec.engines.messages import Continue
+from torchspec.engines.messages import PartialAnswer
 from torchspec.engines.vllm.remote import TOKEN_VARIABLE, RemoteVLLMEngine
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
@@ -119,7 +119,7 @@ def test_a_server_of_somebody_else(served: Served, server: StoreServer, tmp_path
         engine = engine_for(served, server, on_policy=OnPolicy(temperature=temperature))
         engine.start()
         (lease,) = leases_of(samples[2:3])
-        finished, failures = work_off(engine, [msgspec.structs.replace(lease, go_on=Continue(new_tokens=5, seed=1))])
+        finished, failures = work_off(engine, [msgspec.structs.replace(lease, generate_from=PartialAnswer(new_tokens=5, seed=1))])
         if temperature:
             assert not finished and "at temperature 0.7" in failures[0].reason
         else:

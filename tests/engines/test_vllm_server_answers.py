@@ -13,9 +13,9 @@ import pytest
 
 from tests.engines.parts import save_tiny, spec_of
 from tests.engines.test_transformers_engine import leases_of
+from torchspec.engines.capture.requests import PARAMETER
 from torchspec.engines.engine import EngineConfig, Job, OnPolicy
-from torchspec.engines.messages import Continue, Failed
-from torchspec.engines.vllm.capture_requests import PARAMETER
+from torchspec.engines.messages import Failed, PartialAnswer
 from torchspec.engines.vllm.options import sampling_params
 from torchspec.engines.vllm.remote import RemoteVLLMEngine
 from torchspec.target import TargetConfig
@@ -89,12 +89,12 @@ def test_a_server_whose_model_has_defaults_of_its_own_samples_as_our_vllm_does(e
     protocol = pytest.importorskip("vllm.entrypoints.openai.completion.protocol")
     bodies: list[dict[str, Any]] = []
     engine.answer = lambda request: bodies.append(json.loads(request.content)) or REFUSED  # type: ignore[func-returns-value]
-    go_on = Continue(new_tokens=8, seed=3)
-    engine.submit([msgspec.structs.replace(lease, go_on=go_on) for lease in leases_of([[7, 5, 6]])])
+    generate_from = PartialAnswer(new_tokens=8, seed=3)
+    engine.submit([msgspec.structs.replace(lease, generate_from=generate_from) for lease in leases_of([[7, 5, 6]])])
     engine.poll(5.0)
     (body,) = bodies
     defaults = {"temperature": 0.3, "top_p": 0.5, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3}
     theirs = protocol.CompletionRequest(**{**body, "model": "m"}).to_sampling_params(body["max_tokens"], default_sampling_params=defaults)
-    ours = sampling_params(engine.sampling(go_on), ends=engine.ends)
+    ours = sampling_params(engine.sampling(generate_from), ends=engine.ends)
     for name in (*defaults, "seed", "max_tokens", "min_tokens", "stop_token_ids", "ignore_eos"):
         assert getattr(theirs, name) == getattr(ours, name), name

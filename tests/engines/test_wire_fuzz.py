@@ -22,7 +22,6 @@ from torchspec.engines.handshake import prove
 from torchspec.engines.messages import (
     MAX_FRAME,
     Acknowledge,
-    Ask,
     CloseStage,
     Damaged,
     Hello,
@@ -30,6 +29,7 @@ from torchspec.engines.messages import (
     Pack,
     Reissue,
     Sample,
+    StatusRequest,
     Submit,
     ToCoordinator,
     ToTrainer,
@@ -41,7 +41,7 @@ stages = st.sampled_from(["train", "validate", "validate/x", ""])
 samples = st.builds(Sample, small, st.binary(max_size=12))
 packs = st.lists(st.builds(Pack, small | numbers, st.lists(samples, max_size=2)), max_size=2)
 messages = st.one_of(
-    st.just(Ask()),
+    st.just(StatusRequest()),
     st.builds(OpenStage, stage=stages, epoch=small, first_pack=small, num_packs=small | numbers, rank=small, world=small | numbers, step_packs=small),
     st.builds(Submit, stage=stages, epoch=small, packs=packs),
     st.builds(Acknowledge, stage=stages, epoch=small, packs=st.lists(small, max_size=3)),

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.models.every_class import Family, families
-from torchspec.engines.transformers.hidden_states import HiddenStates
+from torchspec.engines.transformers.hidden_states import HiddenStateHooks
 from torchspec.errors import UserError
 from torchspec.models.target_head import TargetHead, is_tied, read_embedding
 from torchspec.target import Target, TargetConfig
@@ -117,7 +117,7 @@ def same_tensors(model: Any, head: TargetHead, table: torch.Tensor) -> None:
 def same_logits(family: Family, model: Any, target: Target, head: TargetHead) -> None:
     """Of the states that the engine would send."""
     ids, layers = torch.tensor([[5, 9, 17, 33, 64, 70, 12]]), target.num_layers
-    states = HiddenStates(model, (layers,), num_layers=layers)
+    states = HiddenStateHooks(model, (layers,), num_layers=layers)
     if family.name in NOT_A_TOKEN:
         with pytest.raises(UserError, match=NOT_A_TOKEN[family.name]):
             states.run(ids)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.twins import QUANTISED, TWINS, L, Twin, drop, make, stored
-from torchspec.engines.transformers.hidden_states import HiddenStates
+from torchspec.engines.transformers.hidden_states import HiddenStateHooks
 from torchspec.engines.transformers.load import load_model
 from torchspec.errors import UserError
 from torchspec.models.target_head import TargetHead, is_tied, read_embedding
@@ -43,7 +43,7 @@ def last(folder: Path) -> torch.Tensor:
     """[1, T, (L + 1) states of D] of a twin in fp32, in which no router flips by rounding."""
     model = load_model(TargetConfig(str(folder), dtype="float32"), device="cpu")
     ids = torch.arange(3, 43)[None]
-    states = HiddenStates(model, tuple(range(L + 1)), num_layers=L).run(ids)
+    states = HiddenStateHooks(model, tuple(range(L + 1)), num_layers=L).run(ids)
     return torch.cat([states[i] for i in range(L + 1)], dim=-1)
 
 

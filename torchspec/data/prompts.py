@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchspec.data.dataset import TokenizedDataset
 from torchspec.engines.engine import OnPolicy
-from torchspec.engines.messages import Continue, Sample
+from torchspec.engines.messages import PartialAnswer, Sample
 from torchspec.errors import UserError
 from torchspec.supervision import Supervision
 from torchspec.transfer.keys import key_of
@@ -74,7 +74,7 @@ class Prompts:
 
     def request(self, index: int, *, epoch: int) -> Sample:
         seed = np.random.SeedSequence([self.policy.seed, epoch, index]).generate_state(1, np.uint32)[0]
-        return Sample(index, self.prompt(index).astype("<i4").tobytes(), Continue(int(self._room[index]), seed=int(seed)))
+        return Sample(index, self.prompt(index).astype("<i4").tobytes(), PartialAnswer(int(self._room[index]), seed=int(seed)))
 
     def mismatch(self, index: int, ids: Tensor) -> str:
         prompt = torch.from_numpy(self.prompt(index).astype("int32"))

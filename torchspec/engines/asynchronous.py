@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 import torch
 
 from torchspec.engines.engine import EngineStats, Job, Sampling
-from torchspec.engines.messages import Answered, Continue, Failed, Finished, Lease
+from torchspec.engines.messages import Answered, Failed, Finished, Lease, PartialAnswer
 from torchspec.engines.record_writer import one_line
 from torchspec.target import Target
 
@@ -80,7 +80,7 @@ class AsynchronousEngine(ABC, Generic[Done]):
         if not self._held:
             self._busy_since = time.monotonic()
         for lease in leases:
-            self._held[lease.id] = len(lease.ids) // 4 + (lease.go_on.new_tokens if lease.go_on is not None else 0)
+            self._held[lease.id] = len(lease.ids) // 4 + (lease.generate_from.new_tokens if lease.generate_from is not None else 0)
             self._running.add(running := asyncio.run_coroutine_threadsafe(self._one(lease), self._loop))
             running.add_done_callback(self._running.discard)
 
@@ -139,16 +139,16 @@ class AsynchronousEngine(ABC, Generic[Done]):
 
     def _refusal(self, lease: Lease, ids: list[int]) -> str:
         """Why vLLM would not take a lease; "" when it does."""
-        total = len(ids) + (lease.go_on.new_tokens if lease.go_on is not None else 0)
+        total = len(ids) + (lease.generate_from.new_tokens if lease.generate_from is not None else 0)
         if not 0 < len(ids) <= total <= self.max_tokens:
             return f"{total} tokens; vLLM takes 1 to {self.max_tokens} here"
         if min(ids) < 0 or max(ids) >= self.target.vocab_size:
             return f"token ids {min(ids)} to {max(ids)}; the target's vocabulary has {self.target.vocab_size}"
         return ""
 
-    def sampling(self, go_on: Continue | None) -> Sampling:
+    def sampling(self, generate_from: PartialAnswer | None) -> Sampling:
         """How to answer a prompt; a whole conversation gets the one token that vLLM makes at least."""
         policy = self.job.on_policy
-        if go_on is None or policy is None:
+        if generate_from is None or policy is None:
             return Sampling(max_new_tokens=1)
-        return Sampling(go_on.new_tokens, temperature=policy.temperature, top_p=policy.top_p, seed=go_on.seed)
+        return Sampling(generate_from.new_tokens, temperature=policy.temperature, top_p=policy.top_p, seed=generate_from.seed)

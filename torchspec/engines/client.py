@@ -12,10 +12,9 @@ from torchspec.engines.connection import SILENCE, BadFrame, Closed, Connection
 from torchspec.engines.handshake import Refused, greet
 from torchspec.engines.messages import (
     Acknowledge,
-    Answer,
-    Ask,
     CloseStage,
     Damaged,
+    GroupStatus,
     Message,
     NewDraft,
     Opened,
@@ -23,6 +22,7 @@ from torchspec.engines.messages import (
     Pack,
     PackReady,
     Reissue,
+    StatusRequest,
     Stop,
     Submit,
     ToTrainer,
@@ -53,7 +53,7 @@ class TrainerClient:
 
     def __init__(self, endpoint: Endpoint, name: str, *, role: str = "trainer") -> None:
         self._ready: deque[PackReady] = deque()
-        self._answers: deque[Answer] = deque()
+        self._answers: deque[GroupStatus] = deque()
         self._opening = 0
         """Passes asked for and not confirmed: what comes before the confirmation belongs to an earlier one."""
         try:
@@ -102,7 +102,7 @@ class TrainerClient:
 
     def ask(self, timeout: float = 10.0) -> dict[str, Any]:
         """State of the group (docs/design.md, "Group metrics")."""
-        self._send(Ask())
+        self._send(StatusRequest())
         deadline = time.monotonic() + timeout
         while not self._answers:
             if not self._receive(deadline - time.monotonic()):
@@ -131,7 +131,7 @@ class TrainerClient:
                 self._ready.append(message)
         elif isinstance(message, Opened):
             self._opening -= 1
-        elif isinstance(message, Answer):
+        elif isinstance(message, GroupStatus):
             self._answers.append(message)
         return message is not None
 

@@ -18,11 +18,10 @@ from torchspec.engines.desk import Desk, Workers
 from torchspec.engines.ledger import Ledger, ProtocolError
 from torchspec.engines.messages import (
     Acknowledge,
-    Answer,
-    Ask,
     Beat,
     Cancel,
     CloseStage,
+    GroupStatus,
     Hello,
     Leave,
     NewDraft,
@@ -33,6 +32,7 @@ from torchspec.engines.messages import (
     Ready,
     Reissue,
     Report,
+    StatusRequest,
     Stop,
     Submit,
     Unfit,
@@ -50,9 +50,9 @@ _PULSE = 5.0
 _TOLD, _MOST_TOLD = 60.0, 100
 """Seconds in which the same is said once of workers that are not let in, and how much of it."""
 _FROM: dict[str, Any] = {
-    "trainer": OpenStage | Submit | Acknowledge | Reissue | CloseStage | NewDraft | Ask,
+    "trainer": OpenStage | Submit | Acknowledge | Reissue | CloseStage | NewDraft | StatusRequest,
     "worker": Ready | Unfit | Leave | Pull | Report | Beat,
-    "observer": Ask,
+    "observer": StatusRequest,
 }
 
 
@@ -163,8 +163,8 @@ class Exchange:
         peer.close()
 
     def _hello(self, peer: Peer, client: Client, message: Hello) -> None:
-        word = self._supervisor.word(message.name) if message.role == "worker" else ""
-        problem = handshake.problem_of(message, client.challenge.nonce, self.config["token"], word=word)
+        secret = self._supervisor.secret(message.name) if message.role == "worker" else ""
+        problem = handshake.problem_of(message, client.challenge.nonce, self.config["token"], secret=secret)
         if problem is None and message.role not in _FROM:
             problem = f"unknown role {message.role!r}"
         if problem is None and message.role == "worker":
@@ -231,9 +231,9 @@ class Exchange:
                 self.desk.new_draft(m)
             case CloseStage():
                 ledger.close_stage(client.rank, m.stage, m.epoch)
-            case Ask():
+            case StatusRequest():
                 facts = {name: view.facts() for name, view in self.views.items()}
-                peer.send(Answer(state={**audit.state(ledger), "restarts": self._supervisor.restarts, "workers": facts}))
+                peer.send(GroupStatus(state={**audit.state(ledger), "restarts": self._supervisor.restarts, "workers": facts}))
 
     def _open_stage(self, peer: Peer, client: Client, m: OpenStage) -> None:
         if client.rank not in (-1, m.rank):

@@ -16,8 +16,8 @@ import msgspec
 from torchspec.engines.connection import Connection
 from torchspec.engines.messages import PROTOCOL, Challenge, Hello, Stop, Welcome
 
-WORD_VARIABLE = "TORCHSPEC_WORKER"
-"""Environment variable with the word of a worker that a coordinator started: the names of such workers are theirs alone."""
+SECRET_VARIABLE = "TORCHSPEC_WORKER"
+"""Environment variable with the secret of a worker that a coordinator started: the names of such workers are theirs alone."""
 PATIENCE = 180.0
 """Seconds for the coordinator to start its store and say :class:`Welcome`."""
 _First = TypeVar("_First", Challenge, Welcome)
@@ -36,44 +36,44 @@ def challenge() -> Challenge:
     return Challenge(nonce=secrets.token_bytes(32))
 
 
-def prove(token: str, nonce: bytes, role: str, name: str, *, word: str = "") -> bytes:
-    """HMAC-SHA256, under the run token and the word of a worker that has one, of the challenge and of who answers it (32 bytes)."""
-    return hmac.digest((token + word).encode(), msgspec.msgpack.encode([nonce, role, name]), "sha256")
+def prove(token: str, nonce: bytes, role: str, name: str, *, secret: str = "") -> bytes:
+    """HMAC-SHA256, under the run token and the secret of a worker that has one, of the challenge and of who answers it (32 bytes)."""
+    return hmac.digest((token + secret).encode(), msgspec.msgpack.encode([nonce, role, name]), "sha256")
 
 
-def problem_of(hello: Hello, nonce: bytes, token: str, *, word: str = "") -> str | None:
+def problem_of(hello: Hello, nonce: bytes, token: str, *, secret: str = "") -> str | None:
     """Why a greeting is refused; None when it is good. Which roles there are is the coordinator's affair.
 
     Args:
         hello: the handshake.
         nonce: of the challenge.
         token: of the run.
-        word: of the worker that was started under this name; "" where none was.
+        secret: of the worker that was started under this name; "" where none was.
     """
     if hello.protocol != PROTOCOL:
         return f"speaks protocol {hello.protocol}, this run {PROTOCOL}: install the same version of torchspec everywhere"
-    if hmac.compare_digest(hello.proof, prove(token, nonce, hello.role, hello.name, word=word)):
+    if hmac.compare_digest(hello.proof, prove(token, nonce, hello.role, hello.name, secret=secret)):
         return None
-    if word and hmac.compare_digest(hello.proof, prove(token, nonce, hello.role, hello.name)):
+    if secret and hmac.compare_digest(hello.proof, prove(token, nonce, hello.role, hello.name)):
         return f"{hello.name} is a worker that this run started itself: take another --name"
     return "wrong run token"
 
 
-def greet(connection: Connection, *, token: str, role: str, name: str, word: str = "") -> Welcome:
+def greet(connection: Connection, *, token: str, role: str, name: str, secret: str = "") -> Welcome:
     """The client's side, waiting up to ``PATIENCE`` seconds for each answer.
 
     Args:
         connection: a new one.
         token: of the run.
         role, name: of the client.
-        word: of a worker that a coordinator started (:data:`WORD_VARIABLE`).
+        secret: of a worker that a coordinator started (:data:`SECRET_VARIABLE`).
 
     Raises:
         Refused: with the coordinator's words.
         Closed, BadFrame: the connection is of no use.
     """
     nonce = _next(connection, Challenge).nonce
-    connection.send(Hello(proof=prove(token, nonce, role, name, word=word), role=role, name=name))
+    connection.send(Hello(proof=prove(token, nonce, role, name, secret=secret), role=role, name=name))
     return _next(connection, Welcome)
 
 

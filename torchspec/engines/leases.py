@@ -69,7 +69,7 @@ class Leases:
             self._queue_of(sample).append(sample)
 
     def _queue_of(self, sample: SampleState) -> deque[SampleState]:
-        return self.prompts if self._separate_answers and sample.go_on is not None else self.queues[kind_of(sample.pack.owner.stage)]
+        return self.prompts if self._separate_answers and sample.generate_from is not None else self.queues[kind_of(sample.pack.owner.stage)]
 
     def join(self, worker: str, max_tokens: int, *, answers: bool) -> None:
         """See :meth:`Ledger.join`."""
@@ -102,7 +102,7 @@ class Leases:
         sample = self._settle(worker, lease)
         if sample is None:
             return
-        tokens = sample.tokens if sample.go_on is None else rows + 1
+        tokens = sample.tokens if sample.generate_from is None else rows + 1
         if not 0 < nbytes <= self._nbytes(tokens) or rows not in (tokens, tokens - 1) or not sample.prompt < tokens <= sample.tokens:
             self.again(sample, f"the engine wrote {nbytes} bytes and {rows} rows for {sample.tokens} tokens", retry=False)
             return
@@ -118,7 +118,7 @@ class Leases:
         if len(ids) % 4 or sample.ids != ids[: len(sample.ids)] or not sample.prompt < tokens <= most:
             self.again(sample, f"the engine answered {tokens} tokens to a prompt of {sample.prompt}, at most {most} were asked for", retry=False)
             return
-        sample.ids, sample.go_on = ids, None
+        sample.ids, sample.generate_from = ids, None
         self._queue_of(sample).append(sample)
 
     def fail(self, worker: str, lease: int, reason: str, *, retry: bool) -> None:
@@ -201,7 +201,7 @@ class Leases:
             self.paying[key] = sample.pack
         state.leases[number] = sample
         state.deadlines[number] = now + self._timeout
-        return Lease(number, sample.key, passed.stage, sample.index, sample.ids, sample.go_on, sample.images)
+        return Lease(number, sample.key, passed.stage, sample.index, sample.ids, sample.generate_from, sample.images)
 
     def _settle(self, worker: str, lease: int) -> SampleState | None:
         """The worker is done with a lease; its sample, unless it was cancelled (then what it may have written goes)."""

@@ -123,7 +123,10 @@ class Ledger:
             if any(not sample.ids or len(sample.ids) % 4 for sample in given.samples):
                 raise ProtocolError(f"rank {rank} submits pack {given.index} of {stage} epoch {epoch} with a sample whose ids are no int32 numbers")
             pack = PackState(given.index, rank, passed)
-            pack.samples = [SampleState(s.index, s.ids, pack, s.go_on, len(s.ids) // 4 if s.go_on is not None else 0, images=s.images) for s in given.samples]
+            pack.samples = [
+                SampleState(s.index, s.ids, pack, s.generate_from, len(s.ids) // 4 if s.generate_from is not None else 0, images=s.images)
+                for s in given.samples
+            ]
             pack.nbytes = sum([nbytes(sample.tokens) for sample in pack.samples])
             pack.waiting = len(pack.samples)
             if pack.nbytes > self.credit.most(kind):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torchspec.engines.messages import Continue, Failure, Image, PackReady, RecordRef
+from torchspec.engines.messages import Failure, Image, PackReady, PartialAnswer, RecordRef
 
 VALIDATE, TRAIN = "validate", "train"
 KINDS = (VALIDATE, TRAIN)
@@ -42,7 +42,7 @@ class SampleState:
     index: int
     ids: bytes
     pack: PackState
-    go_on: Continue | None = None
+    generate_from: PartialAnswer | None = None
     """Set while the prompt in ``ids`` is to be answered."""
     prompt: int = 0
     """Tokens of the prompt, of a sample that is or was to be answered."""
@@ -57,7 +57,7 @@ class SampleState:
     @property
     def tokens(self) -> int:
         """Of the conversation, at most."""
-        return len(self.ids) // 4 + (self.go_on.new_tokens if self.go_on is not None else 0)
+        return len(self.ids) // 4 + (self.generate_from.new_tokens if self.generate_from is not None else 0)
 
 
 @dataclass(slots=True, eq=False)

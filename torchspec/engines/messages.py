@@ -3,9 +3,12 @@
 A frame is a 4-byte little-endian length, a 4-byte number and one MessagePack map that names its type. Each side numbers its frames from 0;
 a frame out of order is refused and the connection closed. The coordinator speaks first (:class:`Challenge`), a client answers with :class:`Hello`.
 
-    trainer  -> Hello OpenStage Submit Acknowledge Reissue CloseStage NewDraft Ask   <- Challenge Welcome Opened PackReady Answer Pulse Stop
-    worker   -> Hello Ready Unfit Leave Pull Report Beat                             <- Challenge Welcome Work Cancel NewDraft Pulse Stop
-    observer -> Hello Ask                                                            <- Challenge Welcome Answer Pulse Stop
+    trainer   -> Hello OpenStage Submit Acknowledge Reissue CloseStage NewDraft StatusRequest
+              <- Challenge Welcome Opened PackReady GroupStatus Pulse Stop
+    worker    -> Hello Ready Unfit Leave Pull Report Beat
+              <- Challenge Welcome Work Cancel NewDraft Pulse Stop
+    observer  -> Hello StatusRequest
+              <- Challenge Welcome GroupStatus Pulse Stop
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-PROTOCOL = 4
+PROTOCOL = 5
 MAX_FRAME = 64 * 2**20
 """Bytes; a longer frame is refused unread."""
 
@@ -23,7 +26,7 @@ class Message(msgspec.Struct, tag=True, frozen=True, kw_only=True, forbid_unknow
     """Base of every frame."""
 
 
-class Continue(msgspec.Struct, frozen=True):
+class PartialAnswer(msgspec.Struct, frozen=True):
     """The target is to answer first: what it says belongs to the conversation (on-policy training)."""
 
     new_tokens: int
@@ -55,7 +58,7 @@ class Sample(msgspec.Struct, frozen=True):
     """Position in the tokenised dataset; unique inside (stage, epoch)."""
     ids: bytes
     """Token ids, little-endian int32."""
-    go_on: Continue | None = None
+    generate_from: PartialAnswer | None = None
     """Set where ``ids`` are a prompt."""
     images: list[Image] = []
     """In the order of their tokens."""
@@ -94,7 +97,7 @@ class Lease(msgspec.Struct, frozen=True):
     stage: str
     index: int
     ids: bytes
-    go_on: Continue | None = None
+    generate_from: PartialAnswer | None = None
     """Set where ``ids`` are a prompt that this worker is to answer."""
     images: list[Image] = []
 
@@ -147,8 +150,8 @@ class Hello(Message, frozen=True, kw_only=True):
     protocol: int = PROTOCOL
 
 
-class Ask(Message, frozen=True, kw_only=True):
-    """Asks for :class:`Answer`."""
+class StatusRequest(Message, frozen=True, kw_only=True):
+    """Asks for :class:`GroupStatus`."""
 
 
 # trainer -> coordinator
@@ -327,7 +330,7 @@ class Cancel(Message, frozen=True, kw_only=True):
     leases: list[int]
 
 
-class Answer(Message, frozen=True, kw_only=True):
+class GroupStatus(Message, frozen=True, kw_only=True):
     """State of the group (see docs/design.md, "Group metrics")."""
 
     state: dict[str, Any]
@@ -346,6 +349,6 @@ class Stop(Message, frozen=True, kw_only=True, omit_defaults=True):
     """``UserError.words`` of the same, where the user can mend it."""
 
 
-ToCoordinator = Hello | Ask | OpenStage | Submit | Acknowledge | Reissue | CloseStage | NewDraft | Ready | Unfit | Leave | Pull | Report | Beat
-ToTrainer = Challenge | Welcome | Opened | PackReady | Answer | Pulse | Stop
+ToCoordinator = Hello | StatusRequest | OpenStage | Submit | Acknowledge | Reissue | CloseStage | NewDraft | Ready | Unfit | Leave | Pull | Report | Beat
+ToTrainer = Challenge | Welcome | Opened | PackReady | GroupStatus | Pulse | Stop
 ToWorker = Challenge | Welcome | Work | Cancel | NewDraft | Pulse | Stop

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torchspec
 from torchspec.engines.client import Endpoint
-from torchspec.engines.handshake import WORD_VARIABLE
+from torchspec.engines.handshake import SECRET_VARIABLE
 from torchspec.errors import UserError
 from torchspec.network import host_port
 from torchspec.processes import kill_group
@@ -58,13 +58,13 @@ class WorkerProcess:
     seen_dead: bool = False
     log_from: int = 0
     """Where in the log the process that was started last begins."""
-    word: str = ""
+    secret: str = ""
     """Of the process that was started last, random: it proves its name with it (``handshake.py``)."""
 
     def start(self, endpoint: Endpoint, *, now: float) -> None:
         """Start a fresh interpreter in a session of its own."""
-        self.word = secrets.token_hex(16)
-        environment = {**os.environ, "TORCHSPEC_TOKEN": endpoint.token, WORD_VARIABLE: self.word, "PYTHONUNBUFFERED": "1"}
+        self.secret = secrets.token_hex(16)
+        environment = {**os.environ, "TORCHSPEC_TOKEN": endpoint.token, SECRET_VARIABLE: self.secret, "PYTHONUNBUFFERED": "1"}
         environment["TORCHSPEC_PARENT"] = str(os.getpid())
         root = str(Path(torchspec.__file__).resolve().parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
@@ -164,9 +164,9 @@ class Supervisor:
         """Whether the worker was started to answer prompts, and no more."""
         return any(process.name == name and process.answers for process in self.processes)
 
-    def word(self, name: str) -> str:
+    def secret(self, name: str) -> str:
         """What the process that was started under this name knows beside the run token; "" where none was."""
-        return next((process.word for process in self.processes if process.name == name), "")
+        return next((process.secret for process in self.processes if process.name == name), "")
 
     def ready(self, name: str) -> None:
         """The worker has said so."""

@@ -24,7 +24,7 @@ from typing import NoReturn
 import torchspec
 from torchspec.engines.connection import SILENCE, BadFrame, Closed, Connection
 from torchspec.engines.engine import Engine, EngineConfig, Job, OnPolicy, TakesDrafts
-from torchspec.engines.handshake import WORD_VARIABLE, Over, Refused, greet
+from torchspec.engines.handshake import SECRET_VARIABLE, Over, Refused, greet
 from torchspec.engines.messages import (
     Answered,
     Beat,
@@ -64,7 +64,7 @@ def build(kind: EngineKind, job: Job) -> Engine:
     return engine
 
 
-def work(host: str, port: int, *, token: str, name: str, device: str, word: str = "") -> None:
+def work(host: str, port: int, *, token: str, name: str, device: str, secret: str = "") -> None:
     """Serve a coordinator until it ends.
 
     Args:
@@ -72,7 +72,7 @@ def work(host: str, port: int, *, token: str, name: str, device: str, word: str 
         token: of the run.
         name: by which logs call it.
         device: torch device, cpu or cuda:0.
-        word: of a worker that the coordinator started (``handshake.WORD_VARIABLE``); "" by hand.
+        secret: of a worker that the coordinator started (``handshake.SECRET_VARIABLE``); "" by hand.
 
     Raises:
         UserError: refused, of another version, or the engine cannot be built (then the run's user is told as well).
@@ -81,7 +81,7 @@ def work(host: str, port: int, *, token: str, name: str, device: str, word: str 
     connection = Connection((host, port), ToWorker, silence=SILENCE)
     where = host_port(host, port)
     try:
-        welcome = greet(connection, token=token, role="worker", name=name, word=word)
+        welcome = greet(connection, token=token, role="worker", name=name, secret=secret)
         try:
             kind = find_named(str(welcome.job["engine"]), ENGINES, EngineKind, field="data.engine")
             _serve_run(connection, _job_of(welcome, device=device), kind)
@@ -255,8 +255,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--name", required=True)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    word = os.environ.pop(WORD_VARIABLE, "")  # of this process, not of those that it starts
-    serve(args.coordinator, token=os.environ.get("TORCHSPEC_TOKEN", ""), name=args.name, device=args.device, word=word)
+    secret = os.environ.pop(SECRET_VARIABLE, "")  # of this process, not of those that it starts
+    serve(args.coordinator, token=os.environ.get("TORCHSPEC_TOKEN", ""), name=args.name, device=args.device, secret=secret)
 
 
 def _told_to_end(number: int, frame: object) -> None:
@@ -264,22 +264,22 @@ def _told_to_end(number: int, frame: object) -> None:
     raise ToldToEnd
 
 
-def serve(coordinator: str, *, token: str, name: str, device: str, word: str = "") -> NoReturn:
+def serve(coordinator: str, *, token: str, name: str, device: str, secret: str = "") -> NoReturn:
     """:func:`work`, and then the end of this process: 0 after a run's end or SIGTERM, 2 for what a user can mend, 1 for anything else.
 
     No engine's atexit may hold the process, and a thread that is still inside torch when the interpreter says good-bye aborts it (Python below 3.14).
 
     Args:
         coordinator: HOST:PORT.
-        token, name, device, word: as of :func:`work`.
+        token, name, device, secret: as of :func:`work`.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     code = 0
-    if not word:  # those of ours are the coordinator's to end
+    if not secret:  # those of ours are the coordinator's to end
         signal.signal(signal.SIGTERM, _told_to_end)
     try:
         host, port = split_host_port(coordinator, field="coordinator")
-        work(host, port, token=token, name=name, device=device, word=word)
+        work(host, port, token=token, name=name, device=device, secret=secret)
     except Closed as error:
         log.error("%s", UserError("coordinator", coordinator, f"is gone ({error})", "start the run first, then its workers"))
         code = 2

@@ -18,7 +18,7 @@ import torch
 from torchspec.engines.engine import EngineStats, Job
 from torchspec.engines.messages import Failed, Finished, Lease
 from torchspec.engines.record_writer import Captured, RecordWriter, one_line
-from torchspec.engines.transformers.hidden_states import HiddenStates
+from torchspec.engines.transformers.hidden_states import HiddenStateHooks
 from torchspec.engines.transformers.load import load_model
 from torchspec.images import BadImage, VisionTower, read_picture
 from torchspec.target import Target
@@ -42,7 +42,7 @@ class TransformersEngine:
         self.spec = self.target.record_spec(job.spec.aux_layers, tokenizer=job.spec.tokenizer)
         self._queue: list[Lease] = []
         self._stats = EngineStats(0, 0, 0.0, 0.0)
-        self._states: HiddenStates | None = None
+        self._states: HiddenStateHooks | None = None
         self._tower = VisionTower(self.target) if job.images else None
         self._writer: RecordWriter | None = None
 
@@ -59,7 +59,7 @@ class TransformersEngine:
             images=self.job.images,
             extra=config.engine_args,
         )
-        self._states = HiddenStates(model, (*self.spec.aux_layers, self.target.num_layers), num_layers=self.target.num_layers)
+        self._states = HiddenStateHooks(model, (*self.spec.aux_layers, self.target.num_layers), num_layers=self.target.num_layers)
         self._states.run(torch.zeros(1, 2, dtype=torch.int64, device=self.job.device))  # a target that gives none is refused now
         self._writer = RecordWriter(self.job.store, self.spec, producer=f"transformers {transformers.__version__}", device=self.job.device)
         return {

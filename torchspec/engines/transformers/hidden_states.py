@@ -23,7 +23,7 @@ class _Enough(Exception):
     """Everything wanted has been seen."""
 
 
-class HiddenStates:
+class HiddenStateHooks:
     """Captures states of forwards of ``model``.
 
     Args:

@@ -103,7 +103,7 @@ class AnsweringEngine(AsynchronousEngine[Answered]):
         self.capacity = (int(arguments["max_num_seqs"]), int(arguments["max_num_batched_tokens"]))
 
     async def work(self, lease: Lease, ids: list[int]) -> Answered | Failed:
-        asked = sampling_params(self.sampling(lease.go_on), ends=self.ends)
+        asked = sampling_params(self.sampling(lease.generate_from), ends=self.ends)
         said: Any = None
         async for output in self._llm.generate({"prompt_token_ids": ids}, asked, request_id=str(lease.id)):
             said = output.outputs[0]

@@ -24,14 +24,14 @@ from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole, SupportsHMA
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
+from torchspec.engines.capture.requests import PARAMETER, TOKEN_VARIABLE, BadCaptureRequest, CaptureRequest, ids_digest, read_destination, read_request
+from torchspec.engines.capture.sink import Capture, Sink, introduced
 from torchspec.engines.connection import Closed
 from torchspec.engines.parent_death import die_with
 from torchspec.engines.record_writer import one_line
 from torchspec.engines.table import ENGINES
 from torchspec.engines.vllm import checks
 from torchspec.engines.vllm.cache import HiddenStateCache, find_group
-from torchspec.engines.vllm.capture_requests import PARAMETER, TOKEN_VARIABLE, BadOrder, Order, ids_digest, read_destination, read_order
-from torchspec.engines.vllm.sink import Capture, Sink, introduced
 from torchspec.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ _REMEMBERED = 65536
 
 
 @dataclass
-class Captures(KVConnectorMetadata):
+class CaptureMetadata(KVConnectorMetadata):
     """What the scheduler's instance tells the others with a step."""
 
     captures: list[tuple[Capture, dict[str, Any]]] = field(default_factory=list)
@@ -103,10 +103,10 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         if plain is None:
             return False, None  # not one of ours
         try:
-            order = read_order(plain)
+            order = read_request(plain)
             ids = self._ids(request, order)
             self._check_run(order.run)
-        except BadOrder as error:
+        except BadCaptureRequest as error:
             return False, {PARAMETER: {"error": str(error)}}
         except Exception as error:  # whatever an order says, vLLM goes on
             log.exception("an order could not be followed")
@@ -127,7 +127,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         captures, self._pending = self._pending, []
-        return Captures(captures)
+        return CaptureMetadata(captures)
 
     def get_finished_count(self) -> int:
         return 1  # one rank writes: vLLM must not wait for the others' word
@@ -136,15 +136,15 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
         return "NHD" if vllm.__version__.startswith("0.26.") else "LBNHC"  # states of a token side by side
 
-    def _ids(self, request: Request, order: Order) -> list[int]:
+    def _ids(self, request: Request, order: CaptureRequest) -> list[int]:
         prompt = request.prompt_token_ids
         if not prompt:
-            raise BadOrder("the request has no token ids")
+            raise BadCaptureRequest("the request has no token ids")
         if order.answer:
             self._check_answer(request)
         ids = [*prompt, *(request.output_token_ids if order.answer else order.tail)]
         if order.ids and ids_digest(ids) != order.ids:
-            raise BadOrder(f"vLLM made other tokens of the images than the target's own processor did ({len(ids)} tokens in all)")
+            raise BadCaptureRequest(f"vLLM made other tokens of the images than the target's own processor did ({len(ids)} tokens in all)")
         return ids
 
     def _check_answer(self, request: Request) -> None:
@@ -154,13 +154,13 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         """
         if self._vllm_config.model_config.is_hybrid:
             problem = "this target has recurrent layers, and their states go wrong as vLLM answers and captures in one pass (docs/engines.md)"
-            raise BadOrder(f"{problem}: set data.on_policy.answer_workers to 1 or more")
+            raise BadCaptureRequest(f"{problem}: set data.on_policy.answer_workers to 1 or more")
         sampling = request.sampling_params
         if sampling is not None and sampling.temperature > 0.0 and self._vllm_config.device_config.device_type == "cpu":
             problem = f"vLLM's CPU build answers wrongly at temperature {sampling.temperature} while it speculates (docs/engines.md)"
-            raise BadOrder(f"{problem}: set data.on_policy.temperature to 0, or answer on a GPU")
+            raise BadCaptureRequest(f"{problem}: set data.on_policy.temperature to 0, or answer on a GPU")
         if request.status.name not in _WHOLE or not request.output_token_ids:
-            raise BadOrder(f"the request ended ({request.status.name}) without a whole answer")
+            raise BadCaptureRequest(f"the request ended ({request.status.name}) without a whole answer")
 
     def _check_run(self, run: dict[str, Any]) -> None:
         """Refuse an order for other states than this server has. A run is looked at once."""
@@ -183,7 +183,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
                 problem = f"is deterministic, this vLLM runs up to {most} requests in a step: start it with --max-num-seqs 1"
             self._checked[text] = problem
         if self._checked[text]:
-            raise BadOrder(f"the run {self._checked[text]}")
+            raise BadCaptureRequest(f"the run {self._checked[text]}")
         self._check_engine(text, read_destination(run).report)
 
     def _check_engine(self, run: str, address: tuple[str, int]) -> None:
@@ -198,7 +198,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
             except Closed as error:
                 log.error("no way to deliver reports: %s", error)
                 self._unreachable[run] = time.monotonic() + _FORGET
-        raise BadOrder(f"this vLLM does not reach the engine that ordered it at {address[0]}:{address[1]}: see data.engines.engine_args.report_host")
+        raise BadCaptureRequest(f"this vLLM does not reach the engine that ordered it at {address[0]}:{address[1]}: see data.engines.engine_args.report_host")
 
     # -- where the model runs
 
@@ -230,7 +230,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
             return None, None
         if self.has_connector_metadata():
             metadata = self._get_connector_metadata()
-            if isinstance(metadata, Captures):
+            if isinstance(metadata, CaptureMetadata):
                 self._waiting += metadata.captures
         while self._waiting:
             capture, run = self._waiting[0]
@@ -277,7 +277,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
                     producer=f"vllm {vllm.__version__}",
                     device=self._cache.device if self._cache is not None else torch.device("cpu"),
                 )
-            except (Closed, BadOrder, OSError) as error:
+            except (Closed, BadCaptureRequest, OSError) as error:
                 log.error("nobody to deliver records to: %s", error)
                 self._unreachable[text] = time.monotonic() + _FORGET
                 return None

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchspec.engines.capture.engine import PrefillEngine
+from torchspec.engines.capture.requests import TOKEN_VARIABLE
 from torchspec.engines.engine import Sampling
 from torchspec.engines.table import ENGINES
-from torchspec.engines.vllm.capture import CapturingEngine
-from torchspec.engines.vllm.capture_requests import TOKEN_VARIABLE
 from torchspec.engines.vllm.options import (
     capture_arguments,
     model_arguments,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class VLLMEngine(CapturingEngine):
+class VLLMEngine(PrefillEngine):
     """See the module."""
 
     _llm: Any = None

@@ -8,8 +8,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from torchspec.engines.capture.requests import TOKEN_VARIABLE
 from torchspec.engines.engine import EngineConfig, Sampling
-from torchspec.engines.vllm.capture_requests import TOKEN_VARIABLE
 from torchspec.engines.vllm.refusals import refusals
 from torchspec.errors import UserError
 from torchspec.hardware import working_dtype

@@ -12,8 +12,8 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from torchspec.engines.capture.engine import PrefillEngine
 from torchspec.engines.engine import Sampling
-from torchspec.engines.vllm.capture import CapturingEngine
 from torchspec.engines.vllm.options import answer_values
 from torchspec.errors import UserError
 from torchspec.network import bare, check_url, route_to
@@ -34,7 +34,7 @@ class BadAnswer(Exception):
     """The server refused a request."""
 
 
-class RemoteVLLMEngine(CapturingEngine):
+class RemoteVLLMEngine(PrefillEngine):
     """See the module. ``engine_args``: ``url`` of the server, ``report_host`` under which it reaches this host (left out: the address on the route to it)."""
 
     known_arguments = ("url", "report_host")

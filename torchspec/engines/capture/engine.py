@@ -14,11 +14,11 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from torchspec.engines.asynchronous import AsynchronousEngine
+from torchspec.engines.capture.reports import ReportServer
+from torchspec.engines.capture.requests import PARAMETER, CaptureRequest, Destination, Wrote, ids_digest
 from torchspec.engines.engine import EngineStats, Job, Sampling
 from torchspec.engines.messages import Failed, Finished, Lease
-from torchspec.engines.vllm.capture_requests import PARAMETER, Destination, Order, Wrote, ids_digest
 from torchspec.engines.vllm.options import check_arguments
-from torchspec.engines.vllm.reports import ReportServer
 from torchspec.errors import UserError
 from torchspec.images import BadImage, read_picture, unexpanded
 from torchspec.transfer import StoreError, open_store
@@ -33,7 +33,7 @@ _REMEMBERED = 65536
 """Keys of leases that were settled without a record: one that is written so many leases later stays until the run ends."""
 
 
-class CapturingEngine(AsynchronousEngine[Finished]):
+class PrefillEngine(AsynchronousEngine[Finished]):
     """See the module.
 
     Args:
@@ -117,8 +117,8 @@ class CapturingEngine(AsynchronousEngine[Finished]):
                     self._abandoned.popitem(last=False)
 
     async def _request(self, lease: Lease, ids: list[int], report: asyncio.Future[Wrote]) -> Finished | Failed:
-        go_on = lease.go_on
-        tail = ids[-1:] if len(ids) > 1 and go_on is None else []
+        generate_from = lease.generate_from
+        tail = ids[-1:] if len(ids) > 1 and generate_from is None else []
         given, pictures, check = ids[: len(ids) - len(tail)], [], ""
         if lease.images:
             try:
@@ -126,8 +126,8 @@ class CapturingEngine(AsynchronousEngine[Finished]):
             except BadImage as error:
                 return Failed(lease.id, str(error), retry=False)
             given, check = unexpanded(given, [(image.at, image.tokens) for image in lease.images]), ids_digest(ids)
-        order = Order(key=lease.key, tail=tail, answer=go_on is not None, ids=check, run=self._run).signed(self.token)
-        said = await self.ask(given, pictures, {PARAMETER: order.to_dict()}, lease.key, self.sampling(go_on))
+        order = CaptureRequest(key=lease.key, tail=tail, answer=generate_from is not None, ids=check, run=self._run).signed(self.token)
+        said = await self.ask(given, pictures, {PARAMETER: order.to_dict()}, lease.key, self.sampling(generate_from))
         answer = (said or {}).get(PARAMETER) or {}
         if "error" in answer:
             return Failed(lease.id, answer["error"])

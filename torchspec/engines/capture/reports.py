@@ -7,9 +7,9 @@ import hmac
 import logging
 from collections.abc import Callable
 
+from torchspec.engines.capture.requests import REPORTER, Introduce, Wrote
 from torchspec.engines.connection import Peer
 from torchspec.engines.handshake import challenge, prove
-from torchspec.engines.vllm.capture_requests import REPORTER, Introduce, Wrote
 
 log = logging.getLogger(__name__)
 

@@ -30,12 +30,12 @@ REPORTER = "connector"
 """Role and name under which a connector proves the secret; a coordinator knows no such role."""
 
 
-class BadOrder(Exception):
+class BadCaptureRequest(Exception):
     """An order that must not be followed."""
 
 
 @dataclass(frozen=True)
-class Order:
+class CaptureRequest:
     """One record to write."""
 
     key: str
@@ -59,7 +59,7 @@ class Order:
         plain = {name: value for name, value in self.to_dict().items() if name != "proof"}
         return hmac.new(token.encode(), json.dumps(plain, sort_keys=True, separators=(",", ":")).encode(), "sha256").hexdigest()
 
-    def signed(self, token: str) -> Order:
+    def signed(self, token: str) -> CaptureRequest:
         """This order with its proof."""
         return replace(self, proof=self.proof_of(token))
 
@@ -76,7 +76,7 @@ class Destination:
     store: Address
     spec: RecordSpec
     report: tuple[str, int]
-    """Host and port of the engine's :class:`~torchspec.engines.vllm.reports.ReportServer`."""
+    """Host and port of the engine's :class:`~torchspec.engines.capture.reports.ReportServer`."""
     alone: bool = False
     """``engine.deterministic``: a request must not share a step of vLLM with another one."""
 
@@ -84,23 +84,23 @@ class Destination:
         return {"store": self.store, "record": self.spec.to_dict(), "report": list(self.report), "alone": self.alone}
 
 
-def read_order(plain: Any) -> Order:
+def read_request(plain: Any) -> CaptureRequest:
     """The order in a request's parameters.
 
     Raises:
-        BadOrder: it is malformed, or was not made with this process's secret.
+        BadCaptureRequest: it is malformed, or was not made with this process's secret.
     """
-    if not isinstance(plain, Mapping) or set(plain) != {f.name for f in fields(Order)}:
-        raise BadOrder("the order is malformed")
+    if not isinstance(plain, Mapping) or set(plain) != {f.name for f in fields(CaptureRequest)}:
+        raise BadCaptureRequest("the order is malformed")
     try:
-        order = msgspec.convert(dict(plain), Order)
+        order = msgspec.convert(dict(plain), CaptureRequest)
     except msgspec.ValidationError as error:
-        raise BadOrder(f"the order is malformed ({error})") from error
+        raise BadCaptureRequest(f"the order is malformed ({error})") from error
     if len(order.tail) > (0 if order.answer else 1):
-        raise BadOrder(f"the order is malformed ({len(order.tail)} tokens after the prompt)")
+        raise BadCaptureRequest(f"the order is malformed ({len(order.tail)} tokens after the prompt)")
     token = os.environ.get(TOKEN_VARIABLE, "")
     if not token or not hmac.compare_digest(order.proof.encode(), order.proof_of(token).encode()):
-        raise BadOrder(f"the order was changed, or its token is not the one that vLLM was started with ({TOKEN_VARIABLE})")
+        raise BadCaptureRequest(f"the order was changed, or its token is not the one that vLLM was started with ({TOKEN_VARIABLE})")
     return order
 
 
@@ -108,15 +108,15 @@ def read_destination(run: Mapping[str, Any]) -> Destination:
     """Where an order's record goes.
 
     Raises:
-        BadOrder: the description is malformed.
+        BadCaptureRequest: the description is malformed.
     """
     try:
         host, port = run["report"]
         destination = Destination(dict(run["store"]), RecordSpec.from_dict(run["record"]), (str(host), int(port)), bool(run["alone"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise BadOrder(f"the order's run is malformed ({type(error).__name__}: {error})") from error
+        raise BadCaptureRequest(f"the order's run is malformed ({type(error).__name__}: {error})") from error
     if destination.spec.dtype not in ITEMSIZE or not 0 < destination.report[1] < 65536:
-        raise BadOrder(f"the order's run is malformed (dtype {destination.spec.dtype!r}, port {destination.report[1]})")
+        raise BadCaptureRequest(f"the order's run is malformed (dtype {destination.spec.dtype!r}, port {destination.report[1]})")
     return destination
 
 

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchspec.engines.capture.requests import REPORTER, Destination, Introduce, Wrote
 from torchspec.engines.connection import BadFrame, Closed, Connection
 from torchspec.engines.handshake import prove
 from torchspec.engines.messages import Challenge, Stop
 from torchspec.engines.record_writer import one_line, put_when_room, quick_handoffs, room_deadline
 from torchspec.engines.vllm.cache import HiddenStateCache
-from torchspec.engines.vllm.capture_requests import REPORTER, Destination, Introduce, Wrote
 from torchspec.network import host_port
 from torchspec.transfer import open_store
 from torchspec.transfer.record import seal, views
