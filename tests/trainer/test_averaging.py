@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from safetensors.torch import load_file
 
-from tests.trainer.world import equal, fit, weights
+from tests.trainer.world import data, equal, fit, module, trainer, weights
 from torchspec.callbacks.average import Average
 from torchspec.callbacks.export import ExportDraft
 from torchspec.callbacks.last import LastCheckpoint
@@ -152,6 +152,22 @@ def test_swa_averages_exports_and_resumes(world: dict[str, str], tmp_path: Path)
         fit(world, tmp_path / "longer", *callbacks(), **{**limits, "max_epochs": 6}, resume=saved)
     rest = fit(world, tmp_path / "rest", *callbacks(), **limits, resume=saved)
     assert rest._began_at == 3 * STEPS + 2 and equal(weights(rest), whole)
+
+
+@pytest.mark.parametrize("one_file", [False, True])
+def test_validate_reads_the_average_of_a_sharded_checkpoint(world: dict[str, str], tmp_path: Path, one_file: bool) -> None:
+    """As the run itself validated with it, and as it does of a checkpoint that is one file."""
+    given: list[Callback] = [Average(4.0), LastCheckpoint(STEPS)]
+    made = fit(world, tmp_path, *given, strategy="auto" if one_file else "fsdp2")
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_dir() != one_file
+    seen = Trajectory()
+    (found,) = trainer(tmp_path / "again", callbacks=[seen], strategy="fsdp2").validate(
+        module(world), datamodule=data(world), ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"), verbose=False
+    )
+    average = read_draft_weights(tmp_path / "checkpoints" / "last.ckpt", "average")["fc.weight"]
+    assert torch.equal(seen.validated[0], average)  # whole after a forward
+    assert not torch.equal(average, read_draft_weights(tmp_path / "checkpoints" / "last.ckpt", "raw")["fc.weight"])
+    assert found["val/loss"] == pytest.approx(float(made.callback_metrics["val/loss"]), rel=1e-5)
 
 
 @pytest.mark.parametrize(

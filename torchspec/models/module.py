@@ -34,8 +34,8 @@ from torchspec.models.ops.loss_formulas import LossWeights
 from torchspec.models.optim.clipping import clip
 from torchspec.models.optim.muon import mark_hidden_matrices
 from torchspec.models.optim.schedules import Schedule
-from torchspec.models.training.averages import averages_in, check_averaging, settle, swa_of
-from torchspec.models.training.checkpoint import read_entries, read_facts
+from torchspec.models.training.averages import averages_in, check_averaging, put_averages, settle, swa_of
+from torchspec.models.training.checkpoint import read_averages, read_entries, read_facts
 from torchspec.models.training.finite import StepWatch, totals
 from torchspec.models.training.numbers import check_saved, check_start, end_for, end_for_validation, no_number
 from torchspec.models.training.parallelize import check_reduced, parallelize, sync_gradients
@@ -380,7 +380,10 @@ class DraftModule(pl.LightningModule):
         facts = checkpoint.get("torchspec")
         self._check_facts(facts)
         if self.trainer.state.fn != TrainerFn.FITTING:  # what is served
-            checkpoint["state_dict"] = {**checkpoint.get("state_dict", {}), **averages_in(checkpoint)}
+            if self.device_mesh is None:
+                checkpoint["state_dict"] = {**checkpoint.get("state_dict", {}), **averages_in(checkpoint)}
+            elif (facts or {}).get("averages"):
+                put_averages(self, read_averages(Path(self.trainer.resume_path)))  # type: ignore[attr-defined]
         self._saved_alpha = (facts or {}).get("mean_alpha")
         if self._saved_alpha is not None and self.task is not None:
             self.task.mean_alpha.copy_(torch.tensor(self._saved_alpha))

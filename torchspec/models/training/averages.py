@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchspec.errors import UserError
@@ -100,3 +101,19 @@ def averages_in(entries: Mapping[str, Any]) -> dict[str, Tensor]:
     states = (entries.get("optimizer_states") or [{}])[0].get("state", {})
     named = {name: states.get(name, states.get(number, {})) for number, name in enumerate(entries["torchspec"].get("averages") or []) if name}
     return {name: state[KEY] for name, state in named.items() if KEY in state}
+
+
+@torch.no_grad()
+def put_averages(module: nn.Module, averages: Mapping[str, Tensor]) -> None:
+    """Put averages in the place of a sharded module's weights, which its strategy has read before anybody is asked.
+
+    Args:
+        module: sharded over all ranks.
+        averages: whole tensors by the weights' names, the same on every rank.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    for name, p in module.named_parameters():
+        if name in averages:
+            whole = averages[name].to(p.device, p.dtype)
+            p.copy_(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else whole)

@@ -251,7 +251,7 @@ def read_draft_weights(path: Path, which: Literal["raw", "average"] | None = Non
     """
     prefix = "task.draft."
     tensors = _read_weights(path, prefix)
-    averages = {} if which == "raw" else _read_averages(path, prefix)
+    averages = {} if which == "raw" else read_averages(path, prefix)
     if which == "average" and not averages:
         fix = "use raw; torchspec.callbacks.average.Average makes averages"
         raise UserError("weights", "average", f"are not in {path}, or are what it holds alone", fix)
@@ -260,8 +260,13 @@ def read_draft_weights(path: Path, which: Literal["raw", "average"] | None = Non
     return {**tensors, **averages}
 
 
-def _read_averages(path: Path, prefix: str) -> dict[str, Tensor]:
-    """Averages of the draft's tensors; empty where there are none."""
+def read_averages(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """Averages (``callbacks/average.py``) of tensors whose names begin with ``prefix``, by what follows it; whole, and
+    empty where there are none.
+
+    Raises:
+        UserError: see :func:`read_entries`.
+    """
     from torchspec.models.training.averages import KEY, averages_in
 
     path = standing(path)
