@@ -49,7 +49,7 @@ WORKER_BYTES = WORKER_SAMPLES * SPEC.nbytes(MAX_LENGTH)
 
 
 class Conversations:
-    """So many conversations of random tokens (see ``torchspec.data.samples.Samples``)."""
+    """So many conversations of random tokens (see ``torchspec.data.sample_source.Samples``)."""
 
     def __init__(self, count: int, seed: int) -> None:
         generator = np.random.default_rng(seed)

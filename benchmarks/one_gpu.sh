@@ -31,10 +31,10 @@ has() { case " $parts " in *" $1 "*) ;; *) return 1 ;; esac }
 if [ -n "${SMOKE:-}" ]; then
   device=cpu accelerator=cpu
   sizes="--hidden 64 --intermediate 128 --heads 2 --kv_heads 1 --head_dim 32 --unroll_steps 3 --vocab 512 --dtype fp32"
-  tests="tests/data/test_staging.py tests/models/test_cuda.py"
+  tests="tests/data/test_device_prefetch.py tests/models/test_cuda.py"
 else
   device=cuda:0 accelerator=gpu sizes=""
-  tests="tests/models/kernel_grid.py tests/models/test_cuda.py tests/data/test_staging.py tests/transfer/test_cuda.py"
+  tests="tests/models/kernel_grid.py tests/models/test_cuda.py tests/data/test_device_prefetch.py tests/transfer/test_cuda.py"
 fi
 step() { # step NAME SECONDS ARGUMENTS...
   part "$1" "$2" "$python" benchmarks/train_step.py $sizes "${@:3}"

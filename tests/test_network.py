@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from torchspec import network
-from torchspec.data.answerers import ServerAnswerer
+from torchspec.data.generators import ServerAnswerer
 from torchspec.data.group_start import listening
 from torchspec.engines.connection import Closed, Connection
 from torchspec.engines.engine import EngineConfig

@@ -494,7 +494,7 @@ PLAIN = {
     "tokenizer.py", "fingerprint.py", "images.py", "commands/acceptance.py", "commands/acceptance_child.py",
     "engines/desk.py", "engines/coordinator.py", "engines/group.py", "engines/vllm/connector.py", "engines/capture/requests.py", "engines/vllm/options.py",
     "models/export/model_card.py",
-    "data/messages.py", "data/render.py", "data/tokenise.py", "data/vocabulary_report.py", "data/answerers.py", "data/exact.py", "data/rows.py",
+    "data/messages.py", "data/render.py", "data/tokenise.py", "data/vocabulary_report.py", "data/generators.py", "data/exact_ids.py", "data/rows.py",
     "data/conversations.py", "data/build.py", "data/prepare.py", "data/template.py", "data/regenerate.py",
     "transfer/record.py", "transfer/shards.py", "transfer/segment.py", "transfer/mooncake_server.py",
 }  # fmt: skip

@@ -14,10 +14,10 @@ import pytest
 
 from tests.data import families
 from tests.data.families import CALL, FAMILIES, TOOLS, supervised, tokenizer
-from tests.data.test_exact import generated, renderer
-from torchspec.data.answerers import EngineAnswerer
+from tests.data.test_exact_ids import generated, renderer
 from torchspec.data.conversations import Conversation, Message, RowError
-from torchspec.data.exact import ExactRows
+from torchspec.data.exact_ids import ExactRows
+from torchspec.data.generators import EngineAnswerer
 from torchspec.data.regenerate import answer_file
 from torchspec.data.tokenise import Tokenise
 from torchspec.engines.engine import Answer, Sampling

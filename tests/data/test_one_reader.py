@@ -18,9 +18,9 @@ from tests.tiny import save_target
 from torchspec.commands.acceptance_requests import read_requests
 from torchspec.commands.regenerate import regenerate
 from torchspec.data import prepare as prepared
-from torchspec.data.answerers import EngineAnswerer
 from torchspec.data.conversations import parse
 from torchspec.data.extract import extract
+from torchspec.data.generators import EngineAnswerer
 from torchspec.data.prepare import DataOptions
 from torchspec.data.regenerate import answer_file, made_with
 from torchspec.data.render import Renderer

@@ -12,11 +12,11 @@ import pytest
 from tests.tiny import save_target
 from tests.tiny_vl import save_image, save_vl_target
 from torchspec.cli import main
+from torchspec.data.checks import check_media
 from torchspec.data.conversations import RowError, parse
 from torchspec.data.corpus import Corpus
 from torchspec.data.dataset import TokenizedDataset
 from torchspec.data.prepare import DataOptions
-from torchspec.data.settings import check_media
 from torchspec.data.sources import encoded_images, find_sources, read_rows
 from torchspec.engines.engine import OnPolicy
 from torchspec.errors import UserError

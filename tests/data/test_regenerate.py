@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.tiny import save_target
-from torchspec.data.answerers import EngineAnswerer
 from torchspec.data.conversations import parse
+from torchspec.data.generators import EngineAnswerer
 from torchspec.data.regenerate import answer_file, made_with, open_output
 from torchspec.data.render import Renderer
 from torchspec.engines.engine import Answer, Sampling

@@ -14,7 +14,7 @@ import pytest
 
 from torchspec.cli import main
 from torchspec.commands.regenerate import regenerate
-from torchspec.data.answerers import ServerAnswerer
+from torchspec.data.generators import ServerAnswerer
 from torchspec.errors import UserError
 
 CALL = {"id": "c", "type": "function", "function": {"name": "find", "arguments": '{"name": "dog"}'}}

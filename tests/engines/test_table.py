@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import torchspec
-from torchspec.data.settings import check_engine, check_media
+from torchspec.data.checks import check_engine, check_media
 from torchspec.engines.engine import EngineConfig, OnPolicy
 from torchspec.engines.table import ANSWERER, ENGINES, EngineKind, capturing, find_engine
 from torchspec.errors import UserError

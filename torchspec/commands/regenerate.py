@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from torchspec.data.answerers import Answerer, EngineAnswerer, ServerAnswerer
 from torchspec.data.conversations import Conversation, RowError, parse
 from torchspec.data.files import kind_of
+from torchspec.data.generators import Answerer, EngineAnswerer, ServerAnswerer
 from torchspec.data.outputs import check_device, output_file
 from torchspec.data.regenerate import RegenerateReport, answer_file, made_with, open_output, outputs_of
 from torchspec.data.render import Renderer

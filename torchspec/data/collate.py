@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from torchspec.batch import PackedBatch
-from torchspec.data.samples import Samples
+from torchspec.data.sample_source import Samples
 from torchspec.supervision import Supervision, turns
 from torchspec.transfer.record import Record, RecordSpec
 

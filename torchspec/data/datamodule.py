@@ -24,12 +24,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from torchspec.batch import PackedBatch
+from torchspec.data.checks import check_engine, check_media, check_sizes, validation_sets
 from torchspec.data.corpus import Corpus, default_cache_dir
 from torchspec.data.failures import cut_failures
 from torchspec.data.loader import LoaderStats, PackLoader
 from torchspec.data.prepare import DataOptions
 from torchspec.data.progress import batches_in_epoch, check_cursor, check_limit, check_trainer, cursor, drop_schedules, set_progress
-from torchspec.data.settings import check_engine, check_media, check_sizes, validation_sets
 from torchspec.data.sources import check_outside
 from torchspec.data.stage_loaders import StageLoaders
 from torchspec.engines.engine import EngineConfig, OnPolicy

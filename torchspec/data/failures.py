@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from torchspec.data.samples import Samples
+from torchspec.data.sample_source import Samples
 from torchspec.engines.messages import Failure
 from torchspec.files import dumps, write
 

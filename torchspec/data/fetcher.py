@@ -19,11 +19,11 @@ from torch import Tensor
 from torchspec.agreement import Vote, alone
 from torchspec.batch import PackedBatch
 from torchspec.data.collate import collate
+from torchspec.data.device_prefetch import DevicePrefetch
 from torchspec.data.failures import append_failures
 from torchspec.data.plan import Plan
 from torchspec.data.prompts import answer_counts
-from torchspec.data.samples import Samples
-from torchspec.data.staging import Stage
+from torchspec.data.sample_source import Samples
 from torchspec.engines.messages import Damaged, Pack, PackReady, RecordRef
 from torchspec.supervision import Supervision
 from torchspec.transfer.reader import READ_LIMIT, Stopped, StoreReader
@@ -95,7 +95,7 @@ class LoaderConfig:
     """What all ranks do about the batch that each of them has, or has not."""
     chained: bool = False
     """Another pass follows when one is exhausted, until one is empty: the trainer's epochs need not be those of the plan."""
-    stage_on: Stage | None = None
+    prefetch_to: DevicePrefetch | None = None
     """Brings batches to the trainer's device, one ahead; None hands them out where they are."""
     tee: Callable[[Record, int], None] | None = None
     """Takes every verified record; what it is given is only valid inside the call."""

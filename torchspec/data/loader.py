@@ -2,7 +2,7 @@
 
     thread:   submit coming packs ─► wait until one is ready ─► read its records ─► verify ─► collate ─► acknowledge ─► queue
     trainer:  next() takes from the queue, in slices of at most half a second: engine health and signals are looked at in between; on a GPU the copy of the
-              batch after it begins here (``staging.py``)
+              batch after it begins here (``device_prefetch.py``)
 
 With several ranks, each of them takes or leaves a batch as all do (``agreement.py``): a signal or a failure of one ends all of them at the same batch.
 Packs come in plan order whatever order they finish in. What a rank holds is bounded twice: records in the store by the window of submitted bytes (and the
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from torchspec.agreement import Vote
 from torchspec.batch import PackedBatch
+from torchspec.data.device_prefetch import Prefetched
 from torchspec.data.fetcher import SLICE, Channel, Fetcher, Link, LoaderConfig, LoaderStats, Pass
-from torchspec.data.staging import Staged
 from torchspec.engines.record_writer import quick_handoffs
 from torchspec.errors import GroupStopped
 
@@ -99,7 +99,7 @@ class PackStream:
         self._link: Link | None = None
         self._thread: threading.Thread | None = None
         self._left = 0
-        self._ahead: Staged | None = None
+        self._ahead: Prefetched | None = None
         self._failure: BaseException | None = None
 
     def _next_pass(self) -> bool:
@@ -156,22 +156,22 @@ class PackStream:
 
     def _take(self) -> PackedBatch | None:
         """The next batch, on the trainer's device, or None as in ``_wait``; begins to copy the one after it where that is there already."""
-        stage = self._config.stage_on
-        if stage is None:
+        prefetch = self._config.prefetch_to
+        if prefetch is None:
             return self._wait()
-        staged, self._ahead = self._ahead, None
-        if staged is None:
+        begun, self._ahead = self._ahead, None
+        if begun is None:
             batch = self._wait()
             if batch is None:
                 return None
-            staged = stage.start(batch)
+            begun = prefetch.start(batch)
         if self._left > 1:
             item = self._channel.take(0.0)
             if isinstance(item, PackedBatch):
-                self._ahead = stage.start(item)
+                self._ahead = prefetch.start(item)
             else:
                 self._failure = item  # raised once the batch before it was trained
-        return stage.finish(staged)
+        return prefetch.finish(begun)
 
     def _wait(self) -> PackedBatch | None:
         """The next batch; None when this rank is told to end before it is there."""

@@ -25,7 +25,7 @@ _LEAST = 2
 
 
 class Prompts:
-    """See :class:`torchspec.data.samples.Samples`.
+    """See :class:`torchspec.data.sample_source.Samples`.
 
     A conversation is cut before its last answer that has room for ``max_new_tokens``, else before its first; where even that has no room it is left out.
 

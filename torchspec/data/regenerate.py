@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torchspec.data.answerers import Answerer
 from torchspec.data.conversations import MESSAGE_KEYS, Conversation, RowError, parse
-from torchspec.data.exact import Generated
+from torchspec.data.exact_ids import Generated
+from torchspec.data.generators import Answerer
 from torchspec.data.sources import find_sources, read_rows, warn
 from torchspec.data.unused import Unused
 from torchspec.engines.engine import Sampling

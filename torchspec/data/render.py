@@ -1,8 +1,9 @@
 """Conversation → token ids and loss mask, by the target's own chat template.
 
-The text is rendered and tokenised once; the mask is 1 on exactly what the target generates: from where the generation prompt ends to the end-of-turn
-token, this one included, the newline that templates put after it not. Boundaries are character positions (``answers.py``) compared with token offsets; pieces
-are never tokenised on their own, because ids change at the seams.
+The text is rendered and tokenised once; the mask is 1 on exactly what the target generates: from where the generation
+prompt ends to the end-of-turn token, this one included, the newline that templates put after it not. Boundaries are
+character positions (``answer_spans.py``) compared with token offsets; pieces are never tokenised on their own, because
+ids change at the seams.
 
     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
     0                                                     1    1          0
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchspec.data.answers import SUPERVISE, AnswerFinder, Span, shows
+from torchspec.data.answer_spans import SUPERVISE, AnswerFinder, Span, shows
 from torchspec.data.conversations import Conversation, Message, RowError, reasoning_of, words_of
 from torchspec.data.template import ChatTemplate
 from torchspec.errors import UserError
@@ -159,7 +160,8 @@ class Renderer:
         return text[spans[-1].begin : spans[-1].stop] if spans else None
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Ids and mask of a conversation of messages, or of text. Answers that the row marks as context are not supervised.
+        """Ids and mask of a conversation of messages, or of text. Answers that the row marks as context are not
+        supervised.
 
         Raises:
             RowError: when the template refuses the conversation or drops its answers.
@@ -191,7 +193,9 @@ class Renderer:
         return ids
 
     def _end(self, ids: np.ndarray, starts: np.ndarray, ends: np.ndarray, first: int, last: int, text: str, span: Span) -> int:
-        """Index after the last generated token of the answer in ``ids[first:last]``: its end token, also where that stands just behind the span."""
+        """Index after the last generated token of the answer in ``ids[first:last]``: its end token, also where that
+        stands just behind the span.
+        """
         tail = last  # of control tokens and whitespace
         while tail > first and (int(ids[tail - 1]) in self._special or not text[int(starts[tail - 1]) : int(ends[tail - 1])].strip()):
             tail -= 1
@@ -204,7 +208,9 @@ class Renderer:
         return controls[-1] + 1 if controls else tail
 
     def _end_of_words(self, ids: np.ndarray, ends: np.ndarray, first: int, last: int, answer: str, begin: int, message: Message) -> int:
-        """Index after the last token of an answer that a length limit cut, in ``ids[first:last]``: its call, its words, or the thinking that it was at."""
+        """Index after the last token of an answer that a length limit cut, in ``ids[first:last]``: its call, its words,
+        or the thinking that it was at.
+        """
         while last > first and int(ids[last - 1]) in self._ends:
             last -= 1
         if message.get("tool_calls") or last == first:
@@ -226,7 +232,9 @@ class Renderer:
 
 
 def _nothing_to_train(conversation: Conversation, spans: Sequence[Span]) -> bool:
-    """Whether it is the row itself that leaves nothing: its answers are empty, or context only where they are shown as generated."""
+    """Whether it is the row itself that leaves nothing: its answers are empty, or context only where they are shown as
+    generated.
+    """
     answers = [(i, message) for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     if any(span.message in conversation.context for span in spans) or (answers and all(i in conversation.context for i, _ in answers)):
         return True
@@ -236,8 +244,8 @@ def _nothing_to_train(conversation: Conversation, spans: Sequence[Span]) -> bool
 def _spans(offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First character and character after the last of each token, both non-decreasing.
 
-    Tokenizers that trim offsets leave the spaces before a token out of it, and a token of spaces with an empty span; here a token begins where the one
-    before it ended. Several tokens of one character (byte-level) share its span.
+    Tokenizers that trim offsets leave the spaces before a token out of it, and a token of spaces with an empty span;
+    here a token begins where the one before it ended. Several tokens of one character (byte-level) share its span.
     """
     ends = np.maximum.accumulate(offsets[:, 1]) if offsets.size else offsets[:, 1]
     before = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])

@@ -10,8 +10,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
 from torchspec.agreement import alone
+from torchspec.data.device_prefetch import CudaPrefetch
 from torchspec.data.loader import LoaderConfig, LoaderStats, PackLoader, Pass
-from torchspec.data.staging import CudaStage
 from torchspec.ranks import told_to_end
 from torchspec.transfer.record import Record
 
@@ -99,7 +99,7 @@ class StageLoaders:
                 interrupted=lambda: told_to_end(trainer),
                 agree=lambda vote: getattr(trainer, "agreement", alone)(vote),
                 chained=stage == "train",
-                stage_on=CudaStage(device) if device.type == "cuda" else None,
+                prefetch_to=CudaPrefetch(device) if device.type == "cuda" else None,
                 tee=self._tee(),
                 on_policy=stage == "train" and data.corpus.on_policy is not None,
             )

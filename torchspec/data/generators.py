@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torchspec.data.conversations import Conversation, Message, RowError, parse
-from torchspec.data.exact import ExactRows, Generated
+from torchspec.data.exact_ids import ExactRows, Generated
 from torchspec.data.render import Renderer
 from torchspec.engines.engine import Generator, Sampling
 from torchspec.errors import UserError
@@ -53,7 +53,7 @@ class Answerer(Protocol):
         ...
 
     def as_ids(self, row: dict[str, Any], generated: Sequence[Generated], *, kept: bool) -> dict[str, Any]:
-        """As :meth:`torchspec.data.exact.ExactRows.as_ids`; empty where ids are not known."""
+        """As :meth:`torchspec.data.exact_ids.ExactRows.as_ids`; empty where ids are not known."""
         ...
 
     def close(self) -> None: ...

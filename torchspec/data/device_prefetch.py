@@ -15,26 +15,26 @@ from torchspec.batch import PackedBatch
 
 
 @dataclass(frozen=True)
-class Staged:
+class Prefetched:
     """A batch whose copy was issued."""
 
     batch: PackedBatch
     copied: torch.cuda.Event | None
 
 
-class Stage(Protocol):
+class DevicePrefetch(Protocol):
     """What brings batches to the trainer's device."""
 
-    def start(self, batch: PackedBatch) -> Staged:
+    def start(self, batch: PackedBatch) -> Prefetched:
         """Begin to copy; returns at once."""
         ...
 
-    def finish(self, staged: Staged) -> PackedBatch:
+    def finish(self, begun: Prefetched) -> PackedBatch:
         """The batch, ready for what the caller's stream runs from now on."""
         ...
 
 
-class CudaStage:
+class CudaPrefetch:
     """See the module.
 
     Args:
@@ -45,17 +45,17 @@ class CudaStage:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
-    def start(self, batch: PackedBatch) -> Staged:
+    def start(self, batch: PackedBatch) -> Prefetched:
         with torch.cuda.stream(self._stream):
             moved = batch.to(self._device)
-        return Staged(moved, self._stream.record_event())
+        return Prefetched(moved, self._stream.record_event())
 
-    def finish(self, staged: Staged) -> PackedBatch:
-        assert staged.copied is not None
+    def finish(self, begun: Prefetched) -> PackedBatch:
+        assert begun.copied is not None
         here = torch.cuda.current_stream(self._device)
-        here.wait_event(staged.copied)
-        staged.batch.map(lambda t: _used(t, here))
-        return staged.batch
+        here.wait_event(begun.copied)
+        begun.batch.map(lambda t: _used(t, here))
+        return begun.batch
 
 
 def _used(t: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:

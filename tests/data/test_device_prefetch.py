@@ -11,7 +11,7 @@ import torch
 
 from tests.data.test_loader import Lost, World
 from torchspec.batch import PackedBatch
-from torchspec.data.staging import CudaStage, Staged
+from torchspec.data.device_prefetch import CudaPrefetch, Prefetched
 from torchspec.transfer import StoreConfig, make_server
 
 
@@ -21,13 +21,13 @@ class Recorder:
     def __init__(self) -> None:
         self.events: list[tuple[str, int]] = []
 
-    def start(self, batch: PackedBatch) -> Staged:
+    def start(self, batch: PackedBatch) -> Prefetched:
         self.events.append(("start", batch.pack_index))
-        return Staged(batch, None)
+        return Prefetched(batch, None)
 
-    def finish(self, staged: Staged) -> PackedBatch:
-        self.events.append(("finish", staged.batch.pack_index))
-        return staged.batch
+    def finish(self, begun: Prefetched) -> PackedBatch:
+        self.events.append(("finish", begun.batch.pack_index))
+        return begun.batch
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def test_the_copy_of_the_next_pack_begins_before_a_pack_is_handed_out(world: World) -> None:
-    stage = Recorder()
-    loader = world.loader(stage_on=stage, prefetch_packs=3)
+    prefetch = Recorder()
+    loader = world.loader(prefetch_to=prefetch, prefetch_packs=3)
     seen = []
     for batch in loader:
         seen.append(batch.pack_index)
@@ -53,8 +53,8 @@ def test_the_copy_of_the_next_pack_begins_before_a_pack_is_handed_out(world: Wor
             time.sleep(0.005)  # the trainer computes; one pack more than the next is there, so the next is in the queue
     packs = list(range(len(world.plan)))
     assert seen == packs
-    at = {event: position for position, event in enumerate(stage.events)}
-    assert len(at) == len(stage.events) == 2 * len(packs)  # each begun once and handed out once
+    at = {event: position for position, event in enumerate(prefetch.events)}
+    assert len(at) == len(prefetch.events) == 2 * len(packs)  # each begun once and handed out once
     for pack in packs[2:-1]:  # nothing is there yet when the first one is handed out, and the last may still be in the thread's hand
         assert at["start", pack] < at["finish", pack - 1]
     for pack in packs[2:]:
@@ -62,8 +62,8 @@ def test_the_copy_of_the_next_pack_begins_before_a_pack_is_handed_out(world: Wor
 
 
 def test_a_failure_comes_after_the_packs_before_it(world: World) -> None:
-    stage = Recorder()
-    stream = iter(world.loader(stage_on=stage, prefetch_packs=1, window_bytes=1))
+    prefetch = Recorder()
+    stream = iter(world.loader(prefetch_to=prefetch, prefetch_packs=1, window_bytes=1))
     next(stream)
     world.coordinator.fault = lambda ready: None
     world.coordinator.lost = True
@@ -72,12 +72,12 @@ def test_a_failure_comes_after_the_packs_before_it(world: World) -> None:
         for _ in range(len(world.plan)):
             next(stream)
             handed += 1
-    assert [pack for what, pack in stage.events if what == "finish"] == list(range(handed))
+    assert [pack for what, pack in prefetch.events if what == "finish"] == list(range(handed))
 
 
 def test_a_pass_that_is_closed_lets_go_of_the_pack_ahead(world: World) -> None:
-    stage = Recorder()
-    loader = world.loader(stage_on=stage)
+    prefetch = Recorder()
+    loader = world.loader(prefetch_to=prefetch)
     assert next(iter(loader)).pack_index == 0
     assert [batch.pack_index for batch in loader] == list(range(len(world.plan)))  # a new pass begins at its beginning
 
@@ -93,12 +93,12 @@ def test_two_passes_over_the_same_packs_hold_the_same_values(world: World) -> No
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_staged_batches_hold_the_right_values_while_the_device_is_busy(world: World) -> None:
+def test_prefetched_batches_hold_the_right_values_while_the_device_is_busy(world: World) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     busy = torch.randn(4096, 4096, device=device)
     expected = [sums_of(batch) for batch in world.loader()]  # one pass after the other: what a pass has acknowledged is deleted
     sums = []
-    for moved in world.loader(stage_on=CudaStage(device), pin=True):
+    for moved in world.loader(prefetch_to=CudaPrefetch(device), pin=True):
         busy = busy @ busy / 64.0  # keeps the trainer's stream behind
         assert moved.aux.device == device and moved.cu_seqlens.device.type == "cpu"
         sums.append(sums_of(moved))

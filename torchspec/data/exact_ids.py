@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from torchspec.data.answers import alike
+from torchspec.data.answer_spans import alike
 from torchspec.data.conversations import Conversation, Message, RowError, parse, reasoning_of
 from torchspec.data.render import Renderer, tokenizer_fingerprint
 

@@ -13,9 +13,9 @@ import pytest
 
 from tests.data import families
 from tests.data.families import CASES, FAMILIES, RESULT, TOOLS, answer, tokenizer, user
-from torchspec.data.answerers import EngineAnswerer
 from torchspec.data.conversations import Conversation
-from torchspec.data.exact import ExactRows
+from torchspec.data.exact_ids import ExactRows
+from torchspec.data.generators import EngineAnswerer
 from torchspec.data.regenerate import RegenerateReport, answer_file
 from torchspec.data.render import Renderer
 from torchspec.data.tokenise import Tokenise
