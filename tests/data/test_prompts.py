@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data.sparse import Sparse
 from torchspec.data.dataset import TokenizedDataset
 from torchspec.data.plan import Plan
 from torchspec.data.prepare import DataOptions, prepare
@@ -72,6 +73,13 @@ def test_counts_of_answers_are_what_collation_supervises(lengths: list[int]) -> 
         rows = Unroll(steps).rows(turns(mask, bounds), bounds)
         total += [len(index) for index in rows.index]
     assert answer_counts(lengths, Unroll(steps)).tolist() == total.tolist()
+
+
+def test_a_family_that_draws_has_the_counts_and_at_most_the_work_of_its_answers(tmp_path: Path) -> None:
+    rule = Sparse(3, width=4)
+    assert answer_counts([2, 1, 7], rule).tolist() == [1 + 0 + 3]
+    counts, work = Prompts(data(tmp_path), OnPolicy(max_new_tokens=5), max_length=12).measured(rule)
+    assert counts is None and work.tolist() == [12, 12, 8]  # answers of 5, 5 and 3 tokens at most
 
 
 def test_the_plan_depends_on_how_prompts_are_answered(tmp_path: Path) -> None:
