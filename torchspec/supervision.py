@@ -44,8 +44,8 @@ class Rows(Protocol):
 
 
 class Supervision(Protocol):
-    """A family's rule, as a small value that is compared, hashed and pickled. Masks are [N] 0 or 1, ``bounds`` [C+1] where
-    conversations begin and end.
+    """A family's rule, as a small value that is compared, hashed and pickled. Masks are [N] 0 or 1, ``bounds`` [C+1]
+    where conversations begin and end.
     """
 
     @property
@@ -188,7 +188,15 @@ class UnrollRows:
     onto: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, base: Tensor, index: Sequence[Tensor], keep: Sequence[Tensor], *, depth: Tensor, total: int) -> UnrollRows:
+    def of(
+        cls,
+        base: Tensor,
+        index: Sequence[Tensor],
+        keep: Sequence[Tensor],
+        *,
+        depth: Tensor,
+        total: int,
+    ) -> UnrollRows:
         """With the rest derived, for a pack of ``total`` positions; everything on the host."""
         at = [base[entries] for entries in index]
         sizes = [total, *[len(entries) for entries in index]]
@@ -215,8 +223,9 @@ class UnrollRows:
         """Whether ``base[j] + k == base[j + k]`` for every entry j of every step k, as ``Unroll`` makes them. Waits for
         the device that holds them.
         """
-        last = self.base.shape[0] - 1
-        return all(bool((entries + k <= last).all()) and torch.equal(self.base[entries] + k, self.base[entries + k]) for k, entries in enumerate(self.index))
+        base, last = self.base, self.base.shape[0] - 1
+        there = all(bool((entries + k <= last).all()) for k, entries in enumerate(self.index))
+        return there and all(torch.equal(base[entries] + k, base[entries + k]) for k, entries in enumerate(self.index))
 
 
 def as_unroll(rows: Rows) -> UnrollRows:
@@ -276,4 +285,5 @@ class Unroll:
         keep = [index[0]] + [np.flatnonzero(depth[base][index[k - 1]] > k) for k in range(1, self.steps)]
         as_tensor = lambda a: torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64))  # noqa: E731
         lists = [list(map(as_tensor, arrays)) for arrays in (index, keep)]
-        return UnrollRows.of(as_tensor(base), *lists, depth=as_tensor(np.minimum(depth[base], self.steps)), total=turn.shape[0])
+        depth = np.minimum(depth[base], self.steps)
+        return UnrollRows.of(as_tensor(base), *lists, depth=as_tensor(depth), total=turn.shape[0])

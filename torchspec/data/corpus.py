@@ -36,7 +36,7 @@ def default_cache_dir() -> Path:
 
 
 MAX_ROWS = 16384
-"""Draft rows of a pack at most, unless ``data.max_rows`` says otherwise; for families whose work is not that of their tokens."""
+"""Draft rows of a pack at most unless ``data.max_rows`` is given, for families whose work is not that of tokens."""
 
 
 class Corpus:
@@ -217,16 +217,18 @@ class Corpus:
 
     @property
     def about_work(self) -> str | None:
-        """A line on the training plans of a family with draft rows of its own; None where tokens say what a pack costs."""
+        """A line on the training plans of a family with draft rows of its own; None where tokens are the only bound."""
         plan, (counts, work) = self.any_plan, self._measure("train")
         if plan.max_rows is None:
             return None
         packs, larger = int((plan.tokens() > 0).sum()), int((work > plan.max_rows).sum())
-        line = f"train: {packs:,} packs of at most {self.max_tokens:,} tokens and {plan.max_rows:,} draft rows (data.max_rows)"
+        bounds = f"{self.max_tokens:,} tokens and {plan.max_rows:,} draft rows (data.max_rows)"
+        line = f"train: {packs:,} packs of at most {bounds}"
         if larger:
             line += f", {larger:,} conversations of more rows in a pack each"
         if counts is not None:
-            line += f"; {counts[:, 0].sum() / max(int(plan.lengths.sum()), 1):.3f} supervised positions a streamed token"
+            share = counts[:, 0].sum() / max(int(plan.lengths.sum()), 1)
+            line += f"; {share:.3f} supervised positions a streamed token"
         return line
 
     def validation_plan(self, stage: str, world: int) -> Plan:

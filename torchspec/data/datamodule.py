@@ -324,7 +324,12 @@ class DraftDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> PackLoader:
         trainer = self._trainer
         if self._restored is not None:
-            set_progress(trainer, batches_per_epoch=self.batches_per_epoch, packs_per_step=self.packs_per_step, saved_world=int(self._restored["world_size"]))
+            set_progress(
+                trainer,
+                batches_per_epoch=self.batches_per_epoch,
+                packs_per_step=self.packs_per_step,
+                saved_world=int(self._restored["world_size"]),
+            )
             self._restored = None
         if trainer.is_global_zero:
             epoch, step = divmod(trainer.global_step, self.corpus.any_plan.steps)

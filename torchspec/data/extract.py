@@ -135,7 +135,15 @@ def _go_through(data: DraftDataModule, stage: str, chosen: TokenizedDataset, wri
     """Have every conversation captured and written; the batches are not used."""
     group = data.group
     assert group is not None
-    plan = Plan(chosen.lengths, seed=0, epoch=0, max_tokens=data.corpus.max_tokens, packs_per_step=1, counts=np.ones((len(chosen), 1)), shuffle=False)
+    plan = Plan(
+        chosen.lengths,
+        seed=0,
+        epoch=0,
+        max_tokens=data.corpus.max_tokens,
+        packs_per_step=1,
+        counts=np.ones((len(chosen), 1)),
+        shuffle=False,
+    )
     config = LoaderConfig(
         stage=stage,
         rank=0,

@@ -1,12 +1,12 @@
 """Which conversations share a pack: best-fit decreasing in windows of a given order, under one bound or two.
 
-The order is cut into windows; in each, conversations go, largest first, into the fullest pack that still has room. Packs
-that stay below 97 % are taken apart and their conversations join the next window, so that only the end of the epoch is
-loose, and which conversations share a pack is random within a window.
+The order is cut into windows; in each, conversations go, largest first, into the fullest pack that still has room.
+Packs that stay below 97 % are taken apart and their conversations join the next window, so that only the end of the
+epoch is loose, and which conversations share a pack is random within a window.
 
-With a second bound (draft rows beside tokens) the *tight* one of the two, the one that alone asks for more packs, has the
-part of the only bound above, and a pack must have room under the other as well. A conversation that is larger than a bound
-is a pack of its own.
+With a second bound (draft rows beside tokens) the *tight* one of the two, the one that alone asks for more packs, has
+the part of the only bound above, and a pack must have room under the other as well. A conversation that is larger than
+a bound is a pack of its own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The plan: which conversations make up which micro-batch of which optimizer step. A pure function, the same on every rank and for every world size.
 
-*Packs.* Conversations of the epoch's permutation are put together by best fit in windows (``packing.py``): padding stays
-under 2 %, and which conversations share a pack is random within a window. The packs are then shuffled over the whole
-epoch. Where a draft family computes more than tokens say (block drafts), its rows are a second bound of a pack.
+*Packs.* Conversations of the epoch's permutation are put together by best fit in windows (``packing.py``): padding
+stays under 2 %, and which conversations share a pack is random within a window. The packs are then shuffled over the
+whole epoch. Where a draft family computes more than tokens say (block drafts), its rows are a second bound of a pack.
 
 *Length.* Every epoch has the same number of packs, that of epoch 0 rounded up to whole steps (schedules and cursors count on it). An epoch whose permutation
 needs more takes the next permutation of its seed, after a few of them the packs of epoch 0 in its own order.
@@ -45,7 +45,8 @@ class Plan:
         counts: [n, Q] normalisers of each conversation (``Supervision.counts``), for :meth:`step_counts`.
         shuffle: False keeps the order of the data (validation).
         content: hash of the data, part of the fingerprint.
-        work: [n] draft rows of each conversation (``Supervision.work``); None, or zeros, where tokens say what it costs.
+        work: [n] draft rows of each conversation (``Supervision.work``); None, or zeros, where tokens say what it
+            costs.
         max_rows: draft rows of a pack at most; a conversation of more is a pack of its own. None bounds nothing.
         num_packs: ``len`` of another epoch of the same plan, to spare finding it again.
 
@@ -105,7 +106,7 @@ class Plan:
         return self._order[self._starts[index] : self._starts[index + 1]]
 
     def keys(self, samples: np.ndarray) -> np.ndarray:
-        """[S] uint64: what is drawn inside each of these conversations in this epoch is drawn with (``Supervision.rows``)."""
+        """[S] uint64, for what is drawn inside each of these conversations in this epoch (``Supervision.rows``)."""
         seeds = (np.random.SeedSequence([self.seed % 2**63, self.epoch, int(i)]) for i in samples)
         return np.array([seed.generate_state(1, np.uint64)[0] for seed in seeds], dtype=np.uint64)
 

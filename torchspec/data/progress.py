@@ -105,7 +105,7 @@ def check_cursor(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
         UserError: by what differs.
     """
     data = "data (data.train, data.max_length, the target's template)"
-    settings = {"packs_per_step": "data.packs_per_step", "seed": "data.seed", "max_tokens": "data.max_tokens", "max_rows": "data.max_rows"}
+    settings = {name: f"data.{name}" for name in ("packs_per_step", "seed", "max_tokens", "max_rows")}
     order = "data and order" if ours.get("max_rows") is None else "data, order and anchors of the draft"
     for name, what in {**settings, "conversations": data, "content": data, "plan_fingerprint": order}.items():
         if saved.get(name) != ours.get(name):

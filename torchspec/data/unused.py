@@ -61,7 +61,8 @@ def told(keys: Sequence[str], counts: Mapping[str, int] | None = None) -> str:
     if plain:
         parts.append(f"keys that are not used: {named(plain)}")
     if nulls:
-        advice = "" if counts is None else " are kept, and trained (leave out those that only a table of many rows put there)"
+        kept = "are kept, and trained (leave out those that only a table of many rows put there)"
+        advice = "" if counts is None else f" {kept}"
         parts.append(f"arguments that are null{advice}: {named(nulls)}")
     if known:
         parts.append(f"metadata that is not used: {_some(known)}")
