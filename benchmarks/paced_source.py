@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from torchspec.engines import worker
 from torchspec.engines.engine import EngineStats, Job
-from torchspec.engines.messages import Failed, Finished, Lease
-from torchspec.engines.record_writer import Captured, RecordWriter
+from torchspec.engines.messages import Failed, Finished, Lease, result_of
+from torchspec.engines.record_writer import CapturedSample, RecordWriter
 from torchspec.engines.table import ENGINES, EngineKind
 
 RATE = "TORCHSPEC_SOURCE_RATE"
@@ -44,12 +45,13 @@ class PacedEngine:
         self._due = 0.0
         self._stats = EngineStats(0, 0, 0.0, 0.0)
         self._writer: RecordWriter | None = None
+        self._writing: dict[str, Lease] = {}
 
     def start(self) -> dict[str, Any]:
         torch.set_num_threads(1)
         width = len(self.spec.aux_layers) * self.spec.hidden_size
-        self._aux = torch.randn(1, self.max_tokens, width).to(self.spec.torch_dtype)
-        self._last = torch.randn(1, self.max_tokens, self.spec.hidden_size).to(self.spec.torch_dtype)
+        self._aux = torch.randn(self.max_tokens, width).to(self.spec.torch_dtype)
+        self._last = torch.randn(self.max_tokens, self.spec.hidden_size).to(self.spec.torch_dtype)
         self._writer = RecordWriter(self.job.store, self.spec, producer="paced source", device="cpu")
         return {"engine": "paced source", "versions": {}, "device": "cpu", "num_layers": 0}
 
@@ -77,7 +79,8 @@ class PacedEngine:
         started = time.monotonic()
         ids = [torch.frombuffer(bytearray(lease.ids), dtype=torch.int32) for lease in batch]
         n = len(batch)
-        self._writer.write(Captured(batch, ids, self._aux.expand(n, -1, -1), self._last.expand(n, -1, -1)))
+        self._writing |= {lease.key: lease for lease in batch}
+        self._writer.write([CapturedSample(lease.key, x, x.numel(), partial(self._states, x.numel())) for lease, x in zip(batch, ids, strict=True)])
         s = self._stats
         self._stats = EngineStats(s.samples + n, s.tokens + tokens, s.busy_s + time.monotonic() - started, s.write_s)
         if self._rate:
@@ -93,8 +96,12 @@ class PacedEngine:
 
     def _results(self, timeout: float) -> tuple[list[Finished], list[Failed]]:
         assert self._writer is not None
-        written = self._writer.results(timeout)
-        return [f for w in written for f in w.finished], [f for w in written for f in w.failed]
+        results = [result_of(self._writing.pop(wrote.key), wrote) for wrote in self._writer.results(timeout)]
+        return [r for r in results if isinstance(r, Finished)], [r for r in results if isinstance(r, Failed)]
+
+    def _states(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same random states for every conversation."""
+        return self._aux[:tokens], self._last[:tokens]
 
     def stats(self) -> EngineStats:
         return self._stats

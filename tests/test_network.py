@@ -148,8 +148,8 @@ def test_a_group_with_a_worker_over_ipv6(tmp_path: Path) -> None:
 @ipv6
 def test_reports_of_a_connector_over_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchspec.engines.capture.reports import ReportServer
-    from torchspec.engines.capture.requests import Wrote
     from torchspec.engines.capture.sink import introduced
+    from torchspec.engines.messages import Wrote
 
     got: list[Wrote] = []
 

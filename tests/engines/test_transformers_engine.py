@@ -178,8 +178,8 @@ class _Faulty:
 
 
 def _make_faulty(writer: RecordWriter, faults: list[StoreError]) -> None:
-    for hand in writer._hands:
-        hand.store = _Faulty(hand.store, faults)  # type: ignore[assignment]
+    for thread in writer._threads:
+        thread.store = _Faulty(thread.store, faults)  # type: ignore[assignment]
 
 
 def test_a_full_store_is_waited_for(target: Path, server: StoreServer) -> None:
@@ -245,7 +245,7 @@ def test_the_writer_ends_with_what_it_was_given(target: Path, server: StoreServe
     assert writer.results(0.0) == []
     writer.close()
     writer.close()
-    assert not [hand for hand in writer._hands if hand.thread.is_alive()]
+    assert not [writing for writing in writer._threads if writing.thread.is_alive()]
 
 
 @pytest.mark.parametrize("attention", ["nonsense", "some/kernel"])

@@ -22,7 +22,7 @@ from tests.engines.test_vllm_parts import Inbox
 from tests.tiny import save_target
 from tests.tiny_vl import save_vl_target
 from torchspec.engines.capture.requests import PARAMETER, TOKEN_VARIABLE, CaptureRequest, Destination
-from torchspec.engines.capture.sink import Capture, introduced
+from torchspec.engines.capture.sink import introduced
 from torchspec.engines.connection import Closed
 from torchspec.engines.engine import EngineConfig
 from torchspec.engines.vllm.checks import check, check_cache
@@ -214,6 +214,8 @@ def test_a_hybrid_target_is_not_answered_and_captured_in_one_pass_whoever_starte
 
 def test_what_was_let_go_while_its_engine_was_not_to_be_reached_is_told_later(right: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine would wait two minutes for each otherwise."""
+    from torchspec.engines.vllm.connector import FinishedRequest
+
     connector, inbox = connector_of(right), Inbox()
     connector._cache = SimpleNamespace(device=torch.device("cpu"))
     tried: list[int] = []
@@ -226,10 +228,10 @@ def test_what_was_let_go_while_its_engine_was_not_to_be_reached_is_told_later(ri
     with monkeypatch.context() as broken:
         broken.setattr("torchspec.engines.vllm.connector.Sink", unreachable)
         for key in "ab":
-            assert connector._copy(Capture(key, key, [5, 6, 7], 2, [1]), run)()
+            assert connector._copy(FinishedRequest(key, key, [5, 6, 7], 2, [1]), run)()
     assert len(tried) == 1 and inbox.reports == []
     connector._unreachable = dict.fromkeys(connector._unreachable, 0.0)  # its time is over
-    assert connector._copy(Capture("c", "c", [5, 6, 7], 2, [1]), run)()
+    assert connector._copy(FinishedRequest("c", "c", [5, 6, 7], 2, [1]), run)()
     told = {report.key: report.error for report in inbox.wait(3)}
     assert "did not reach the engine" in told["a"] and told["a"] == told["b"] and "/nowhere" in told["c"]
     connector.shutdown()

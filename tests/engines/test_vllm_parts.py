@@ -28,16 +28,16 @@ from torchspec.engines.capture.requests import (
     CaptureRequest,
     Destination,
     Introduce,
-    Wrote,
     read_destination,
     read_request,
 )
-from torchspec.engines.capture.sink import Capture, Ring, Sink, introduced
+from torchspec.engines.capture.sink import Ring, Sink, introduced
 from torchspec.engines.connection import Closed, Framer
 from torchspec.engines.engine import EngineConfig, Job
-from torchspec.engines.messages import Challenge, Failed, Finished, Lease
+from torchspec.engines.messages import Challenge, Failed, Finished, Lease, Wrote
+from torchspec.engines.record_writer import CapturedSample
 from torchspec.engines.table import ENGINES
-from torchspec.engines.vllm.cache import HiddenStateCache
+from torchspec.engines.vllm.cache import HiddenStateCache, split
 from torchspec.engines.vllm.options import OWNED, check_arguments
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
@@ -134,18 +134,20 @@ def test_places_in_the_ring_never_overlap(sizes: list[int], frees: list[bool]) -
 
 def make_sink(server_address: dict[str, object], inbox: Inbox, *, token: str = "secret") -> Sink:
     destination = Destination(server_address, SPEC, ("127.0.0.1", inbox.port))
-    return Sink(destination, token=token, layer_ids=(1, 2, 4), max_tokens=64, producer="test", device=torch.device("cpu"))
+    return Sink(destination, token=token, max_tokens=64, producer="test", device=torch.device("cpu"))
 
 
-def capture_of(key: str, tokens: int, blocks: list[int]) -> Capture:
-    return Capture(request=f"r-{key}", key=key, ids=list(range(tokens)), rows=max(tokens - 1, 1), blocks=blocks)
+def sample_of(key: str, tokens: int, blocks: list[int], cache: HiddenStateCache) -> CapturedSample:
+    rows = max(tokens - 1, 1)
+    ids = torch.arange(tokens, dtype=torch.int32)
+    return CapturedSample(key, ids, rows, lambda: split(cache.read(blocks, rows), (1, 2, 4), SPEC.aux_layers))
 
 
 def test_a_capture_becomes_a_record(server: StoreServer, inbox: Inbox) -> None:
     states = torch.randn(19, LAYERS, HIDDEN)
     cache = HiddenStateCache(paged(states, layers_first=True, blocks=[5, 1, 2]), layers=LAYERS, block_size=BLOCK)
     sink = make_sink(server.address, inbox)
-    copied = sink.copy(capture_of("a", 20, [5, 1, 2]), cache)
+    copied = sink.copy(sample_of("a", 20, [5, 1, 2], cache))
     assert copied is not None and copied()
     (report,) = inbox.wait(1)
     assert report.key == "a" and report.error == "" and report.rows == 19
@@ -160,8 +162,8 @@ def test_a_capture_becomes_a_record(server: StoreServer, inbox: Inbox) -> None:
 def test_a_capture_that_cannot_be_read_is_reported_and_the_next_one_is_written(server: StoreServer, inbox: Inbox) -> None:
     cache = HiddenStateCache(torch.randn(10, LAYERS, BLOCK, HIDDEN), layers=LAYERS, block_size=BLOCK)
     sink = make_sink(server.address, inbox)
-    assert sink.copy(capture_of("bad", 20, [5]), cache) is not None
-    assert sink.copy(capture_of("good", 9, [5]), cache) is not None
+    assert sink.copy(sample_of("bad", 20, [5], cache)) is not None
+    assert sink.copy(sample_of("good", 9, [5], cache)) is not None
     bad, good = inbox.wait(2)
     assert "1 blocks of 8 tokens for 19 states" in bad.error and good.error == ""
     sink.close()
@@ -173,31 +175,31 @@ def test_records_that_wait_are_put_in_one_call_and_a_bad_one_takes_no_neighbour_
     cache = HiddenStateCache(torch.randn(10, LAYERS, BLOCK, HIDDEN), layers=LAYERS, block_size=BLOCK)
     sink = make_sink(server.address, inbox)
     assert sink._store is not None
-    put, calls, begun, generate_from = sink._store.put, list[list[str]](), threading.Event(), threading.Event()
+    put, calls, begun, proceed = sink._store.put, list[list[str]](), threading.Event(), threading.Event()
 
     def watched(keys: list[str], values: list[torch.Tensor]) -> None:
         calls.append(list(keys))
         begun.set()
-        assert generate_from.wait(20)
+        assert proceed.wait(20)
         if "poison" in keys:
             raise StoreError("io", "poison", "no")
         put(keys, values)
 
     monkeypatch.setattr(sink._store, "put", watched)
-    sink.copy(capture_of("first", 9, [5]), cache)
+    sink.copy(sample_of("first", 9, [5], cache))
     assert begun.wait(10)
     for key in ("a", "b", "c"):
-        sink.copy(capture_of(key, 9, [5]), cache)
-    generate_from.set()
+        sink.copy(sample_of(key, 9, [5], cache))
+    proceed.set()
     assert [(report.key, report.error) for report in inbox.wait(4)] == [(key, "") for key in ("first", "a", "b", "c")]
     assert calls == [["first"], ["a", "b", "c"]]
-    begun.clear(), generate_from.clear(), calls.clear()
-    sink.copy(capture_of("second", 9, [5]), cache)
+    begun.clear(), proceed.clear(), calls.clear()
+    sink.copy(sample_of("second", 9, [5], cache))
     assert begun.wait(10)
     for key in ("d", "poison", "e"):
-        sink.copy(capture_of(key, 9, [5]), cache)
-    sink.copy(capture_of("bad", 20, [5]), cache)  # fewer blocks than states
-    generate_from.set()
+        sink.copy(sample_of(key, 9, [5], cache))
+    sink.copy(sample_of("bad", 20, [5], cache))  # fewer blocks than states
+    proceed.set()
     reports = {report.key: report.error for report in inbox.wait(9)[4:]}
     assert list(reports) == ["second", "d", "poison", "e", "bad"] and [bool(error) for error in reports.values()] == [False, False, True, False, True]
     assert calls == [["second"], ["d", "poison", "e"], ["d"], ["poison"], ["e"]]
@@ -213,7 +215,7 @@ def test_a_store_that_is_gone_is_reported_for_each_record(server: StoreServer, i
     server.close()
     cache = HiddenStateCache(torch.randn(10, LAYERS, BLOCK, HIDDEN), layers=LAYERS, block_size=BLOCK)
     sink = make_sink(address, inbox)
-    assert sink.copy(capture_of("a", 5, [1]), cache) is not None
+    assert sink.copy(sample_of("a", 5, [1], cache)) is not None
     (report,) = inbox.wait(1)
     assert report.error and report.nbytes == 0
     sink.close()
@@ -223,9 +225,9 @@ def test_places_of_written_records_are_used_again(server: StoreServer, inbox: In
     monkeypatch.setattr("torchspec.engines.capture.sink._RING", 0)
     cache = HiddenStateCache(torch.randn(10, LAYERS, BLOCK, HIDDEN), layers=LAYERS, block_size=BLOCK)
     sink = make_sink(server.address, inbox)
-    offered = [sink.copy(capture_of(f"k{i}", 64, list(range(8))), cache) for i in range(200)]
+    offered = [sink.copy(sample_of(f"k{i}", 64, list(range(8)), cache)) for i in range(200)]
     inbox.wait(sum(copied is not None for copied in offered))
-    assert sink.copy(capture_of("later", 64, list(range(8))), cache) is not None, "a place that was returned is given again"
+    assert sink.copy(sample_of("later", 64, list(range(8)), cache)) is not None, "a place that was returned is given again"
     sink.close()
 
 
@@ -236,7 +238,7 @@ def test_reports_need_the_token_and_garbage_is_refused(inbox: Inbox, server: Sto
             pass
     sink = make_sink(server.address, inbox, token="wrong")
     cache = HiddenStateCache(torch.randn(10, LAYERS, BLOCK, HIDDEN), layers=LAYERS, block_size=BLOCK)
-    sink.copy(capture_of("a", 5, [1]), cache)
+    sink.copy(sample_of("a", 5, [1], cache))
     deadline = time.monotonic() + 10
     while "wrong token" not in caplog.text and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -272,6 +272,17 @@ class Beat(Message, frozen=True, kw_only=True):
     """Tokens of them that the target took."""
 
 
+class Wrote(Message, frozen=True, kw_only=True):
+    """What became of a record (a side that writes elsewhere -> its worker): it is whole in the store; or, with ``error``, it is not and will not be."""
+
+    key: str
+    nbytes: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    """Time spent on taking the states out and writing them."""
+    error: str = ""
+
+
 # coordinator -> client
 
 
@@ -352,3 +363,8 @@ class Stop(Message, frozen=True, kw_only=True, omit_defaults=True):
 ToCoordinator = Hello | StatusRequest | OpenStage | Submit | Acknowledge | Reissue | CloseStage | NewDraft | Ready | Unfit | Leave | Pull | Report | Beat
 ToTrainer = Challenge | Welcome | Opened | PackReady | GroupStatus | Pulse | Stop
 ToWorker = Challenge | Welcome | Work | Cancel | NewDraft | Pulse | Stop
+
+
+def result_of(lease: Lease, wrote: Wrote) -> Finished | Failed:
+    """What became of a lease, by what became of its record."""
+    return Failed(lease.id, wrote.error) if wrote.error else Finished(lease.id, wrote.nbytes, wrote.rows)

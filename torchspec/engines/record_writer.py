@@ -1,9 +1,12 @@
-"""Writes the records of finished batches in threads of its own, so that the target computes the next batch meanwhile.
+"""Writes records: the one loop from computed states to the store, for every engine.
 
-A thread copies states from the device into a registered buffer of the store (on CUDA: on a stream of its own), seals the records and puts them. There are two
-where the machine has cores for them, each with a buffer and a client of the store: one copies and seals while the other puts. A batch whose put fails is put
-again record by record, so that one bad record does not take its neighbours along. No error ends a thread: each becomes the failure of the leases that it
-concerns.
+A *sample* says where its states are; *staging* copies them into a registered buffer (on CUDA on a stream of the writer's); :func:`write_records` seals what is
+staged and puts it in one call, record by record where that fails, so that a bad one takes no neighbour along, and says of each what became of it. No error ends
+a writer: each is the failure of the record that it concerns.
+
+:class:`RecordWriter` is for an engine that can leave its states where they are until they are written: threads of its own stage, seal and put while the target
+computes the next batch, two where the machine has cores for them, so that one copies and seals while the other puts. Where states must leave at once,
+``capture/sink.py`` stages them into a ring.
 """
 
 from __future__ import annotations
@@ -14,15 +17,16 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
-from torchspec.engines.messages import Failed, Finished, Lease
+from torchspec.engines.messages import Wrote
 from torchspec.transfer import open_store
 from torchspec.transfer.record import RecordSpec, seal, views
 from torchspec.transfer.store import Address, Store, StoreError
@@ -36,7 +40,7 @@ busy thread beside them (the target's, or the training step's) gives it back aft
 some MB."""
 _ENDS = 5.0
 """Seconds for a thread to look up, and again to end."""
-_HANDS, _HAND_CORES = 2, 2
+_WRITERS, _WRITER_CORES = 2, 2
 """Threads, and cores of the machine for each of them: a client of the store keeps one busy while it waits."""
 
 
@@ -46,30 +50,115 @@ def quick_handoffs() -> None:
 
 
 @dataclass(frozen=True)
-class Captured:
-    """States of a batch, padded on the right."""
+class CapturedSample:
+    """A conversation whose states the target has computed."""
 
-    leases: list[Lease]
-    ids: list[Tensor]
-    """Of each lease, [T] int32."""
-    aux: Tensor
-    """[B, T, n*D] on the target's device."""
-    last: Tensor
-    """[B, T, D] on the target's device."""
+    key: str
+    """Of its record in the store."""
+    ids: Tensor
+    """[T] int32, on the CPU."""
+    rows: int
+    """R states: T, or T-1."""
+    states: Callable[[], tuple[Tensor, Tensor]]
+    """Gives aux [R, n*D] or [R, n, D], and last [R, D], on the target's device. Called on the stream that copies them, in inference mode."""
 
 
-@dataclass
-class Written:
-    """What became of a batch."""
+@dataclass(frozen=True)
+class StagedRecord:
+    """A sample on its way: its record lies in a registered buffer, where a copy may still be going on."""
 
-    finished: list[Finished] = field(default_factory=list)
-    failed: list[Failed] = field(default_factory=list)
+    sample: CapturedSample
+    record: Tensor
+    """uint8; its size is the record's."""
+    copied: Any
+    """CUDA event after which it is whole; None where it is."""
     seconds: float = 0.0
-    """Of copying, sealing and putting, without the wait for the device to have computed; divided by the number of threads, so that the sum over
-    batches is the time in which all of them were busy."""
+    """Spent on staging."""
+    error: str = ""
+    """Why there is nothing to write."""
 
 
-_Jobs = queue.Queue[tuple[Captured, Any] | None]
+def stage(sample: CapturedSample, record: Tensor, spec: RecordSpec, *, stream: Any, after: Any = None) -> StagedRecord:
+    """Begin to copy a sample into its record; whatever goes wrong is the record's error.
+
+    Args:
+        sample: as captured.
+        record: uint8, of the size that the spec gives it.
+        spec: of the record.
+        stream: the CUDA stream to copy on; None on a CPU.
+        after: CUDA event after which the states are there; None where they are.
+    """
+    started = time.monotonic()
+    copied, error = None, ""
+    try:
+        ids, aux, last = views(record, spec, sample.ids.numel(), sample.rows)
+        ids.copy_(sample.ids)
+        if after is not None:
+            stream.wait_event(after)
+        with torch.inference_mode(), torch.cuda.stream(stream) if stream is not None else nullcontext():
+            from_aux, from_last = sample.states()
+            aux.view(from_aux.shape).copy_(from_aux, non_blocking=True)
+            last.copy_(from_last, non_blocking=True)
+            copied = stream.record_event() if stream is not None else None
+    except Exception as problem:
+        error = one_line(problem)
+        if stream is not None:
+            with suppress(RuntimeError):  # of a lost device: the next thing that is asked of it says so
+                stream.synchronize()  # nothing of it may land in the buffer later
+    return StagedRecord(sample, record, copied, time.monotonic() - started, error)
+
+
+def write_records(store: Store, staged: Sequence[StagedRecord], spec: RecordSpec, *, producer: str) -> Iterator[Wrote]:
+    """Seal and put records, and say of each, in order and as soon as it is known, what became of it.
+
+    A store that is full is waited for, a minute for all of them together.
+
+    Args:
+        store: where they go.
+        staged: with distinct keys.
+        spec: of the records.
+        producer: engine and version, for the manifest.
+    """
+    since, deadline = time.monotonic(), room_deadline()
+    sealed = [_sealed(record, spec, producer) for record in staged]
+    good = [(record.sample.key, value) for record, value in zip(staged, sealed, strict=True) if isinstance(value, Tensor)]
+    together = False
+    if len(good) > 1:
+        try:
+            store.put([key for key, _ in good], [value for _, value in good])
+            together = True
+        except Exception as error:
+            log.warning("put of %d records failed (%s): one by one", len(good), one_line(error))
+    for record, value in zip(staged, sealed, strict=True):
+        key = record.sample.key
+        problem = value if isinstance(value, str) else ""
+        if isinstance(value, Tensor) and not together:
+            try:
+                put_when_room(store, [key], [value], deadline=deadline)
+            except Exception as error:
+                problem = one_line(error)
+        now = time.monotonic()
+        seconds, since = record.seconds + now - since, now
+        if isinstance(value, Tensor) and not problem:
+            yield Wrote(key=key, nbytes=value.numel(), rows=record.sample.rows, seconds=seconds)
+        else:
+            log.warning("record %s was not written: %s", key, problem)
+            yield Wrote(key=key, error=problem or "unknown", seconds=seconds)
+
+
+def _sealed(staged: StagedRecord, spec: RecordSpec, producer: str) -> Tensor | str:
+    """The record once its states are there, or why there is none."""
+    if staged.error:
+        return staged.error
+    try:
+        if staged.copied is not None:
+            staged.copied.synchronize()
+        return seal(staged.record, spec, staged.sample.ids.numel(), staged.sample.rows, producer=producer)
+    except Exception as error:
+        return one_line(error)
+
+
+_Jobs = queue.Queue[tuple[Sequence[CapturedSample], Any] | None]
 """Batches with the CUDA event after which their states are there (None on a CPU); None ends the thread that takes it."""
 
 
@@ -81,41 +170,44 @@ class RecordWriter:
         spec: of the records.
         producer: engine and version, for the manifest.
         device: of the states.
-        hands: threads; None is as many as the machine has cores for.
+        threads: how many; None is as many as the machine has cores for.
 
     Raises:
         StoreError: the store cannot be reached.
     """
 
-    def __init__(self, address: Address, spec: RecordSpec, *, producer: str, device: str, hands: int | None = None) -> None:
+    def __init__(self, address: Address, spec: RecordSpec, *, producer: str, device: str, threads: int | None = None) -> None:
         quick_handoffs()
         self._cuda = device != "cpu"
         self._jobs: _Jobs = queue.Queue(maxsize=1)
-        self._results: queue.SimpleQueue[Written] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Wrote] = queue.SimpleQueue()
         self.in_flight = 0
-        """Batches given and not yet taken back as results."""
-        if hands is None:
-            hands = max(1, min(_HANDS, len(os.sched_getaffinity(0)) // _HAND_CORES))
-        self._hands: list[_Hand] = []
+        """Samples given and not yet taken back as results."""
+        if threads is None:
+            threads = max(1, min(_WRITERS, len(os.sched_getaffinity(0)) // _WRITER_CORES))
+        self._threads: list[WriterThread] = []
         try:
-            for _ in range(hands):
-                self._hands.append(_Hand(open_store(address), spec, producer, device, self._jobs, self._results, hands))
+            for _ in range(threads):
+                self._threads.append(WriterThread(open_store(address), spec, producer, device, self._jobs, self._results, share=1 / threads))
         except BaseException:
-            for hand in self._hands:
-                hand.store.close()
+            for writer in self._threads:
+                writer.store.close()
             raise
-        for hand in self._hands:
-            hand.thread.start()
+        for writer in self._threads:
+            writer.thread.start()
 
-    def write(self, batch: Captured) -> None:
+    def write(self, batch: Sequence[CapturedSample]) -> None:
         """Takes a batch; waits while another one is waiting."""
-        self.in_flight += 1
+        self.in_flight += len(batch)
         ready = torch.cuda.current_stream().record_event() if self._cuda else None
         self._jobs.put((batch, ready))
 
-    def results(self, timeout: float) -> list[Written]:
-        """What has been written, in the order in which it was; waits up to ``timeout`` seconds for the first one when any is in flight."""
-        found: list[Written] = []
+    def results(self, timeout: float) -> list[Wrote]:
+        """What has been written, in the order in which it was; waits up to ``timeout`` seconds for the first one when any is in flight.
+
+        Their seconds, summed, are the time in which all threads were busy with copying, sealing and putting.
+        """
+        found: list[Wrote] = []
         try:
             while len(found) < self.in_flight:
                 found.append(self._results.get(timeout=0 if found else timeout) if timeout > 0 else self._results.get_nowait())
@@ -128,24 +220,25 @@ class RecordWriter:
         """Finish what is in the queue and end; a put that does not return is left behind, and its client with it. Idempotent."""
         deadline = time.monotonic() + 2 * _ENDS
         with suppress(queue.Full):
-            for _ in [hand for hand in self._hands if hand.thread.is_alive()]:
+            for _ in [writer for writer in self._threads if writer.thread.is_alive()]:
                 self._jobs.put(None, timeout=max(0.0, deadline - _ENDS - time.monotonic()))
-        for hand in self._hands:
-            hand.close(deadline)
+        for writer in self._threads:
+            writer.close(deadline)
 
 
-class _Hand:
+class WriterThread:
     """One of the writer's threads, with its client of the store and its buffer."""
 
-    def __init__(self, store: Store, spec: RecordSpec, producer: str, device: str, jobs: _Jobs, results: queue.SimpleQueue[Written], hands: int) -> None:
+    def __init__(self, store: Store, spec: RecordSpec, producer: str, device: str, jobs: _Jobs, results: queue.SimpleQueue[Wrote], *, share: float) -> None:
         self.store = store
-        self._spec = spec
+        self.spec = spec
         self._producer = producer
         self._stream: Any = torch.cuda.Stream(device) if device != "cpu" else None
         self._buffer: Tensor | None = None
         self._jobs = jobs
         self._results = results
-        self._hands = hands
+        self._share = share
+        """Of all threads: one that is busy for a second counts for so much."""
         self.thread = threading.Thread(target=self._run, name="record-writer", daemon=True)
 
     def close(self, deadline: float) -> None:
@@ -159,62 +252,32 @@ class _Hand:
 
     # -- in the thread
 
-    @torch.inference_mode()
     def _run(self) -> None:
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            while (job := self._jobs.get()) is not None:
-                batch, ready = job
-                started = time.monotonic()
-                try:
-                    if ready is not None:
-                        ready.synchronize()
-                        started = time.monotonic()
-                    written = self._write(batch)
-                except Exception as error:  # of whatever kind: it is these records' failure, and the next batch is written
-                    log.exception("%d records were not written", len(batch.leases))
-                    written = Written(failed=[Failed(lease.id, one_line(error)) for lease in batch.leases])
-                written.seconds = (time.monotonic() - started) / self._hands
-                self._results.put(written)
-                del job, batch
-
-    def _write(self, batch: Captured) -> Written:
-        values = self._fill(batch)
-        done = [Finished(lease.id, value.numel(), ids.numel()) for lease, value, ids in zip(batch.leases, values, batch.ids, strict=True)]
-        deadline = room_deadline()
-        try:
-            self.store.put([lease.key for lease in batch.leases], values)
-            return Written(finished=done)
-        except Exception as error:
-            log.warning("put of %d records failed (%s): one by one", len(values), one_line(error))
-        written = Written()
-        for lease, value, result in zip(batch.leases, values, done, strict=True):
+        while (job := self._jobs.get()) is not None:
+            batch, ready = job
+            told = 0
             try:
-                put_when_room(self.store, [lease.key], [value], deadline=deadline)
-                written.finished.append(result)
-            except Exception as error:
-                written.failed.append(Failed(lease.id, one_line(error)))
-        return written
+                if ready is not None:
+                    ready.synchronize()
+                for wrote in write_records(self.store, self._stage(batch), self.spec, producer=self._producer):
+                    self._results.put(msgspec.structs.replace(wrote, seconds=wrote.seconds * self._share))
+                    told += 1
+            except Exception as error:  # of whatever kind: it is these records' failure, and the next batch is written
+                log.exception("%d records were not written", len(batch) - told)
+                for sample in batch[told:]:
+                    self._results.put(Wrote(key=sample.key, error=one_line(error)))
+            del job, batch
 
-    def _fill(self, batch: Captured) -> list[Tensor]:
-        """Records in the buffer, sealed."""
-        sizes = [self._spec.nbytes(ids.numel()) for ids in batch.ids]
+    def _stage(self, batch: Sequence[CapturedSample]) -> list[StagedRecord]:
+        """The batch's records in the buffer."""
+        sizes = [self.spec.layout(sample.ids.numel(), sample.rows).total for sample in batch]
         if self._buffer is None or self._buffer.numel() < sum(sizes):
             outgrown, self._buffer = self._buffer, None
             if outgrown is not None:
                 self.store.release(outgrown)
             self._buffer = self.store.buffer(sum(sizes) * 5 // 4)
-        slots = list(torch.split(self._buffer[: sum(sizes)], sizes))
-        try:
-            for row, (slot, ids) in enumerate(zip(slots, batch.ids, strict=True)):
-                n = ids.numel()
-                into_ids, into_aux, into_last = views(slot, self._spec, n, n)
-                into_ids.copy_(ids)
-                into_aux.copy_(batch.aux[row, :n], non_blocking=True)
-                into_last.copy_(batch.last[row, :n], non_blocking=True)
-        finally:
-            if self._stream is not None:
-                self._stream.synchronize()  # also where a copy fails: nothing of it may land in the buffer later
-        return [seal(slot, self._spec, ids.numel(), ids.numel(), producer=self._producer) for slot, ids in zip(slots, batch.ids, strict=True)]
+        slots = torch.split(self._buffer[: sum(sizes)], sizes)
+        return [stage(sample, slot, self.spec, stream=self._stream) for sample, slot in zip(batch, slots, strict=True)]
 
 
 def room_deadline() -> float:

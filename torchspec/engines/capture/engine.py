@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from torchspec.engines.asynchronous import AsynchronousEngine
 from torchspec.engines.capture.reports import ReportServer
-from torchspec.engines.capture.requests import PARAMETER, CaptureRequest, Destination, Wrote, ids_digest
+from torchspec.engines.capture.requests import PARAMETER, CaptureRequest, Destination, ids_digest
 from torchspec.engines.engine import EngineStats, Job, Sampling
-from torchspec.engines.messages import Failed, Finished, Lease
+from torchspec.engines.messages import Failed, Finished, Lease, Wrote, result_of
 from torchspec.engines.vllm.options import check_arguments
 from torchspec.errors import UserError
 from torchspec.images import BadImage, read_picture, unexpanded
@@ -133,7 +133,7 @@ class PrefillEngine(AsynchronousEngine[Finished]):
             return Failed(lease.id, answer["error"])
         wrote = await self._written(report)
         self._write_s += wrote.seconds
-        return Failed(lease.id, wrote.error) if wrote.error else Finished(lease.id, wrote.nbytes, wrote.rows)
+        return result_of(lease, wrote)
 
     async def _written(self, report: asyncio.Future[Wrote]) -> Wrote:
         """The connector's word on a record.

@@ -7,9 +7,10 @@ import hmac
 import logging
 from collections.abc import Callable
 
-from torchspec.engines.capture.requests import REPORTER, Introduce, Wrote
+from torchspec.engines.capture.requests import REPORTER, Introduce
 from torchspec.engines.connection import Peer
 from torchspec.engines.handshake import challenge, prove
+from torchspec.engines.messages import Wrote
 
 log = logging.getLogger(__name__)
 

@@ -125,14 +125,3 @@ class Introduce(Message, frozen=True, kw_only=True):
 
     proof: bytes
     """``handshake.prove`` of the secret, the challenge, and role and name ``REPORTER``: the secret itself is sent to nobody."""
-
-
-class Wrote(Message, frozen=True, kw_only=True):
-    """The record is whole in the store; or, with ``error``, it is not and will not be."""
-
-    key: str
-    nbytes: int = 0
-    rows: int = 0
-    seconds: float = 0.0
-    """Time spent on taking the states out of the cache and writing them."""
-    error: str = ""

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from torchspec.engines.engine import EngineStats, Job
-from torchspec.engines.messages import Failed, Finished, Lease
-from torchspec.engines.record_writer import Captured, RecordWriter, one_line
+from torchspec.engines.messages import Failed, Finished, Lease, result_of
+from torchspec.engines.record_writer import CapturedSample, RecordWriter, one_line
 from torchspec.engines.transformers.hidden_states import HiddenStateHooks
 from torchspec.engines.transformers.load import load_model
 from torchspec.images import BadImage, VisionTower, read_picture
@@ -45,6 +45,8 @@ class TransformersEngine:
         self._states: HiddenStateHooks | None = None
         self._tower = VisionTower(self.target) if job.images else None
         self._writer: RecordWriter | None = None
+        self._writing: dict[str, Lease] = {}
+        """Leases whose states the writer has, by key."""
 
     def start(self) -> dict[str, Any]:
         import transformers
@@ -91,12 +93,11 @@ class TransformersEngine:
         started = time.monotonic()
         batch = self._next_batch()
         failed = self._compute(batch) if batch else []
-        finished: list[Finished] = []
-        write_s = 0.0
-        for written in self._writer.results(0.0 if batch else timeout):
-            finished += written.finished
-            failed += written.failed
-            write_s += written.seconds
+        written = self._writer.results(0.0 if batch else timeout)
+        results = [result_of(self._writing.pop(wrote.key), wrote) for wrote in written]
+        finished = [result for result in results if isinstance(result, Finished)]
+        failed += [result for result in results if isinstance(result, Failed)]
+        write_s = sum(wrote.seconds for wrote in written)
         s = self._stats
         tokens = sum(len(lease.ids) // 4 for lease in batch)
         self._stats = EngineStats(s.samples + len(batch), s.tokens + tokens, s.busy_s + time.monotonic() - started, s.write_s + write_s)
@@ -187,4 +188,12 @@ class TransformersEngine:
         states = self._states.run(padded.to(self.job.device), seen)
         with torch.inference_mode():
             aux = torch.cat([states[layer] for layer in self.spec.aux_layers], dim=-1)
-        self._writer.write(Captured(batch, ids, aux, states[self.target.num_layers]))
+        last = states[self.target.num_layers]
+        self._writing |= {lease.key: lease for lease in batch}
+        self._writer.write([_sample(lease.key, x, aux[row], last[row]) for row, (lease, x) in enumerate(zip(batch, ids, strict=True))])
+
+
+def _sample(key: str, ids: torch.Tensor, aux: torch.Tensor, last: torch.Tensor) -> CapturedSample:
+    """A row of a batch, [T, n*D] and [T, D], without its padding."""
+    tokens = ids.numel()
+    return CapturedSample(key, ids, tokens, lambda: (aux[:tokens], last[:tokens]))

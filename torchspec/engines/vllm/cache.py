@@ -99,6 +99,19 @@ class HiddenStateCache:
         return self._by_token.index_select(0, index).flatten(0, 1)[:rows]
 
 
+def split(states: Tensor, layer_ids: Sequence[int], aux_layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """aux [R, n, D] and last [R, D] of states [R, layers, D].
+
+    Args:
+        states: as :meth:`HiddenStateCache.read` gives them.
+        layer_ids: which they are, by Transformers' index.
+        aux_layers: those that records hold beside the last one.
+    """
+    chosen = [layer_ids.index(i) for i in aux_layers]
+    leading = chosen == list(range(len(chosen)))  # as a rule: then nothing is copied
+    return states[:, : len(chosen)] if leading else states[:, chosen], states[:, layer_ids.index(max(layer_ids))]
+
+
 def _writes_layers_first(layers: int, block_size: int) -> bool:
     """Whether vLLM's own update of such a cache puts the states of a token at [block, :, place] (else at [block, place, :])."""
     from vllm.model_executor.models.extract_hidden_states import basic_cache

@@ -25,13 +25,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from torchspec.engines.capture.requests import PARAMETER, TOKEN_VARIABLE, BadCaptureRequest, CaptureRequest, ids_digest, read_destination, read_request
-from torchspec.engines.capture.sink import Capture, Sink, introduced
+from torchspec.engines.capture.sink import Sink, introduced
 from torchspec.engines.connection import Closed
 from torchspec.engines.parent_death import die_with
-from torchspec.engines.record_writer import one_line
+from torchspec.engines.record_writer import CapturedSample, one_line
 from torchspec.engines.table import ENGINES
 from torchspec.engines.vllm import checks
-from torchspec.engines.vllm.cache import HiddenStateCache, find_group
+from torchspec.engines.vllm.cache import HiddenStateCache, find_group, split
 from torchspec.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,10 +49,24 @@ _REMEMBERED = 65536
 
 
 @dataclass
+class FinishedRequest:
+    """A request whose states are in the cache, to be written."""
+
+    request: str
+    """vLLM's id of it: its blocks are held until the copy is done."""
+    key: str
+    ids: list[int]
+    """Of the conversation, all T."""
+    rows: int
+    """States computed, T or T-1."""
+    blocks: list[int]
+
+
+@dataclass
 class CaptureMetadata(KVConnectorMetadata):
     """What the scheduler's instance tells the others with a step."""
 
-    captures: list[tuple[Capture, dict[str, Any]]] = field(default_factory=list)
+    captures: list[tuple[FinishedRequest, dict[str, Any]]] = field(default_factory=list)
     """Each with the run's description in its order."""
 
 
@@ -77,13 +91,13 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         # in the scheduler
         self._target = checks.check_target(vllm_config, promised=extra("target", None)) if role == KVConnectorRole.SCHEDULER else None
         self._accepted: OrderedDict[str, None] = OrderedDict()
-        self._pending: list[tuple[Capture, dict[str, Any]]] = []
+        self._pending: list[tuple[FinishedRequest, dict[str, Any]]] = []
         self._checked: dict[str, str] = {}
         self._reached: set[str] = set()
         # in the model runner
         self._cache: HiddenStateCache | None = None
         self._sinks: dict[str, Sink] = {}
-        self._waiting: deque[tuple[Capture, dict[str, Any]]] = deque()
+        self._waiting: deque[tuple[FinishedRequest, dict[str, Any]]] = deque()
         self._copying: dict[str, Callable[[], bool]] = {}
         self._unreachable: dict[str, float] = {}
         self._untold: dict[str, deque[str]] = {}
@@ -119,7 +133,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
         self._accepted[order.key] = None
         if len(self._accepted) > _REMEMBERED:
             self._accepted.popitem(last=False)
-        self._pending.append((Capture(request.request_id, order.key, ids, rows, list(block_ids)), order.run))
+        self._pending.append((FinishedRequest(request.request_id, order.key, ids, rows, list(block_ids)), order.run))
         return True, {PARAMETER: {"accepted": order.key}}
 
     def request_finished_all_groups(self, request: Request, block_ids: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:
@@ -249,14 +263,22 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
             sink.close(wait=10.0)
         self._sinks.clear()
 
-    def _copy(self, capture: Capture, run: dict[str, Any]) -> Callable[[], bool] | None:
+    def _copy(self, capture: FinishedRequest, run: dict[str, Any]) -> Callable[[], bool] | None:
         """Start a copy; returns what says that it is done, or None when there is no room now."""
         sink = self._sink(run)
         if sink is None:
             self._untold.setdefault(json.dumps(run, sort_keys=True), deque(maxlen=_REMEMBERED)).append(capture.key)
             return lambda: True
-        assert self._cache is not None
-        return sink.copy(capture, self._cache)
+        cache = self._cache
+        assert cache is not None
+        return sink.copy(
+            CapturedSample(
+                capture.key,
+                torch.tensor(capture.ids, dtype=torch.int32),
+                capture.rows,
+                lambda: split(cache.read(capture.blocks, capture.rows), self._layer_ids, sink.spec.aux_layers),
+            )
+        )
 
     def _sink(self, run: dict[str, Any]) -> Sink | None:
         """Where this run's records go; None when nobody is there."""
@@ -272,7 +294,6 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):
                 self._sinks[text] = Sink(
                     read_destination(run),
                     token=os.environ[TOKEN_VARIABLE],
-                    layer_ids=self._layer_ids,
                     max_tokens=self._max_tokens + 1,
                     producer=f"vllm {vllm.__version__}",
                     device=self._cache.device if self._cache is not None else torch.device("cpu"),
