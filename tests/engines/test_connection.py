@@ -382,4 +382,4 @@ def test_a_record_reference_survives_the_wire() -> None:
 def test_config_holds_no_path_of_the_caller(tmp_path: Path) -> None:
     """The coordinator may run in another folder: the log folder goes over as an absolute path."""
     config = group_config(tmp_path, save_tiny(tmp_path / "target"))
-    assert Path(json.loads(config.to_json())["log_dir"]).is_absolute()
+    assert Path(config.resolved().log_dir).is_absolute()

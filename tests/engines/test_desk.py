@@ -11,13 +11,21 @@ import pytest
 
 from torchspec.engines.attendance import Attendance
 from torchspec.engines.client import Endpoint
+from torchspec.engines.desk import Desk
+from torchspec.engines.engine import EngineConfig
 from torchspec.engines.exchange import Exchange
+from torchspec.engines.group import GroupConfig
 from torchspec.engines.handshake import prove
 from torchspec.engines.ledger import Ledger
 from torchspec.engines.messages import Hello, Ready, Stop, Unfit, Welcome
 from torchspec.engines.supervisor import Supervisor, WorkerProcess
 from torchspec.errors import UserError
+from torchspec.target import TargetConfig
+from torchspec.transfer.spec import RecordSpec
+from torchspec.transfer.store import StoreConfig
 
+RECORD = RecordSpec(target="t", tokenizer="", aux_layers=(1, 2), hidden_size=4, dtype="float32")
+SPEC = RECORD.to_dict()
 TOKEN = "of the run"
 
 
@@ -55,26 +63,29 @@ class House:
         self.now = 0.0
         self.lines: list[str] = []
         self.stops: list[tuple[str, list[str] | None]] = []
-        limits = {"start_timeout": 600.0, "silence_timeout": 30.0, "max_restarts": 3, "lease_timeout": 300.0}
-        config = {"token": TOKEN, "engines": limits, "max_length": 8, "run": "r", "incarnation": 0, "target": {}, "engine": "transformers"}
-        config |= {"on_policy": None, "images": False}
+        group = GroupConfig(
+            target=TargetConfig("t"),
+            spec=RECORD,
+            store=StoreConfig(),
+            engine="transformers",
+            engines=EngineConfig(workers=0, start_timeout=600.0, silence_timeout=30.0, max_restarts=3, lease_timeout=300.0),
+            budget=10**6,
+            reserve=0,
+            max_length=8,
+            log_dir=folder,
+            run="r",
+            token=TOKEN,
+        )
+        config = group.resolved()
         names = [f"worker-{i}" for i in range(workers)]
         self.processes = [WorkerProcess(name, "cpu", folder / name, secret="of the process") for name in names]
         attendance = Attendance(names, (), min_workers=min_workers, timeout=None, say=self.lines.append, stop=self._stop)
         self.supervisor = Supervisor(
-            self.processes, limits=limits, on_end=lambda name, how: self.exchange.worker_ended(name, how), on_given_up=attendance.given_up
+            self.processes, limits=config.engines, on_end=lambda name, how: self.exchange.worker_ended(name, how), on_given_up=attendance.given_up
         )
         ledger = Ledger(prefix="r/0", budget=10**6, reserve=0, nbytes=lambda tokens: tokens, max_attempts=3, max_failed_fraction=1.0, lease_timeout=300.0)
-        self.exchange = Exchange(
-            config,
-            ledger,
-            spec={"dtype": "float32", "aux_layers": [1, 2]},
-            now=lambda: self.now,
-            workers=self.supervisor,
-            attendance=attendance,
-            say=self.lines.append,
-            stop=self._stop,
-        )
+        desk = Desk(config, ledger, now=lambda: self.now, workers=self.supervisor, attendance=attendance, say=self.lines.append)
+        self.exchange = Exchange(desk, stop=self._stop)
         self.exchange.store_is_up({"kind": "shm"}, Deleter())  # type: ignore[arg-type]
 
     def _stop(self, error: str, user: list[str] | None = None) -> None:
@@ -84,9 +95,6 @@ class House:
         for _ in range(round(seconds)):
             self.now += 1.0
             self.exchange.tick(self.now, 1.0)
-
-
-SPEC = {"dtype": "float32", "aux_layers": [1, 2]}
 
 
 @pytest.fixture

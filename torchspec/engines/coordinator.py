@@ -1,6 +1,6 @@
 """The coordinator process: ``python -m torchspec.engines.coordinator``.
 
-It gets one JSON line of configuration (``GroupConfig.to_json``) on stdin, says where it listens in one JSON line on stdout, and lives
+It gets one JSON line of configuration (``CoordinatorConfig``) on stdin, says where it listens in one JSON line on stdout, and lives
 as long as its stdin: at end of file, for whatever reason, it kills the workers' process groups, closes the store and exits. The rules
 are in ``ledger.py``, clients in ``exchange.py``; here are process, store and clock. No torch is imported.
 
@@ -24,14 +24,15 @@ from typing import Any
 from torchspec.engines.attendance import Attendance
 from torchspec.engines.cleaner import Cleaner
 from torchspec.engines.client import Endpoint
+from torchspec.engines.desk import Desk
 from torchspec.engines.exchange import Exchange
+from torchspec.engines.group_config import CoordinatorConfig
 from torchspec.engines.ledger import Ledger
 from torchspec.engines.supervisor import Supervisor, WorkerProcess, keep_one_before
 from torchspec.engines.table import ANSWERER
 from torchspec.errors import UserError
 from torchspec.network import host_port
-from torchspec.transfer import StoreConfig, make_server
-from torchspec.transfer.spec import RecordSpec
+from torchspec.transfer import make_server
 from torchspec.transfer.store import StoreServer
 
 log = logging.getLogger("torchspec.coordinator")
@@ -45,57 +46,48 @@ class Coordinator:
     """See the module.
 
     Args:
-        config: the JSON line, decoded.
+        config: of the group.
         say: takes words for the owner.
     """
 
-    def __init__(self, config: dict[str, Any], *, say: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, config: CoordinatorConfig, *, say: Callable[[dict[str, Any]], None]) -> None:
         self.config = config
-        self.engines: dict[str, Any] = config["engines"]
         self.error: str | None = None
         self.user: list[str] | None = None
         self.finished = asyncio.Event()
         self.now = time.monotonic()
         """The clock; see the module."""
-        spec = RecordSpec.from_dict(config["spec"])
+        engines = config.engines
         ledger = Ledger(
-            prefix=f"{config['run']}/{config['incarnation']}",
-            budget=config["budget"],
-            reserve=config["reserve"],
-            nbytes=cache(spec.nbytes),
-            max_attempts=self.engines["max_attempts"],
-            max_failed_fraction=self.engines["max_failed_fraction"],
-            lease_timeout=self.engines["lease_timeout"],
-            separate_answers=bool(config["answer_devices"]),
+            prefix=f"{config.run}/{config.incarnation}",
+            budget=config.budget,
+            reserve=config.reserve,
+            nbytes=cache(config.spec.nbytes),
+            max_attempts=engines.max_attempts,
+            max_failed_fraction=engines.max_failed_fraction,
+            lease_timeout=engines.lease_timeout,
+            separate_answers=bool(config.answer_devices),
         )
-        log_dir = Path(config["log_dir"])
+        log_dir = Path(config.log_dir)
         processes = [
             WorkerProcess(f"{name}-{i}", device, log_dir / f"{name}-{i}.log", answers=answers)
-            for name, devices, answers in (("worker", config["devices"], False), (ANSWERER, config["answer_devices"], True))
+            for name, devices, answers in (("worker", config.devices, False), (ANSWERER, config.answer_devices, True))
             for i, device in enumerate(devices)
         ]
         self.attendance = Attendance(
             (process.name for process in processes if not process.answers),
             (process.name for process in processes if process.answers),
-            min_workers=self.engines["min_workers"],
-            timeout=self.engines["no_worker_timeout"],
+            min_workers=engines.min_workers,
+            timeout=engines.no_worker_timeout,
             say=self._record,
             stop=self.stop,
         )
         self.supervisor = Supervisor(
-            processes, limits=self.engines, on_end=lambda name, how: self.exchange.worker_ended(name, how), on_given_up=self.attendance.given_up
+            processes, limits=engines, on_end=lambda name, how: self.exchange.worker_ended(name, how), on_given_up=self.attendance.given_up
         )
-        self.exchange = Exchange(
-            config,
-            ledger,
-            spec=config["spec"],
-            now=lambda: self.now,
-            workers=self.supervisor,
-            attendance=self.attendance,
-            say=self.note,
-            stop=self.stop,
-        )
-        self._largest = spec.nbytes(config["max_length"])
+        desk = Desk(config, ledger, now=lambda: self.now, workers=self.supervisor, attendance=self.attendance, say=self.note)
+        self.exchange = Exchange(desk, stop=self.stop)
+        self._largest = config.spec.nbytes(config.max_length)
         self._say = say
         self._store: StoreServer | None = None
         self._cleaner: Cleaner | None = None
@@ -109,18 +101,18 @@ class Coordinator:
             loop.add_signal_handler(number, self.finished.set)
         loop.add_reader(sys.stdin.fileno(), self._stdin)
         try:
-            server = await loop.create_server(self.exchange.connect, self.config["listen_host"], self.config["listen_port"])
+            server = await loop.create_server(self.exchange.connect, self.config.listen_host, self.config.listen_port)
         except OSError as error:
-            self.stop(f"cannot listen on {host_port(self.config['listen_host'], self.config['listen_port'])} ({error.strerror})")
+            self.stop(f"cannot listen on {host_port(self.config.listen_host, self.config.listen_port)} ({error.strerror})")
             return 1
         port = server.sockets[0].getsockname()[1]
-        log.info("listening on %s", host_port(self.config["listen_host"], port))
+        log.info("listening on %s", host_port(self.config.listen_host, port))
         self._say({"port": port, "pid": os.getpid()})
-        self.attendance.logs = f"logs in {self.config['log_dir']}"
-        self.attendance.joins = f"more may join by main.py worker --coordinator {host_port(self.config['listen_host'], port)}"
+        self.attendance.logs = f"logs in {self.config.log_dir}"
+        self.attendance.joins = f"more may join by main.py worker --coordinator {host_port(self.config.listen_host, port)}"
         ticking = asyncio.create_task(self._ticks())
         try:
-            self.supervisor.start(Endpoint(self.config["listen_host"], port, self.config["token"]), now=self.now)
+            self.supervisor.start(Endpoint(self.config.listen_host, port, self.config.token), now=self.now)
             await self._start_store(loop)
             await self.finished.wait()
         finally:
@@ -141,12 +133,12 @@ class Coordinator:
         c = self.config
         try:
             store = make_server(
-                StoreConfig(**c["store"]),
-                run=c["run"],
-                budget=c["budget"],
+                c.store,
+                run=c.run,
+                budget=c.budget,
                 largest=self._largest,
-                expected_host=c["expected_host"],
-                log_dir=c["log_dir"],
+                expected_host=c.expected_host,
+                log_dir=c.log_dir,
             )
             self._store = store
             await asyncio.to_thread(store.start)
@@ -215,7 +207,7 @@ class Coordinator:
         elapsed = min(real - self._last_tick, _LONGEST_TICK)
         self._last_tick = real
         self.now += elapsed
-        if os.getppid() != self.config["owner"]:
+        if os.getppid() != self.config.owner:
             log.info("the owner is gone")  # its pipe may be held open by a child of its
             self.finished.set()
         if self.finished.is_set():
@@ -223,7 +215,7 @@ class Coordinator:
         self.supervisor.watch(self.now, {name: view.last_beat for name, view in self.exchange.views.items()})
         self.exchange.tick(self.now, elapsed)
         if self._store is not None and self._cleaner is not None and not self._store.alive():
-            self.stop(f"the {self._store.kind} store died; see {self.config['log_dir']}")
+            self.stop(f"the {self._store.kind} store died; see {self.config.log_dir}")
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, function: Callable[[Any], None], argument: Any) -> None:
@@ -241,7 +233,7 @@ def _say(words: dict[str, Any]) -> None:
         pass
 
 
-async def _serve(config: dict[str, Any]) -> int:
+async def _serve(config: CoordinatorConfig) -> int:
     return await Coordinator(config, say=_say).run()
 
 
@@ -255,8 +247,8 @@ def _first_line() -> bytes:
 
 def main() -> None:
     """Entry of the process."""
-    config = json.loads(_first_line())
-    log_dir = Path(config["log_dir"])
+    config = CoordinatorConfig.from_json(_first_line())
+    log_dir = Path(config.log_dir)
     log_dir.mkdir(parents=True, exist_ok=True)
     keep_one_before(log_dir / "coordinator.log")
     logging.basicConfig(filename=log_dir / "coordinator.log", level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
-import torchspec
 from torchspec.engines.attendance import Attendance
+from torchspec.engines.cleaner import LateKeys
 from torchspec.engines.connection import Peer
+from torchspec.engines.group_config import CoordinatorConfig, WorkerConfig
 from torchspec.engines.ledger import Ledger, ProtocolError
 from torchspec.engines.messages import Beat, Leave, NewDraft, Pull, Ready, Report, Stop, Unfit
 from torchspec.engines.peers import WorkerView, mismatch
@@ -42,64 +44,61 @@ class Desk:
     """See the module.
 
     Args:
-        config: of the group (``GroupConfig.to_json``), decoded.
+        config: of the group.
         ledger: the rules.
-        spec: what the trainer expects of every record.
         now: the coordinator's clock, seconds.
-        workers: processes of this host.
+        workers: processes of this host; others are connected and no more.
         attendance: told who comes and goes.
         say: takes a line for the user.
-        on_late: called with keys that a worker which left may still be writing.
     """
 
     def __init__(
         self,
-        config: dict[str, Any],
+        config: CoordinatorConfig,
         ledger: Ledger,
         *,
-        spec: dict[str, Any],
         now: Callable[[], float],
         workers: Workers,
         attendance: Attendance,
         say: Callable[[str], object],
-        on_late: Callable[[list[str]], None],
     ) -> None:
+        self.config = config
+        self.ledger = ledger
+        self.now = now
+        self.workers = workers
+        self.say = say
         self.views: dict[str, WorkerView] = {}
         """Of every connected worker, by the name under which it is known here."""
+        self.late = LateKeys(config.engines.lease_timeout)
+        """Keys that workers which left may still be writing."""
         self.draft: NewDraft | None = None
-        self._config = config
-        self._engines: dict[str, Any] = config["engines"]
-        self._ledger = ledger
-        self._spec = spec
-        self._now = now
-        self._supervisor = workers
+        self._spec = config.spec.to_dict()
         self._attendance = attendance
-        self._say = say
-        self._on_late = on_late
 
     def problem(self, name: str) -> str | None:
         """Why nobody can come in under this name; None when one can."""
         if not name.isprintable() or not 0 < len(name) <= 128:
             return "its name is no printable word"
-        if self._supervisor.owns(name) and name in self.views:
+        if self.workers.owns(name) and name in self.views:
             return f"a worker named {name} is connected already"
         return None
 
     def admit(self, peer: Peer, name: str) -> str:
         """The name under which it is known: its own, or one made of it, where the connection of an earlier one is not given up yet."""
         free, number = name, 1
-        while free in self.views or (number > 1 and self._supervisor.owns(free)):
+        while free in self.views or (number > 1 and self.workers.owns(free)):
             number += 1
             free = f"{name}.{number}"
-        self.views[free] = WorkerView(peer, last_beat=self._now(), since=self._now())
+        self.views[free] = WorkerView(peer, last_beat=self.now(), since=self.now())
         return free
 
-    def job(self, name: str) -> dict[str, Any]:
+    def job(self, name: str) -> WorkerConfig:
         """What it builds its engine from."""
-        job = {part: self._config[part] for part in ("target", "engine", "engines", "max_length", "on_policy", "images")}
-        if self._supervisor.answers(name):
-            job |= {"engine": ANSWERER, "engines": {**self._engines, "engine_args": self._config["on_policy"]["answer_args"]}}
-        return {**job, "version": torchspec.__version__}
+        config = self.config
+        if not self.workers.answers(name):
+            return config.worker(engine=config.engine, engines=config.engines)
+        assert config.on_policy is not None
+        return config.worker(engine=ANSWERER, engines=replace(config.engines, engine_args=config.on_policy.answer_args))
 
     def new_draft(self, draft: NewDraft) -> None:
         """For those that answer, now and later."""
@@ -118,16 +117,16 @@ class Desk:
         match m:
             case Report() if view.ready:
                 for done in m.finished:
-                    self._ledger.finish(peer.name, done.lease, done.nbytes, done.rows)
+                    self.ledger.finish(peer.name, done.lease, done.nbytes, done.rows)
                 for prompt in m.answered:
-                    self._ledger.answered(peer.name, prompt.lease, prompt.ids)
+                    self.ledger.answered(peer.name, prompt.lease, prompt.ids)
                 for lost in m.failed:
                     log.warning("%s failed lease %d: %s", peer.name, lost.lease, lost.reason)
-                    self._ledger.fail(peer.name, lost.lease, lost.reason, retry=lost.retry)
+                    self.ledger.fail(peer.name, lost.lease, lost.reason, retry=lost.retry)
             case Pull() if view.ready:
                 view.pull = m
             case Beat():
-                view.beat, view.last_beat = m, self._now()
+                view.beat, view.last_beat = m, self.now()
             case Ready() if not view.ready:
                 self._ready(peer, view, m)
             case Leave():
@@ -144,12 +143,12 @@ class Desk:
         if view is None or view.peer is not peer:
             return
         del self.views[peer.name]
-        if self._supervisor.owns(peer.name):
-            self._supervisor.disconnected(peer.name, now=self._now())  # its leases go back when it has ended and can write no more
+        if self.workers.owns(peer.name):
+            self.workers.disconnected(peer.name, now=self.now())  # its leases go back when it has ended and can write no more
             return
         if not view.ready and not view.told:
             log.error("%s was lost before it was ready", peer.name)
-            self._say(f"worker {peer.name} ({peer.host}) ended before it was ready; what it printed says why")
+            self.say(f"worker {peer.name} ({peer.host}) ended before it was ready; what it printed says why")
         self._leave(peer.name, "was lost", view.ending or "its connection ended", in_order=view.in_order)
 
     def ended(self, name: str, how: str) -> None:
@@ -161,32 +160,32 @@ class Desk:
 
     def tick(self, now: float, elapsed: float) -> None:
         """Look at everything that time changes."""
-        held_back = self._ledger.waits_for_credit
+        held_back = self.ledger.waits_for_credit
         for name, view in list(self.views.items()):
             if view.pull is not None:
                 view.idle_for_credit_s += elapsed * held_back
                 view.idle_for_packs_s += elapsed * (not held_back)
-            if self._supervisor.owns(name):
+            if self.workers.owns(name):
                 continue  # the supervisor looks at those
-            if view.ready and now - view.last_beat > self._engines["silence_timeout"]:
-                self._end(name, f"silent for more than {self._engines['silence_timeout']:g} s (data.engines.silence_timeout)")
-            elif not view.ready and not view.told and now - view.since > self._engines["start_timeout"]:
-                self._refuse(view.peer, view, f"was not ready after data.engines.start_timeout={self._engines['start_timeout']:g} s")
-        for name, count in self._ledger.overdue(now).items():
-            self._end(name, f"{count} leases past data.engines.lease_timeout={self._engines['lease_timeout']:g} s")
+            if view.ready and now - view.last_beat > self.config.engines.silence_timeout:
+                self._end(name, f"silent for more than {self.config.engines.silence_timeout:g} s (data.engines.silence_timeout)")
+            elif not view.ready and not view.told and now - view.since > self.config.engines.start_timeout:
+                self._refuse(view.peer, view, f"was not ready after data.engines.start_timeout={self.config.engines.start_timeout:g} s")
+        for name, count in self.ledger.overdue(now).items():
+            self._end(name, f"{count} leases past data.engines.lease_timeout={self.config.engines.lease_timeout:g} s")
         self._attendance.tick(elapsed)
 
     def _ready(self, peer: Peer, view: WorkerView, m: Ready) -> None:
-        problem = mismatch(m, self._spec, max_length=self._config["max_length"])
+        problem = mismatch(m, self._spec, max_length=self.config.max_length)
         if problem is not None:
             self._refuse(peer, view, problem)
             return
         log.info("%s ready: %s", peer.name, json.dumps(m.info))
-        view.ready, view.answers, view.last_beat = True, m.answers, self._now()
-        self._ledger.join(peer.name, m.max_tokens, answers=m.answers)
+        view.ready, view.answers, view.last_beat = True, m.answers, self.now()
+        self.ledger.join(peer.name, m.max_tokens, answers=m.answers)
         if m.answers and self.draft is not None:
             peer.send(self.draft)
-        self._supervisor.ready(peer.name)
+        self.workers.ready(peer.name)
         host = str(m.info.get("host", peer.host))
         self._attendance.joined(peer.name, host if host.isprintable() else peer.host)
 
@@ -194,10 +193,10 @@ class Desk:
         """What it would do is of no use to this run."""
         log.error("refused worker %s (%s): it %s", peer.name, peer.host, why)
         view.told = True
-        if self._supervisor.owns(peer.name):
-            self._supervisor.refuse(peer.name, f"{peer.name} {why}")
+        if self.workers.owns(peer.name):
+            self.workers.refuse(peer.name, f"{peer.name} {why}")
         else:
-            self._say(f"worker {peer.name} ({peer.host}) is refused, the run goes on without it: it {why}")
+            self.say(f"worker {peer.name} ({peer.host}) is refused, the run goes on without it: it {why}")
             peer.send(Stop(error=why, refused=True))
             peer.close()
 
@@ -207,20 +206,20 @@ class Desk:
         view.told = True
         problem = " ".join(str(UserError.of(m.words)).split())
         log.error("%s cannot serve: %s", peer.name, problem)
-        if self._supervisor.owns(peer.name):
-            self._supervisor.unfit(peer.name, m.words)
+        if self.workers.owns(peer.name):
+            self.workers.unfit(peer.name, m.words)
         else:
             view.ending = "it cannot go on"
-            self._say(f"worker {peer.name} ({peer.host}) cannot serve, the run goes on without it: {problem}")
+            self.say(f"worker {peer.name} ({peer.host}) cannot serve, the run goes on without it: {problem}")
 
     def _leave(self, name: str, how: str, why: str, *, in_order: bool = False) -> None:
         """What a worker held goes to others."""
-        self._on_late(self._ledger.leave(name, f"{name} {how}", in_order=in_order))
+        self.late.add(self.ledger.leave(name, f"{name} {how}", in_order=in_order), now=self.now())
         self._attendance.left(name, why)
 
     def _end(self, name: str, why: str) -> None:
-        if self._supervisor.owns(name):
-            self._supervisor.kill(name, f"{why}: killed")
+        if self.workers.owns(name):
+            self.workers.kill(name, f"{why}: killed")
         elif name in self.views:
             log.error("%s: %s: connection ended", name, why)
             self.views[name].ending = why

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torchspec.engines import audit, handshake
-from torchspec.engines.attendance import Attendance
-from torchspec.engines.cleaner import Cleaner, LateKeys
+from torchspec.engines.cleaner import Cleaner
 from torchspec.engines.connection import Peer
-from torchspec.engines.desk import Desk, Workers
-from torchspec.engines.ledger import Ledger, ProtocolError
+from torchspec.engines.desk import Desk
+from torchspec.engines.ledger import ProtocolError
 from torchspec.engines.messages import (
     Acknowledge,
     Beat,
@@ -60,39 +59,16 @@ class Exchange:
     """See the module.
 
     Args:
-        config: of the group (``GroupConfig.to_json``), decoded.
-        ledger: the rules.
-        spec: what the trainer expects of every record.
-        now: the coordinator's clock, seconds.
-        workers: processes of this host; others are connected and no more.
-        attendance: told which workers come and go.
-        say: takes a line for the user.
+        desk: where workers come and go; it has the group's configuration and the ledger.
         stop: ends the group, with the reason.
     """
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        ledger: Ledger,
-        *,
-        spec: dict[str, Any],
-        now: Callable[[], float],
-        workers: Workers,
-        attendance: Attendance,
-        say: Callable[[str], object],
-        stop: Callable[[str], object],
-    ) -> None:
-        self.config = config
-        self.ledger = ledger
-        self._late = LateKeys(config["engines"]["lease_timeout"])
-        self.desk = Desk(
-            config, ledger, spec=spec, now=now, workers=workers, attendance=attendance, say=say, on_late=lambda keys: self._late.add(keys, now=now())
-        )
-        self._spec = spec
-        self._engines: dict[str, Any] = config["engines"]
-        self._now = now
-        self._supervisor = workers
-        self._say = say
+    def __init__(self, desk: Desk, *, stop: Callable[[str], object]) -> None:
+        self.desk = desk
+        self.config = desk.config
+        self.ledger = desk.ledger
+        self._now = desk.now
+        self._say = desk.say
         self._stop = stop
         self._audits = os.environ.get("TORCHSPEC_AUDIT") == "1"
         self._store: Address | None = None
@@ -163,8 +139,8 @@ class Exchange:
         peer.close()
 
     def _hello(self, peer: Peer, client: Client, message: Hello) -> None:
-        secret = self._supervisor.secret(message.name) if message.role == "worker" else ""
-        problem = handshake.problem_of(message, client.challenge.nonce, self.config["token"], secret=secret)
+        secret = self.desk.workers.secret(message.name) if message.role == "worker" else ""
+        problem = handshake.problem_of(message, client.challenge.nonce, self.config.token, secret=secret)
         if problem is None and message.role not in _FROM:
             problem = f"unknown role {message.role!r}"
         if problem is None and message.role == "worker":
@@ -192,8 +168,8 @@ class Exchange:
 
     def _welcome(self, peer: Peer, client: Client) -> None:
         assert self._store is not None
-        job = self.desk.job(peer.name) if client.role == "worker" else {}
-        peer.send(Welcome(run=self.config["run"], incarnation=self.config["incarnation"], store=self._store, spec=self._spec, job=job))
+        job = self.desk.job(peer.name).to_dict() if client.role == "worker" else {}
+        peer.send(Welcome(run=self.config.run, incarnation=self.config.incarnation, store=self._store, spec=self.config.spec.to_dict(), job=job))
 
     def _lost(self, peer: Peer) -> None:
         client = self._clients.pop(peer, None)
@@ -233,7 +209,7 @@ class Exchange:
                 ledger.close_stage(client.rank, m.stage, m.epoch)
             case StatusRequest():
                 facts = {name: view.facts() for name, view in self.views.items()}
-                peer.send(GroupStatus(state={**audit.state(ledger), "restarts": self._supervisor.restarts, "workers": facts}))
+                peer.send(GroupStatus(state={**audit.state(ledger), "restarts": self.desk.workers.restarts, "workers": facts}))
 
     def _open_stage(self, peer: Peer, client: Client, m: OpenStage) -> None:
         if client.rank not in (-1, m.rank):
@@ -300,10 +276,10 @@ class Exchange:
                     peer.send(Pulse())
         self.desk.tick(now, elapsed)
         if self._cleaner is not None:
-            if keys := self._late.due(now):
+            if keys := self.desk.late.due(now):
                 self._cleaner.delete(keys)
             going_on = self._cleaner.call
             self._stuck_s = self._stuck_s + elapsed if going_on and going_on == self._seen_call else 0.0
             self._seen_call = going_on
-            if self._stuck_s > self._engines["silence_timeout"]:
+            if self._stuck_s > self.config.engines.silence_timeout:
                 self._stop(f"the store has not answered a deletion for {self._stuck_s:.0f} s (data.engines.silence_timeout)")

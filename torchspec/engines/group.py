@@ -14,13 +14,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
 import torchspec
 from torchspec.engines.client import Endpoint, GroupStopped
 from torchspec.engines.engine import EngineConfig, OnPolicy
+from torchspec.engines.group_config import CoordinatorConfig
+from torchspec.engines.table import find_engine
 from torchspec.errors import UserError
 from torchspec.network import is_loopback
 from torchspec.target import TargetConfig
@@ -45,7 +47,7 @@ class GroupConfig:
     """What the trainer expects of every record."""
     store: StoreConfig
     engine: str
-    """transformers, ..."""
+    """As ``data.engine`` names it."""
     engines: EngineConfig
     budget: int
     """Bytes of records alive at once."""
@@ -67,21 +69,41 @@ class GroupConfig:
     local_ranks: int = 1
     """Trainer processes on this host that compute on its CPU."""
 
-    def to_json(self) -> str:
-        """One line for the coordinator."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain |= {"target": asdict(self.target), "spec": self.spec.to_dict(), "store": asdict(self.store), "engines": asdict(self.engines)}
-        plain["on_policy"] = None if self.on_policy is None else asdict(self.on_policy)
-        plain["log_dir"] = str(self.log_dir.resolve())
-        plain["devices"] = worker_devices(self.engines.workers, self.engines.devices, field="data.engines.devices")
-        answers = 0 if self.on_policy is None else self.on_policy.answer_workers
-        answer_devices = None if self.on_policy is None else self.on_policy.answer_devices
-        plain["answer_devices"] = worker_devices(answers, answer_devices, field="data.on_policy.answer_devices")
-        if self.engines.threads is None and "cpu" in (*plain["devices"], *plain["answer_devices"]):
-            plain["engines"]["threads"] = cpu_share(self.engines.workers + answers + self.local_ranks)
-        plain["expected_host"] = None if is_loopback(self.listen_host) else self.listen_host
-        plain["owner"] = os.getpid()
-        return json.dumps(plain)
+    def resolved(self) -> CoordinatorConfig:
+        """With everything decided that is left to this host: devices, threads, who owns the group.
+
+        Raises:
+            UserError: devices that do not fit the number of workers.
+        """
+        policy, kind = self.on_policy, find_engine(self.engine)
+        answers = 0 if policy is None else policy.answer_workers
+        devices = worker_devices(self.engines.workers, self.engines.devices, field="data.engines.devices", remote=kind.remote)
+        answer_devices = worker_devices(answers, None if policy is None else policy.answer_devices, field="data.on_policy.answer_devices")
+        engines = self.engines
+        if engines.threads is None and "cpu" in (*devices, *answer_devices):
+            engines = replace(engines, threads=cpu_share(engines.workers + answers + self.local_ranks))
+        return CoordinatorConfig(
+            run=self.run,
+            incarnation=self.incarnation,
+            token=self.token,
+            owner=os.getpid(),
+            listen_host=self.listen_host,
+            listen_port=self.listen_port,
+            expected_host=None if is_loopback(self.listen_host) else self.listen_host,
+            log_dir=str(self.log_dir.resolve()),
+            engine=self.engine,
+            engines=engines,
+            devices=devices,
+            answer_devices=answer_devices,
+            target=self.target,
+            spec=self.spec,
+            store=self.store,
+            budget=self.budget,
+            reserve=self.reserve,
+            max_length=self.max_length,
+            on_policy=policy,
+            images=self.images,
+        )
 
 
 def cpu_share(processes: int) -> int:
@@ -89,13 +111,14 @@ def cpu_share(processes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(processes, 1))
 
 
-def worker_devices(workers: int, devices: list[str] | None, *, field: str) -> list[str]:
+def worker_devices(workers: int, devices: list[str] | None, *, field: str, remote: bool = False) -> list[str]:
     """The device of each worker: as configured, else the CUDA devices in turn, else cpu.
 
     Args:
         workers: how many.
         devices: as configured.
         field: its name.
+        remote: the target runs elsewhere, so that a worker takes no device here unless one is configured.
 
     Raises:
         UserError: when the list does not fit the number of workers.
@@ -106,7 +129,7 @@ def worker_devices(workers: int, devices: list[str] | None, *, field: str) -> li
         if len(devices) != workers:
             raise UserError(field, devices, f"names {len(devices)} devices for {workers} workers", "give one entry a worker")
         return list(devices)
-    count = _cuda_devices()
+    count = 0 if remote else _cuda_devices()
     return [str(i % count) if count else "cpu" for i in range(workers)]
 
 
@@ -142,7 +165,7 @@ class EngineGroup:
             GroupStopped: it ended or did not listen in time.
             UserError: it ended for a reason that the user can mend.
         """
-        line = self.config.to_json()
+        line = self.config.resolved().to_json()
         root = str(Path(torchspec.__file__).resolve().parent.parent)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
         self._process = subprocess.Popen(

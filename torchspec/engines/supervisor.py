@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torchspec
 from torchspec.engines.client import Endpoint
+from torchspec.engines.engine import EngineConfig
 from torchspec.engines.handshake import SECRET_VARIABLE
 from torchspec.errors import UserError
 from torchspec.network import host_port
@@ -130,7 +131,7 @@ class Supervisor:
 
     Args:
         processes: one a worker, not started.
-        limits: of the engines: start_timeout, silence_timeout, max_restarts.
+        limits: ``start_timeout``, ``silence_timeout`` and ``max_restarts`` of it.
         on_end: called with a worker's name, and how, when its process has ended (and is reaped: it can write nothing more).
         on_given_up: called then with the name of one that will not be started again, the reason, and the words of a ``UserError`` where it is one.
     """
@@ -139,7 +140,7 @@ class Supervisor:
         self,
         processes: list[WorkerProcess],
         *,
-        limits: Mapping[str, float],
+        limits: EngineConfig,
         on_end: Callable[[str, str], None],
         on_given_up: Callable[[str, str, list[str] | None], None],
     ) -> None:
@@ -222,10 +223,10 @@ class Supervisor:
                 process.seen_dead = True
             elif process.kill_at is not None and now >= process.kill_at:
                 self.kill(process.name, "connection lost: killed")
-            elif process.ready and now - beats.get(process.name, now) > self._limits["silence_timeout"]:
-                self.kill(process.name, f"silent for more than {self._limits['silence_timeout']:.0f} s (data.engines.silence_timeout): killed")
-            elif not process.ready and now - process.started > self._limits["start_timeout"]:
-                process.late = f"{process.name} was not ready after data.engines.start_timeout={self._limits['start_timeout']:g} s"
+            elif process.ready and now - beats.get(process.name, now) > self._limits.silence_timeout:
+                self.kill(process.name, f"silent for more than {self._limits.silence_timeout:.0f} s (data.engines.silence_timeout): killed")
+            elif not process.ready and now - process.started > self._limits.start_timeout:
+                process.late = f"{process.name} was not ready after data.engines.start_timeout={self._limits.start_timeout:g} s"
                 self.kill(process.name, f"{process.late}: killed")
 
     def close(self) -> None:
@@ -242,7 +243,7 @@ class Supervisor:
         how = f"signal {-code}" if code < 0 else f"code {code}"
         self._on_end(process.name, process.killed or f"ended with {how}")
         ending = process.late or f"{process.name} ended with {how}"
-        if process.refused or not process.was_ready or process.restarts >= self._limits["max_restarts"]:
+        if process.refused or not process.was_ready or process.restarts >= self._limits.max_restarts:
             process.given_up = True
             if process.refused:
                 reason = process.refused

@@ -23,7 +23,8 @@ from typing import NoReturn
 
 import torchspec
 from torchspec.engines.connection import SILENCE, BadFrame, Closed, Connection
-from torchspec.engines.engine import Engine, EngineConfig, Job, OnPolicy, TakesDrafts
+from torchspec.engines.engine import Engine, Job, TakesDrafts
+from torchspec.engines.group_config import WorkerConfig
 from torchspec.engines.handshake import SECRET_VARIABLE, Over, Refused, greet
 from torchspec.engines.messages import (
     Answered,
@@ -48,7 +49,6 @@ from torchspec.errors import UserError
 from torchspec.imports import heavy_imports
 from torchspec.named import find_named
 from torchspec.network import host_port, split_host_port
-from torchspec.target import TargetConfig
 from torchspec.transfer.spec import RecordSpec
 
 log = logging.getLogger("torchspec.worker")
@@ -83,8 +83,8 @@ def work(host: str, port: int, *, token: str, name: str, device: str, secret: st
     try:
         welcome = greet(connection, token=token, role="worker", name=name, secret=secret)
         try:
-            kind = find_named(str(welcome.job["engine"]), ENGINES, EngineKind, field="data.engine")
-            _serve_run(connection, _job_of(welcome, device=device), kind)
+            kind, job = _told(welcome, device=device)
+            _serve_run(connection, job, kind)
         except UserError as error:
             _tell(connection, error)
             raise
@@ -116,30 +116,33 @@ class TurnedDown(Exception):
     """The run goes on without this worker; the message says what it would do wrong."""
 
 
-def _job_of(welcome: Welcome, *, device: str) -> Job:
-    """What to build the engine from.
+def _told(welcome: Welcome, *, device: str) -> tuple[EngineKind, Job]:
+    """Which engine to build, and from what.
 
     Raises:
         UserError: the run is of another version of this program.
     """
-    plain = welcome.job
-    theirs = plain.get("version")
+    theirs = welcome.job.get("version")
     if theirs != torchspec.__version__:
         raise UserError("torchspec", torchspec.__version__, f"is another version than the run's ({theirs})", "install the same version on every host")
     try:
-        return Job(
-            target=TargetConfig(**plain["target"]),
-            spec=RecordSpec.from_dict(welcome.spec),
-            store=welcome.store,
-            config=EngineConfig(**plain["engines"]),
-            max_length=plain["max_length"],
-            device=device,
-            on_policy=OnPolicy(**plain["on_policy"]) if plain["on_policy"] else None,
-            images=plain["images"],
-        )
-    except (TypeError, KeyError) as error:  # of an unknown or a missing option
+        told = WorkerConfig.from_dict(welcome.job)
+        spec = RecordSpec.from_dict(welcome.spec)
+    except (ValueError, TypeError, KeyError) as error:  # an unknown or a missing option
         problem = f"does not know all that this run asks for ({error})"
         raise UserError("torchspec", torchspec.__version__, problem, "install the same commit on every host") from error
+    kind = find_named(told.engine, ENGINES, EngineKind, field="data.engine")
+    job = Job(
+        target=told.target,
+        spec=spec,
+        store=welcome.store,
+        config=told.engines,
+        max_length=told.max_length,
+        device=device,
+        on_policy=told.on_policy,
+        images=told.images,
+    )
+    return kind, job
 
 
 def _serve_run(connection: Connection, job: Job, kind: EngineKind) -> None:
