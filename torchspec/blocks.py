@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchspec.supervision import Rows, depths, turns
+from torchspec.supervision import Rows, chains, depths
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,8 @@ class Blocks:
 
     def counts(self, mask: np.ndarray, bounds: np.ndarray) -> np.ndarray:
         """[C, 1] int64 blocks of each conversation: a closed form, whichever are drawn."""
-        depth = depths(turns(mask, bounds), bounds)
-        owner = np.repeat(np.arange(bounds.shape[0] - 1), np.diff(bounds))
-        candidates = np.bincount(owner[depth > 0], minlength=bounds.shape[0] - 1)
+        _, length, owner = chains(mask, bounds)
+        candidates = np.bincount(owner, weights=length, minlength=bounds.shape[0] - 1).astype(np.int64)
         return np.array([[self.drawn(number)] for number in candidates.tolist()], dtype=np.int64).reshape(-1, 1)
 
     def work(self, mask: np.ndarray, bounds: np.ndarray) -> np.ndarray:
