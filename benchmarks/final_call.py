@@ -116,7 +116,8 @@ def requests_of(target: str, file: str, limit: int | None) -> tuple[list[list[in
 
 def count_by_request(llm: Any) -> dict[str, list[int]]:
     """From now on vLLM's scheduler also counts [drafts, accepted tokens] by request; of vLLM's engine in this process."""
-    scheduler, found = llm.llm_engine.engine_core.engine_core.scheduler, {}
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    found: dict[str, list[int]] = {}
     own = scheduler.make_spec_decoding_stats
 
     def counting(*given: Any, **named: Any) -> Any:

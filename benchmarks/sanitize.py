@@ -135,7 +135,7 @@ def step(
     assert not wrong and torch.isfinite(out.loss), wrong
 
 
-NORMS = {"norm_before_residual": True, "norm_before_fc": True, "norm_output": True}
+NORMS: dict[str, Any] = {"norm_before_residual": True, "norm_before_fc": True, "norm_output": True}
 
 
 def recipes(real: bool) -> dict[str, Callable[[], None]]:
