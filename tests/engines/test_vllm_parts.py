@@ -255,13 +255,21 @@ def test_nobody_listening_is_said(server: StoreServer, inbox: Inbox) -> None:
 def test_orders_are_checked(monkeypatch: pytest.MonkeyPatch, server: StoreServer) -> None:
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     run = Destination(server.address, SPEC, ("127.0.0.1", 1)).to_dict()
-    order = CaptureRequest(key="k", tail=[3], answer=False, ids="", run=run).signed("secret")
+    order = CaptureRequest(key="k", tail=[3], answer=False, ids="", prompt=3, run=run).signed("secret")
     assert read_request(order.to_dict()) == order
     assert read_destination(order.run) == Destination(server.address, SPEC, ("127.0.0.1", 1))
     with pytest.raises(BadCaptureRequest, match="token"):
         read_request(order.signed("guess").to_dict())
     elsewhere = {**run, "report": ["127.0.0.1", 2]}
-    for changed in ({"key": "another"}, {"tail": []}, {"ids": "0" * 32}, {"run": elsewhere}, {"run": {**run, "alone": True}}, {"tail": [], "answer": True}):
+    for changed in (
+        {"key": "another"},
+        {"prompt": 4},
+        {"tail": []},
+        {"ids": "0" * 32},
+        {"run": elsewhere},
+        {"run": {**run, "alone": True}},
+        {"tail": [], "answer": True},
+    ):
         with pytest.raises(BadCaptureRequest, match="token"):  # the proof is of the whole order: a logged one is of no use to send states elsewhere
             read_request(dataclasses.replace(order, **changed).to_dict())
     assert read_request(json.loads(json.dumps(order.to_dict()))) == order

@@ -1,6 +1,6 @@
-"""What engines that ask a vLLM for answers have in common: leases become requests in an event loop of its own thread, and requests become results.
+"""What engines that ask a library of their own processes (vLLM, SGLang) have in common: leases become requests in an event loop, and requests become results.
 
-When vLLM is gone this worker ends: the supervisor starts another, and the leases go with it, not as failures of their samples.
+When the library is gone this worker ends: the supervisor starts another, and the leases go with it, not as failures of their samples.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torchspec.engines.record_writer import one_line
 from torchspec.target import Target
 
 _AHEAD = 2
-"""Times what vLLM runs at once that is asked for, so that its batch stays full."""
+"""Times what the library runs at once that is asked for, so that its batch stays full."""
 Done = TypeVar("Done", Finished, Answered)
 
 
@@ -33,16 +33,19 @@ class AsynchronousEngine(ABC, Generic[Done]):
         job: what to run.
     """
 
+    library: str = "vLLM"
+    """That runs the target, as users are told."""
+
     def __init__(self, job: Job) -> None:
         self.job = job
         self.target = Target(job.target)
         limit = int(getattr(self.target.hf_config, "max_position_embeddings", None) or 2**31)
         self.max_tokens = min(max(job.max_length, 2), limit)
         self.capacity = (job.config.batch_samples, job.config.batch_tokens)
-        """Samples and tokens that vLLM runs at once."""
+        """Samples and tokens that the library runs at once."""
         self.ends = self.target.end_ids() if job.on_policy is not None else []
         """Token ids that end an answer."""
-        self._loop = asyncio.new_event_loop()
+        self._loop = asyncio.SelectorEventLoop()  # SGLang makes uvloop the default, whose transports are none of asyncio's
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-requests", daemon=True)
         self._results: queue.SimpleQueue[Done | Failed] = queue.SimpleQueue()
         self._held: dict[int, int] = {}  # tokens of each lease in flight, at most
@@ -56,7 +59,7 @@ class AsynchronousEngine(ABC, Generic[Done]):
 
     @abstractmethod
     async def work(self, lease: Lease, ids: list[int]) -> Done | Failed:
-        """One lease; ``ids`` are its token ids, which vLLM takes."""
+        """One lease; ``ids`` are its token ids, which the library takes."""
 
     @abstractmethod
     def tokens_of(self, done: Done) -> int:
@@ -64,11 +67,11 @@ class AsynchronousEngine(ABC, Generic[Done]):
 
     @abstractmethod
     def gone(self) -> bool:
-        """Whether vLLM cannot serve any more."""
+        """Whether the library cannot serve any more."""
 
     @abstractmethod
     def end(self) -> None:
-        """Let go of vLLM. Idempotent."""
+        """Let go of the library. Idempotent."""
 
     # -- the engine's interface
 
@@ -105,7 +108,7 @@ class AsynchronousEngine(ABC, Generic[Done]):
         except queue.Empty:
             pass
         if self._fatal is not None and not done and not failed:
-            raise RuntimeError(f"vLLM ended: {one_line(self._fatal)}") from self._fatal
+            raise RuntimeError(f"{self.library} ended: {one_line(self._fatal)}") from self._fatal
         if (done or failed) and not self._held:
             self._busy_s += time.monotonic() - self._busy_since
         return done, failed
@@ -130,7 +133,7 @@ class AsynchronousEngine(ABC, Generic[Done]):
             ids = torch.frombuffer(bytearray(lease.ids), dtype=torch.int32).tolist() if lease.ids else []
             problem = self._refusal(lease, ids)
             result = Failed(lease.id, problem, retry=False) if problem else await self.work(lease, ids)
-        except Exception as error:  # of vLLM, whatever it is
+        except Exception as error:  # of the library, whatever it is
             if self.gone():
                 self._fatal = error
                 return  # not this sample's fault: the lease goes back with the worker
@@ -138,16 +141,16 @@ class AsynchronousEngine(ABC, Generic[Done]):
         self._results.put(result)
 
     def _refusal(self, lease: Lease, ids: list[int]) -> str:
-        """Why vLLM would not take a lease; "" when it does."""
+        """Why the library would not take a lease; "" when it does."""
         total = len(ids) + (lease.generate_from.new_tokens if lease.generate_from is not None else 0)
         if not 0 < len(ids) <= total <= self.max_tokens:
-            return f"{total} tokens; vLLM takes 1 to {self.max_tokens} here"
+            return f"{total} tokens; {self.library} takes 1 to {self.max_tokens} here"
         if min(ids) < 0 or max(ids) >= self.target.vocab_size:
             return f"token ids {min(ids)} to {max(ids)}; the target's vocabulary has {self.target.vocab_size}"
         return ""
 
     def sampling(self, generate_from: PartialAnswer | None) -> Sampling:
-        """How to answer a prompt; a whole conversation gets the one token that vLLM makes at least."""
+        """How to answer a prompt; a whole conversation gets one token."""
         policy = self.job.on_policy
         if generate_from is None or policy is None:
             return Sampling(max_new_tokens=1)

@@ -43,9 +43,9 @@ class EngineConfig:
     threads: int | None = None
     """CPU threads a worker; None shares this host's cores evenly between its CPU workers and ranks (two that overlap slow each other down many times over)."""
     engine_args: dict[str, Any] = field(default_factory=dict)
-    """Passed to the engine as they are (from_pretrained of Transformers, engine arguments of vLLM)."""
+    """Passed to the engine as they are (from_pretrained of Transformers, engine arguments of vLLM, ServerArgs of SGLang)."""
     allow_unknown_version: bool = False
-    """Run with a release of the engine's library (vLLM) that is not listed in docs/engines.md."""
+    """Run with a release of the engine's library (vLLM, SGLang), or in SGLang a kind of target, that is not listed in docs/engines.md."""
     start_timeout: float = 600.0
     """Seconds for a worker to say ready; then it is given up, with the last lines of its log."""
     lease_timeout: float = 300.0

@@ -61,6 +61,7 @@ ANSWERER = "vllm_answers"
 """The engine of workers that only answer (``data.on_policy.answer_workers``)."""
 _ATTENTION = "leave it out; vLLM's own is data.engines.engine_args: {attention_backend: ...}"
 _VLLM = ("0.26", "0.32")
+_SGLANG = ("0.5.23",)
 ENGINES: dict[str, EngineKind] = {
     "transformers": EngineKind(worker="torchspec.engines.transformers.engine:TransformersEngine", images=True, package="transformers"),
     "vllm": EngineKind(
@@ -79,12 +80,25 @@ ENGINES: dict[str, EngineKind] = {
         versions=_VLLM,
         unused={"attn_implementation": "leave it out; the server has its own"},
     ),
+    "sglang": EngineKind(
+        worker="torchspec.engines.sglang.engine:SGLangEngine",
+        package="sglang",
+        versions=_SGLANG,
+        unused={"attn_implementation": "leave it out; SGLang's own is data.engines.engine_args: {attention_backend: ...}"},
+    ),
     "replay": EngineKind(worker=None, images=True),
     ANSWERER: EngineKind(
         worker="torchspec.engines.vllm.answering:AnsweringEngine", captures=False, answers=True, package="vllm", versions=_VLLM
     ),
 }  # fmt: skip
 """By the name that ``data.engine`` takes."""
+
+
+NOT_RUN = {
+    "tokenspeed": "TokenSpeed 0.1 hands out no hidden states, and starts on a GPU alone",
+    "tensorrt_llm": "TensorRT-LLM writes hidden states of one request at a time, without its id",
+}
+"""Engines that are asked for, and why there is none: what has not been run is not offered."""
 
 
 def capturing(**able: bool) -> list[str]:
@@ -102,6 +116,8 @@ def find_engine(name: str) -> EngineKind:
     Raises:
         UserError: there is none, or it writes no records.
     """
+    if name in NOT_RUN:
+        raise UserError("data.engine", name, f"is no engine yet ({NOT_RUN[name]}: docs/engines.md)", f"use one of {', '.join(capturing())}")
     kind = find_named(name, ENGINES, EngineKind, field="data.engine", offered=capturing())
     if not kind.captures:
         raise UserError("data.engine", name, "only answers: it writes no records", f"use one of {', '.join(capturing())}")

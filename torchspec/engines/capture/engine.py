@@ -1,7 +1,7 @@
-"""What every engine made of vLLM that captures has in common: leases become requests, the connector's reports become results.
+"""What every engine has in common whose library writes the records itself: leases become requests, the writing side's reports become results.
 
 Each lease is a request for one token on all but the last token of its conversation (the state at the last one is never read), or, on-policy, for an answer to
-its prompt. A lease is finished when the connector reports its record as written, which comes after vLLM's answer.
+its prompt. A lease is finished when its record is reported as written, which comes after the library's answer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import time
 from abc import abstractmethod
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torchspec.engines.asynchronous import AsynchronousEngine
@@ -18,7 +19,7 @@ from torchspec.engines.capture.reports import ReportServer
 from torchspec.engines.capture.requests import PARAMETER, CaptureRequest, Destination, ids_digest
 from torchspec.engines.engine import EngineStats, Job, Sampling
 from torchspec.engines.messages import Failed, Finished, Lease, Wrote, result_of
-from torchspec.engines.vllm.options import check_arguments
+from torchspec.engines.vllm.options import OWNED, check_arguments
 from torchspec.errors import UserError
 from torchspec.images import BadImage, read_picture, unexpanded
 from torchspec.transfer import StoreError, open_store
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _REPORT_WAIT = 120.0
-"""Seconds for a record to be written after vLLM answered (a full store is waited for, a minute)."""
+"""Seconds for a record to be written after the answer (a full store is waited for, a minute)."""
 _REMEMBERED = 65536
 """Keys of leases that were settled without a record: one that is written so many leases later stays until the run ends."""
 
@@ -44,11 +45,14 @@ class PrefillEngine(AsynchronousEngine[Finished]):
     """
 
     known_arguments: tuple[str, ...] | None = None
-    """Names in ``engine_args``; None for all of vLLM's that TorchSpec does not own."""
+    """Names in ``engine_args``; None for all of the library's that TorchSpec does not own."""
+
+    owned: Mapping[str, str] = OWNED
+    """Names that are refused there, with reasons."""
 
     def __init__(self, job: Job) -> None:
         if self.known_arguments is None:
-            check_arguments(job.config)
+            check_arguments(job.config, owned=self.owned)
         elif unknown := sorted(set(job.config.engine_args) - set(self.known_arguments)):
             problem = f"is unknown to engine {type(self).__name__}"
             raise UserError(
@@ -71,7 +75,7 @@ class PrefillEngine(AsynchronousEngine[Finished]):
 
     @abstractmethod
     def launch(self) -> dict[str, Any]:
-        """Bring vLLM up, set ``capacity``, ``token`` and ``report_host``; returns facts for the ready message."""
+        """Bring the library up, set ``capacity``, ``token`` and ``report_host``; returns facts for the ready message."""
 
     @abstractmethod
     async def ask(self, ids: list[int], pictures: list[Picture], parameters: dict[str, Any], key: str, sampling: Sampling) -> dict[str, Any] | None:
@@ -126,7 +130,9 @@ class PrefillEngine(AsynchronousEngine[Finished]):
             except BadImage as error:
                 return Failed(lease.id, str(error), retry=False)
             given, check = unexpanded(given, [(image.at, image.tokens) for image in lease.images]), ids_digest(ids)
-        order = CaptureRequest(key=lease.key, tail=tail, answer=generate_from is not None, ids=check, run=self._run).signed(self.token)
+        order = CaptureRequest(key=lease.key, tail=tail, answer=generate_from is not None, ids=check, prompt=len(ids) - len(tail), run=self._run).signed(
+            self.token
+        )
         said = await self.ask(given, pictures, {PARAMETER: order.to_dict()}, lease.key, self.sampling(generate_from))
         answer = (said or {}).get(PARAMETER) or {}
         if "error" in answer:
@@ -139,15 +145,15 @@ class PrefillEngine(AsynchronousEngine[Finished]):
         """The connector's word on a record.
 
         Raises:
-            RuntimeError: vLLM ended first.
+            RuntimeError: the library ended first.
             TimeoutError: it takes too long.
         """
         deadline = time.monotonic() + _REPORT_WAIT
         while not (await asyncio.wait({report}, timeout=1.0))[0]:
             if self.gone():
-                raise RuntimeError("vLLM ended before the record was written")
+                raise RuntimeError(f"{self.library} ended before the record was written")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"no word of the record {_REPORT_WAIT:.0f} s after vLLM's answer")
+                raise TimeoutError(f"no word of the record {_REPORT_WAIT:.0f} s after {self.library}'s answer")
         return report.result()
 
     def _settle(self, report: Wrote) -> None:

@@ -46,6 +46,8 @@ class CaptureRequest:
     """What the target says to the prompt belongs to the conversation (then there is no tail)."""
     ids: str
     """Of a conversation with images: ``ids_digest`` of its ids, which vLLM is to come to from the one token that it is given for each image. Else ""."""
+    prompt: int
+    """Tokens of the prompt; for images, of what they are expanded to as well."""
     run: dict[str, Any]
     """Store address, record spec, and where to report: the same for all orders of an engine (see :func:`read_destination`)."""
     proof: str = ""
@@ -96,11 +98,11 @@ def read_request(plain: Any) -> CaptureRequest:
         order = msgspec.convert(dict(plain), CaptureRequest)
     except msgspec.ValidationError as error:
         raise BadCaptureRequest(f"the order is malformed ({error})") from error
-    if len(order.tail) > (0 if order.answer else 1):
+    if order.prompt < 1 or len(order.tail) > (0 if order.answer else 1):
         raise BadCaptureRequest(f"the order is malformed ({len(order.tail)} tokens after the prompt)")
     token = os.environ.get(TOKEN_VARIABLE, "")
     if not token or not hmac.compare_digest(order.proof.encode(), order.proof_of(token).encode()):
-        raise BadCaptureRequest(f"the order was changed, or its token is not the one that vLLM was started with ({TOKEN_VARIABLE})")
+        raise BadCaptureRequest(f"the order was changed, or its token is not the one that this server was started with ({TOKEN_VARIABLE})")
     return order
 
 
