@@ -42,8 +42,9 @@ from torchspec.engines.messages import Finished, Lease
 from torchspec.engines.table import ENGINES
 from torchspec.engines.worker import build
 from torchspec.files import dumps
-from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.eagle3.config import DraftConfig, default_layers
 from torchspec.models.eagle3.task import DraftTask
+from torchspec.models.family import Build
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.paths import expand_all
 from torchspec.supervision import Unroll
@@ -280,7 +281,7 @@ def main() -> None:
         target = Target(TargetConfig(args.target, dtype=args.dtype))
         count, longest = args.samples + args.more, args.longest
         everything = random_ids(target, count=count, longest=longest) if args.random_ids else conversations(target, args.data, count=count, longest=longest)
-        spec = target.record_spec(target.aux_layers(None), tokenizer="")
+        spec = target.record_spec(default_layers(target), tokenizer="")
         if args.only_file_connector:
             layers = sorted({*spec.aux_layers, target.num_layers})
             extra = {"max_num_seqs": 256, **args.engine_args}
@@ -334,12 +335,8 @@ def compare(args: argparse.Namespace, target: Target, everything: list[list[int]
     torch.manual_seed(0)
     task = DraftTask.build(
         DraftConfig.from_target(target, aux_layers=spec.aux_layers).with_draft_vocabulary(4096),
-        target=target,
-        vocabulary=frequent(samples, target.vocab_size),
+        Build(target, frequent(samples, target.vocab_size), torch.float32, torch.device(args.device)),
         step_weights=[0.8**k for k in range(_STEPS)],
-        compute_dtype=torch.float32,
-        device=torch.device(args.device),
-        init="target",
     ).to(args.device)
     losses = [loss_of(task, records, spec, args.device) for records in (ours, theirs)]
     note(loss_rel_diff=round(abs(losses[0] - losses[1]) / losses[1], 6), **{f"loss_{args.engine}": round(losses[0], 3)}, loss_transformers=round(losses[1], 3))

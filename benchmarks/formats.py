@@ -36,8 +36,10 @@ def export_untrained(checkpoint: Path, target: str, folder: Path) -> None:
     import torch
 
     from torchspec.models.eagle3.config import DraftConfig
+    from torchspec.models.eagle3.family import EAGLE3
     from torchspec.models.eagle3.task import DraftTask
     from torchspec.models.export.export import export_draft
+    from torchspec.models.family import Build, Draft
     from torchspec.models.training.checkpoint import read_facts
     from torchspec.models.vocabulary import VocabularyMapping
     from torchspec.target import Target, TargetConfig
@@ -46,10 +48,9 @@ def export_untrained(checkpoint: Path, target: str, folder: Path) -> None:
     config, made_for = DraftConfig.from_dict(facts["draft_config"]), Target(TargetConfig(target))
     vocabulary = None if facts["draft_ids"] is None else VocabularyMapping(facts["draft_ids"], config.vocab_size)
     torch.manual_seed(0)
-    task = DraftTask.build(
-        config, target=made_for, vocabulary=vocabulary, step_weights=[1.0], compute_dtype=torch.float32, device=torch.device("cpu"), init="target"
-    )
-    export_draft(config, {name: p.detach() for name, p in task.draft.named_parameters()}, vocabulary, made_for, folder)
+    task = DraftTask.build(config, Build(made_for, vocabulary, torch.float32, torch.device("cpu")), step_weights=[1.0])
+    weights = {name: p.detach() for name, p in task.draft.named_parameters()}
+    export_draft(Draft(config, weights, vocabulary, family=EAGLE3), made_for, folder)
 
 
 def measure(name: str, form: str, target: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -61,7 +61,7 @@ DEFECTS = (
              "self.blocks[index].register_forward_pre_hook", "self.blocks[index - 1].register_forward_pre_hook"),
     Mutation(6, "SGLang's ids in our counting", "models/eagle3/formats.py", "[i - 1 for i in config.aux_layers]", "[i for i in config.aux_layers]"),
     Mutation(7, "d2t holds ids", "models/vocabulary.py", "return self.draft_ids - torch.arange(self.size)", "return self.draft_ids"),
-    Mutation(7, "pruned head exported without its mapping", "models/export/export.py", 'tensors["d2t"] = vocabulary.d2t.contiguous()', "pass"),
+    Mutation(7, "pruned head exported without its mapping", "models/eagle3/formats.py", 'tensors["d2t"] = vocabulary.d2t.contiguous()', "pass"),
     Mutation(8, "random embeddings", "models/export/export.py",
              "read_embedding(target).to(kind).contiguous()", "torch.randn_like(read_embedding(target)).to(kind)"),
     Mutation(8, "type not honoured", "models/export/export.py", '.detach().to("cpu", kind).contiguous()', '.detach().to("cpu", torch.float32)'),

@@ -69,7 +69,7 @@ def measure(draft: str, *, target: str, records: str, sets: dict[str, str], ks: 
     from torchspec.target import Target, TargetConfig
 
     torch.set_num_threads(1)
-    aux = list(read_start(draft, Target(TargetConfig(target))).config.aux_layers)
+    aux = list(read_start(draft, Target(TargetConfig(target))).draft.config.aux_layers)
     module = DraftModule(TargetConfig(target), start_from=draft, aux_layers=aux, unroll_steps=max(ks), loss=config.get("loss"))
     data = DraftDataModule(
         TargetConfig(target),

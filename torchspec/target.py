@@ -224,21 +224,17 @@ class Target:
             found.update([given] if isinstance(given, int) else given or [])
         return sorted(i for i in found if 0 <= i < self.vocab_size)
 
-    def aux_layers(self, chosen: list[int] | None) -> tuple[int, ...]:
-        """Hidden-state indices fed to the draft (index i = residual stream after i blocks; L = before the final norm).
+    def aux_layers(self, chosen: list[int]) -> tuple[int, ...]:
+        """Hidden-state indices fed to the draft (index i = residual stream after i blocks; L = before the final norm), checked.
 
         Args:
-            chosen: the user's list, or None for ``[2, L//2, L-3]`` as EAGLE-3 (arXiv 2503.01840) is served by vLLM.
+            chosen: a family's default is its own (``Family.aux_layers``). None of them: records hold the last hidden state alone.
 
         Raises:
-            UserError: when ids are not strictly increasing inside [0, L], or the default does not exist (L < 7).
+            UserError: when ids are not strictly increasing inside [0, L].
         """
         layers = self.num_layers
-        if chosen is None:
-            if layers < 7:
-                raise UserError("model.aux_layers", None, f"has no default for a target of {layers} layers", "list the indices, for example [1, 2]")
-            return (2, layers // 2, layers - 3)
-        if not chosen or any(not 0 <= i <= layers for i in chosen):
+        if any(not 0 <= i <= layers for i in chosen):
             raise UserError("model.aux_layers", chosen, f"must lie in 0..{layers}", "use Transformers' hidden_states indices")
         if any(b <= a for a, b in pairwise(chosen)):
             raise UserError("model.aux_layers", chosen, "is not strictly increasing", "sort the indices and drop repeats")

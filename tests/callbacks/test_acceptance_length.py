@@ -58,7 +58,7 @@ def test_validation_unrolls_as_far_as_is_asked_whatever_is_trained(target: Targe
     """A draft of three trained steps has the walk at k=7 of the same weights as a draft of seven; loss and names of k=3
     are what they are alone."""
     given = answers()
-    with pytest.warns(UserWarning, match=r"7 tokens are proposed of a draft that trains model.unroll_steps=3"):
+    with pytest.warns(UserWarning, match=r"7 tokens are proposed of a draft that is trained for 3"):
         both = run(tmp_path, module(target), AcceptanceLength([7, 3]), steps=7, conversations=given)
     alone = run(tmp_path, module(target), AcceptanceLength(3), steps=STEPS, conversations=given)
     torch.manual_seed(0)

@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from tests.defects.fits import fit, module, weights
 from tests.models import reference
 from tests.models.differences import PRUNED, against_reference
-from tests.models.exports import LAYERS, export_variant, random_draft, save_plain_target
+from tests.models.exports import LAYERS, export_variant, export_weights, random_draft, save_plain_target
 from tests.models.packs import conversation, counts, draft_config, head_weight, pack, task
 from torchspec.callbacks.vocabulary import VocabularyPruning
 from torchspec.engines.transformers.hidden_states import HiddenStateHooks
 from torchspec.errors import UserError
 from torchspec.models.eagle3.config import DraftConfig
-from torchspec.models.export.export import ExportOptions, export_draft
+from torchspec.models.export.export import ExportOptions
 from torchspec.models.export.import_draft import import_draft
 from torchspec.models.ops.rope import frequencies
 from torchspec.models.ops.rope_parameters import rope_of
@@ -51,7 +51,7 @@ def test_defect_01_rope_base_is_the_targets_in_training_and_in_the_export(tmp_pa
     inverse, _ = frequencies(draft.config)
     torch.testing.assert_close(inverse, 777.0 ** -(torch.arange(0, 8, 2) / 8))
     torch.testing.assert_close(draft.inverse_frequencies, inverse)
-    export_draft(draft.config, {name: p.detach() for name, p in draft.named_parameters()}, None, target, tmp_path / "draft")
+    export_weights(draft.config, {name: p.detach() for name, p in draft.named_parameters()}, None, target, tmp_path / "draft")
     described = json.loads((tmp_path / "draft" / "config.json").read_text())
     assert described["rope_theta"] == described["rope_parameters"]["rope_theta"] == 777.0
 
@@ -149,7 +149,7 @@ def test_defect_08_an_export_holds_the_targets_embedding_the_asked_type_and_ever
     for name in made.weights:
         kept = {other: tensor for other, tensor in made.weights.items() if other != name}
         with pytest.raises(UserError, match=name):
-            export_draft(made.config, kept, None, target, tmp_path / "half", options=ExportOptions())
+            export_weights(made.config, kept, None, target, tmp_path / "half", options=ExportOptions())
     assert not (tmp_path / "half").exists()
 
 

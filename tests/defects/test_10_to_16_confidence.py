@@ -80,14 +80,15 @@ def test_defect_11_tokens_outside_the_draft_vocabulary_are_misses_and_means_are_
         for t in range(len(c.ids) - 2):  # zero logits: row 0 is said everywhere
             right.append([tokens[t + 1 + k] == PRUNED[0] for k in range(3) if t + 2 + k < len(c.ids)])
     assert sums is not None
-    found = sums.metrics(WEIGHTS)
+    found = sums.metrics(len(WEIGHTS))
     whole = [row for row in right if row]
     assert found["accuracy_0"] == pytest.approx(sum(row[0] for row in whole) / len(whole))
     assert found["expected_acceptance_greedy"] == pytest.approx(1 + sum(math.prod(row[: k + 1]) for row in whole for k in range(len(row))) / len(whole))
     inside = np.mean([token in PRUNED for tokens in best for token in tokens])
     assert 0.2 < inside < 0.8  # of both kinds
-    table = {"rows": [100.0, 100.0], "loss": [0.0, 0.0], "correct": [50.0, 50.0], "correct_so_far": [50.0, 50.0]}
-    dependent = StepSums(tuple(table), torch.tensor(list(table.values()), dtype=torch.float64)).metrics([1.0, 1.0])
+    half, whole_of, none = [50.0, 50.0], [100.0, 100.0], [0.0, 0.0]
+    table = {"rows": whole_of, "loss": none, "correct": half, "correct_so_far": half, "objective": none, "normaliser": whole_of}
+    dependent = StepSums(tuple(table), torch.tensor(list(table.values()), dtype=torch.float64)).metrics(2)
     assert dependent["expected_acceptance_greedy"] == 2.0  # the product of the accuracies would say 1.75
 
 

@@ -18,6 +18,7 @@ from torchspec.engines.messages import Answered, Failed, Lease, NewDraft, Partia
 from torchspec.engines.vllm.answering import AnsweringEngine
 from torchspec.engines.vllm.draft_weights import DraftWeights
 from torchspec.engines.worker import _loop
+from torchspec.models.eagle3.family import EAGLE3
 from torchspec.target import TargetConfig
 
 
@@ -31,7 +32,7 @@ class Training:
         self.default_root_dir = str(folder)
         self.announced: list[Path] = []
         self.strategy = SimpleNamespace(barrier=lambda name: None)
-        client = SimpleNamespace(new_draft=lambda path, step: self.announced.append(Path(path)), close=lambda: None)
+        client = SimpleNamespace(new_draft=lambda path, step, speculative: self.announced.append(Path(path)), close=lambda: None)
         self.datamodule = SimpleNamespace(connect=lambda name: client)
 
     def save_checkpoint(self, path: Path, weights_only: bool) -> None:
@@ -41,7 +42,7 @@ class Training:
 
 def serve(callback: ServeDraft, trainer: Any, steps: list[int]) -> None:
     """A fit that begins at the first step and reaches the others."""
-    module = SimpleNamespace(target=None)
+    module = SimpleNamespace(target=None, family=EAGLE3)
     for step in steps:
         trainer.global_step = step
         if step == steps[0]:
@@ -97,13 +98,13 @@ class Answers:
     def poll(self, timeout: float) -> tuple[list[Answered], list[Failed]]:
         return [Answered(self.held.pop(0).id, b"")], []
 
-    def take_draft(self, path: str, step: int) -> bool:
+    def take_draft(self, path: str, step: int, speculative: dict[str, Any]) -> bool:
         self.asked.append(path)
         return not self.held
 
 
 def draft(step: int) -> NewDraft:
-    return NewDraft(path=f"step-{step}", step=step)
+    return NewDraft(path=f"step-{step}", step=step, speculative=EAGLE3.speculative(f"step-{step}", 3))
 
 
 def lease(number: int) -> Lease:
@@ -136,21 +137,22 @@ def test_a_vllm_that_cannot_take_a_draft_first_finishes_what_it_holds(answering:
     launched: list[str] = []
     ended: list[Any] = []
 
-    def launch(path: str) -> None:
+    def launch(speculative: dict[str, Any]) -> None:
+        path = speculative["model"]
         launched.append(path)
         answering._llm = SimpleNamespace(shutdown=lambda: ended.append(path))
 
     monkeypatch.setattr(answering, "_launch", launch)
     monkeypatch.setattr(answering, "_reload", lambda path: "shares its head")
     assert answering.room() == (0, 0)
-    assert answering.take_draft("a", 0) and answering.room()[0] > 0
+    assert answering.take_draft("a", 0, EAGLE3.speculative("a", 3)) and answering.room()[0] > 0
     answering._held[0] = 7
     for path in ("b", "b", "c"):
-        assert not answering.take_draft(path, 1) and answering.room() == (0, 0)
+        assert not answering.take_draft(path, 1, EAGLE3.speculative(path, 3)) and answering.room() == (0, 0)
     assert launched == ["a"] and ended == []
     answering._results.put(Answered(0, b""))
     assert answering.poll(1.0) == ([Answered(0, b"")], [])
-    assert answering.take_draft("c", 2) and answering.room()[0] > 0
+    assert answering.take_draft("c", 2, EAGLE3.speculative("c", 3)) and answering.room()[0] > 0
     assert launched == ["a", "c"] and ended == ["a"]
 
 

@@ -12,6 +12,7 @@ import yaml
 from tests.tiny import save_target
 from torchspec.cli import main
 from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.families import DraftFile
 from torchspec.target import Target, TargetConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +35,8 @@ def test_a_shipped_config_parses(file: Path, capsys: pytest.CaptureFixture[str],
 @pytest.mark.parametrize("file", sorted((ROOT / "configs/drafts").glob("*.json")), ids=lambda f: f.name)
 def test_a_shipped_draft_fits_a_target(file: Path, tmp_path: Path) -> None:
     target = Target(TargetConfig(str(save_target(tmp_path))))
-    draft = DraftConfig.from_json(file, target=target, aux_layers=(2, 4, 5))
+    described = DraftFile.read(str(file))
+    draft = DraftConfig.from_fields(described.given, target=target, aux_layers=(2, 4, 5), where=described.where)
     assert draft.hidden_size == target.hidden_size
     for name, value in json.loads(file.read_text()).items():
         assert getattr(draft, name) == value

@@ -11,14 +11,19 @@ import torch
 from tests.models.packs import conversation, draft_config, pack
 from tests.models.variants import VARIANTS
 from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.eagle3.family import EAGLE3
 from torchspec.models.eagle3.network import Eagle3Draft
-from torchspec.models.export.export import ExportOptions, export_draft
+from torchspec.models.eagle3.options import UnrollOptions
+from torchspec.models.export.export import ExportOptions, ExportReport, export_draft
 from torchspec.models.export.import_draft import import_draft
+from torchspec.models.export.model_card import Training
+from torchspec.models.family import Draft
 from torchspec.models.target_head import read_embedding
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target, TargetConfig
 
 LAYERS = 9
+TRAINED = Training(UnrollOptions(3))
 
 
 def save_plain_target(folder: Path, *, layers: int = LAYERS, hidden: int = 16, **more: Any) -> Target:
@@ -65,6 +70,13 @@ def random_draft(config: DraftConfig, target: Target, *, seed: int = 0) -> Eagle
     return draft
 
 
+def export_weights(
+    config: DraftConfig, weights: dict[str, torch.Tensor], vocabulary: VocabularyMapping | None, target: Target, folder: Path, **more: Any
+) -> ExportReport:
+    """``export_draft`` of an EAGLE-3 draft."""
+    return export_draft(Draft(config, weights, vocabulary, family=EAGLE3), target, folder, **more)
+
+
 def export_variant(
     variant: str, target: Target, folder: Path, *, form: Any = "vllm", draft_ids: list[int] | None = None, spread: float = 0.3, **options: Any
 ) -> Exported:
@@ -73,7 +85,7 @@ def export_variant(
     draft = random_draft(config, target)
     vocabulary = None if draft_ids is None else VocabularyMapping(torch.tensor(draft_ids), config.vocab_size)
     made = Exported(draft, vocabulary, folder)
-    report = export_draft(config, made.weights, vocabulary, target, folder, options=ExportOptions(form=form, **options), training={"unroll_steps": 3})
+    report = export_weights(config, made.weights, vocabulary, target, folder, options=ExportOptions(form=form, **options), training=TRAINED)
     assert report.max_logit_difference == 0.0
     return made
 

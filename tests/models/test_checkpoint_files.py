@@ -101,7 +101,7 @@ class _Runs:
 
 def test_partial_and_foreign_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
     whole = tmp_path / "whole.ckpt"
-    facts = dict.fromkeys(("draft_config", "target", "unroll_steps", "step_weights", "draft_ids"), 1)
+    facts = dict.fromkeys(("draft_config", "target", "family", "options", "draft_ids"), 1)
     torch.save({"torchspec": facts, "state_dict": {"task.draft.x": torch.zeros(10_000)}}, whole)
     assert read_facts(whole) == facts and read_draft_weights(whole)["x"].shape == (10_000,)
     cut = tmp_path / "cut.ckpt"

@@ -11,14 +11,18 @@ import torch
 from safetensors.torch import load_file
 
 from tests.models.differences import PRUNED
-from tests.models.exports import LAYERS, export_variant, random_draft, save_plain_target
+from tests.models.exports import LAYERS, export_variant, export_weights, random_draft, save_plain_target
 from tests.models.packs import draft_config
 from tests.models.variants import VARIANTS
 from tests.tiny import save_target
 from torchspec.errors import UserError
 from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.eagle3.family import EAGLE3
+from torchspec.models.eagle3.options import UnrollOptions
 from torchspec.models.export.export import ExportOptions, export_draft, prune
 from torchspec.models.export.import_draft import import_draft
+from torchspec.models.export.model_card import Training
+from torchspec.models.family import Draft
 from torchspec.models.target_head import read_embedding
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target, TargetConfig
@@ -83,7 +87,7 @@ def test_layer_ids_in_both_countings(tmp_path: Path) -> None:
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]
     assert "num_aux_hidden_states" not in config
     draft = random_draft(draft_config(aux_layers=(2, LAYERS // 2, LAYERS - 3)), target)
-    export_draft(draft.config, {n: p.detach() for n, p in draft.named_parameters()}, None, target, tmp_path / "usual")
+    export_weights(draft.config, {n: p.detach() for n, p in draft.named_parameters()}, None, target, tmp_path / "usual")
     assert not {"eagle_aux_hidden_state_layer_ids", "eagle_config"} & described(tmp_path / "usual").keys()
     five = export_variant("five aux layers, norm_before_fc", target, tmp_path / "five", form="speculators")
     config = described(five.folder)
@@ -126,7 +130,8 @@ def test_what_sglang_would_serve_wrongly_is_refused(variant: str, target: Target
 def test_sglang_never_captures_the_last_layer(target: Target, tmp_path: Path) -> None:
     draft = random_draft(draft_config(aux_layers=(1, 2, LAYERS)), target)
     with pytest.raises(UserError, match=f"aux layer {LAYERS}"):
-        export_draft(draft.config, {n: p.detach() for n, p in draft.named_parameters()}, None, target, tmp_path / "draft", options=ExportOptions(form="sglang"))
+        weights = {n: p.detach() for n, p in draft.named_parameters()}
+        export_weights(draft.config, weights, None, target, tmp_path / "draft", options=ExportOptions(form="sglang"))
 
 
 def test_later_layers_have_both_names_of_their_norm_for_sglang(target: Target, tmp_path: Path) -> None:
@@ -150,14 +155,14 @@ def test_pruning_after_training_takes_rows_of_the_head(target: Target, tmp_path:
     draft = random_draft(draft_config(**VARIANTS["plain"]), target)
     weights = {name: parameter.detach() for name, parameter in draft.named_parameters()}
     mapping = VocabularyMapping.from_counts(torch.arange(40), 10, always=[2])
-    config, kept, ids = prune(draft.config, weights, None, mapping)
-    export_draft(config, kept, ids, target, tmp_path / "draft")
+    pruned = prune(Draft(draft.config, weights, None, family=EAGLE3), mapping)
+    export_draft(pruned, target, tmp_path / "draft")
     again = import_draft(str(tmp_path / "draft"), target)
     assert again.config.draft_vocab_size == 10 and again.vocabulary is not None
     assert again.vocabulary.draft_ids.tolist() == [2, *range(31, 40)]
     assert torch.equal(again.weights["lm_head.weight"], weights["lm_head.weight"][again.vocabulary.draft_ids])
     with pytest.raises(UserError, match="trained with 10 tokens"):
-        prune(config, kept, ids, VocabularyMapping.from_counts(torch.arange(40), 5))
+        prune(pruned, VocabularyMapping.from_counts(torch.arange(40), 5))
 
 
 def test_card_and_tokenizer(tmp_path: Path) -> None:
@@ -170,12 +175,12 @@ def test_card_and_tokenizer(tmp_path: Path) -> None:
         "data": {"train": [["some/chats", 1.0], ["more.jsonl", 2.0]], "conversations": 56789, "max_length": 2048, "tokens_per_step": 32768, "on_policy": False,
                  "steps_per_epoch": 617},
     }  # fmt: skip
-    training = {"unroll_steps": 5, "step_weights": [1.0, 0.8], "optimizer_steps": 1234, "recipe": facts}
+    training = Training(UnrollOptions(2, [1.0, 0.8]), 1234, facts)
     options = ExportOptions(form="sglang", tokenizer=True, target_name="somebody/some-model")
-    export_draft(config, {n: p.detach() for n, p in draft.named_parameters()}, None, target, tmp_path / "draft", options=options, training=training)
+    export_weights(config, {n: p.detach() for n, p in draft.named_parameters()}, None, target, tmp_path / "draft", options=options, training=training)
     card = (tmp_path / "draft" / "README.md").read_text()
     assert "base_model: somebody/some-model" in card and str(tmp_path) not in card
-    assert "--speculative-num-steps 5" in card and "| optimizer steps | 1,234 (2 epochs) |" in card and "| step weights | 1, 0.8 |" in card
+    assert "--speculative-num-steps 2" in card and "| optimizer steps | 1,234 (2 epochs) |" in card and "| step weights | 1, 0.8 |" in card
     assert "| loss | forward_kl 1, tv 0.5 |" in card and "| optimizer | AdamW: lr 0.0003, betas 0.9 0.95 |" in card
     assert "| schedule | Cosine: warmup_steps 0.05 |" in card and "| started from | the target's head" in card
     assert "| data | some/chats, 2 x more.jsonl, 56,789 conversations |" in card
@@ -213,7 +218,7 @@ def test_incomplete_weights_are_refused(target: Target, tmp_path: Path) -> None:
     weights = {name: parameter.detach() for name, parameter in draft.named_parameters()}
     for spoiled, match in (({k: v for k, v in weights.items() if k != "norm.weight"}, "norm.weight"), ({**weights, "surprise": torch.ones(1)}, "surprise")):
         with pytest.raises(UserError, match=match):
-            export_draft(draft.config, spoiled, None, target, tmp_path / "draft")
+            export_weights(draft.config, spoiled, None, target, tmp_path / "draft")
 
 
 def test_heads_of_a_target_that_do_not_divide_its_hidden_size(tmp_path: Path) -> None:

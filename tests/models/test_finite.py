@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from tests.defects.fits import batches, fit, module
-from tests.models.exports import export_variant, random_draft, save_plain_target
+from tests.models.exports import export_variant, export_weights, random_draft, save_plain_target
 from tests.models.packs import draft_config
 from torchspec.callbacks.export import ExportDraft
 from torchspec.callbacks.last import LastCheckpoint
 from torchspec.errors import UserError
-from torchspec.models.export.export import ExportOptions, export_checkpoint, export_draft
+from torchspec.models.export.export import ExportOptions, export_checkpoint
 from torchspec.models.export.import_draft import import_draft
 from torchspec.models.training.finite import LAG, Found, StepWatch, not_finite, unsound
 from torchspec.models.training.numbers import end_for
@@ -141,10 +141,10 @@ def test_an_export_says_nan_and_overflow_and_blames_no_disk(target: Target, tmp_
     weights = {name: parameter.detach().clone() for name, parameter in draft.named_parameters()}
     weights["fc.weight"][0, 0] = 1e6
     with pytest.raises(UserError, match=r"dtype='float16' cannot hold these weights: they overflow \(NaN or infinity in fc.weight\)"):
-        export_draft(draft.config, weights, None, target, tmp_path / "draft", options=ExportOptions(dtype="float16"))
+        export_weights(draft.config, weights, None, target, tmp_path / "draft", options=ExportOptions(dtype="float16"))
     weights["fc.weight"][0, 0] = NAN
     with pytest.raises(UserError, match="weights are no longer numbers"):
-        export_draft(draft.config, weights, None, target, tmp_path / "draft")
+        export_weights(draft.config, weights, None, target, tmp_path / "draft")
     assert not (tmp_path / "draft").exists()
 
 

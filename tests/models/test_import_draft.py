@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.models.differences import PRUNED
 from tests.models.exports import LAYERS, Exported, export_variant, save_plain_target
 from torchspec.errors import UserError
-from torchspec.models.export.import_draft import complete, import_draft
+from torchspec.models.export.import_draft import import_draft
 from torchspec.models.target_head import TargetHead
 from torchspec.target import Target
 
@@ -69,7 +69,7 @@ def test_what_may_lawfully_be_absent(target: Target, tmp_path: Path) -> None:
     source = rewrite(made, tensors=lambda t: [t.pop("embed_tokens.weight"), t.pop("lm_head.weight")])
     again = import_draft(source, target)
     assert again.embedding is None and "lm_head.weight" not in again.weights
-    assert torch.equal(complete(again, target)["lm_head.weight"], TargetHead.of(target).weight)
+    assert torch.equal(again.weights["lm_head.weight"], TargetHead.of(target).weight)
     pruned = export_variant("plain", target, tmp_path / "pruned", draft_ids=PRUNED)
     same(pruned, rewrite(pruned, tensors=lambda t: t.pop("t2d")), target)
 

@@ -11,6 +11,7 @@ from tests.models.differences import PRUNED
 from tests.models.exports import save_plain_target
 from torchspec.models.eagle3.config import DraftConfig
 from torchspec.models.eagle3.task import DraftTask
+from torchspec.models.family import Build
 from torchspec.models.target_head import TargetHead
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target
@@ -25,8 +26,8 @@ def build(target: Target, init: Literal["target", "random"], **changes: Any) -> 
     torch.manual_seed(3)
     config = DraftConfig.from_target(target, aux_layers=(1, 2, 3), draft_vocab_size=len(PRUNED), **changes)
     vocabulary = VocabularyMapping(torch.tensor(PRUNED), target.vocab_size)
-    rules: dict[str, Any] = {"step_weights": [1.0], "compute_dtype": torch.float32, "device": torch.device("cpu")}
-    return DraftTask.build(config, target=target, vocabulary=vocabulary, init=init, **rules)
+    how = Build(target, vocabulary, torch.float32, torch.device("cpu"), init=init)
+    return DraftTask.build(config, how, step_weights=[1.0])
 
 
 def test_from_the_target(target: Target) -> None:

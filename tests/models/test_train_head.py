@@ -19,7 +19,7 @@ from torchspec.models.eagle3.config import DraftConfig
 from torchspec.models.eagle3.task import DraftTask
 from torchspec.models.export.export import export_checkpoint
 from torchspec.models.export.import_draft import import_draft
-from torchspec.models.family import Init
+from torchspec.models.family import Build, Init
 from torchspec.models.optim.muon import MuonAdamW
 from torchspec.models.target_head import TargetHead
 from torchspec.models.training.checkpoint import read_draft_weights
@@ -37,8 +37,8 @@ def build(target: Target, init: Init = "random", *, train_head: bool = False, pr
     ids = PRUNED if pruned else list(range(target.vocab_size))
     config = DraftConfig.from_target(target, aux_layers=(1, 2, 3), draft_vocab_size=len(ids), **changes)
     vocabulary = VocabularyMapping(torch.tensor(ids), target.vocab_size)
-    rules: dict[str, Any] = {"step_weights": [1.0], "compute_dtype": torch.float32, "device": torch.device("cpu")}
-    return DraftTask.build(config, target=target, vocabulary=vocabulary, init=init, train_head=train_head, **rules)
+    how = Build(target, vocabulary, torch.float32, torch.device("cpu"), init=init, train_head=train_head)
+    return DraftTask.build(config, how, step_weights=[1.0])
 
 
 @pytest.mark.parametrize("init", ["target", "target_head", "random"])

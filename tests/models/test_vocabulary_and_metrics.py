@@ -59,6 +59,6 @@ def test_metrics_add_up_over_packs() -> None:
         output = made(batch, measure=True)
         apart = StepSums.of(output, batch) if apart is None else apart.add(output, batch)
     assert apart is not None
-    ours, theirs = apart.metrics([1.0, 0.8]), together.metrics([1.0, 0.8])
+    ours, theirs = apart.metrics(2), together.metrics(2)
     assert ours == pytest.approx(theirs)
     assert ours["expected_acceptance_greedy"] >= 1.0 and {"alpha_0", "alpha_1", "conditional_accuracy_1"} <= ours.keys()

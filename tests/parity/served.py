@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from tests.models.exports import Exported, random_draft
+from tests.models.exports import TRAINED, Exported, export_weights, random_draft
 from tests.parity.vllm import Agreement, compare, random_prompts, serve
 from tests.tiny import save_target, save_tokenizer
-from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.eagle3.config import DraftConfig, default_layers
 from torchspec.models.eagle3.task import start_from_target
-from torchspec.models.export.export import ExportOptions, export_draft
+from torchspec.models.export.export import ExportOptions
 from torchspec.models.target_head import TargetHead
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.target import Target, TargetConfig
@@ -67,7 +67,7 @@ CASES: dict[str, Case] = {
 
 def make(case: Case, target: Target, folder: Path) -> Exported:
     """Random weights of a fair size: logits must differ by more than rounding."""
-    config = DraftConfig.from_target(target, aux_layers=target.aux_layers(list(case.aux_layers) if case.aux_layers else None), **case.changes)
+    config = DraftConfig.from_target(target, aux_layers=target.aux_layers(list(case.aux_layers)) if case.aux_layers else default_layers(target), **case.changes)
     vocabulary = None
     if case.pruned is not None:
         kept = torch.randperm(target.vocab_size, generator=torch.Generator().manual_seed(1))[: case.pruned].sort().values
@@ -76,7 +76,7 @@ def make(case: Case, target: Target, folder: Path) -> Exported:
     if case.from_target:
         start_from_target(draft, TargetHead.of(target), None if vocabulary is None else vocabulary.draft_ids)
     made = Exported(draft, vocabulary, folder)
-    export_draft(draft.config, made.weights, vocabulary, target, folder, options=ExportOptions(form=case.form), training={"unroll_steps": 3})
+    export_weights(draft.config, made.weights, vocabulary, target, folder, options=ExportOptions(form=case.form), training=TRAINED)
     return made
 
 

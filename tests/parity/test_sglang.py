@@ -20,12 +20,12 @@ from torch import Tensor
 
 from tests.models import reference
 from tests.models.differences import PRUNED
-from tests.models.exports import LAYERS, export_variant, random_draft, save_plain_target
+from tests.models.exports import LAYERS, export_variant, export_weights, random_draft, save_plain_target
 from tests.models.packs import draft_config
 from tests.models.variants import VARIANTS
 from tests.parity.speculators import STEPS, conversation_for, our_logits
 from torchspec.errors import UserError
-from torchspec.models.export.export import ExportOptions, export_draft
+from torchspec.models.export.export import ExportOptions
 from torchspec.models.target_head import read_embedding
 from torchspec.target import Target
 
@@ -99,5 +99,5 @@ def test_the_servers_rules_give_our_logits(variant: str, draft_ids: list[int] | 
 def test_default_layer_ids_are_left_to_the_server(target: Target, tmp_path: Path) -> None:
     draft = random_draft(draft_config(aux_layers=(2, LAYERS // 2, LAYERS - 3)), target)
     weights = {name: parameter.detach() for name, parameter in draft.named_parameters()}
-    export_draft(draft.config, weights, None, target, tmp_path / "draft", options=ExportOptions(form="sglang"))
+    export_weights(draft.config, weights, None, target, tmp_path / "draft", options=ExportOptions(form="sglang"))
     assert aux_layers(json.loads((tmp_path / "draft" / "config.json").read_text())) == [2, LAYERS // 2, LAYERS - 3]

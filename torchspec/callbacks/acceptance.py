@@ -46,8 +46,8 @@ class AcceptanceLength(pl.Callback):
 
     Args:
         num_speculative_tokens: drafts proposed at a time, k, or several: ``[3, 7]`` logs ``val/acceptance_length_k3``
-            and ``_k7``, and the last one's also without its k. More than the unroll steps that are trained is allowed:
-            validation unrolls as far.
+            and ``_k7``, and the last one's also without its k. Of a family that unrolls, more than the steps that are
+            trained is allowed: validation unrolls as far.
         walk: ``greedy``, for answers that the target gave greedily, or ``sampled``, for answers sampled at the
             temperature of serving; or a table of named validation sets with the walk of each, the others being greedy.
             ``val/acceptance_length`` is over the greedy ones, or over all where none is.
@@ -95,13 +95,14 @@ class AcceptanceLength(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self._fresh = trainer.state.fn == TrainerFn.FITTING and getattr(trainer, "resume_path", None) is None
-        trained = int(pl_module.unroll_steps)
+        trained = int(pl_module.horizon)
+        pl_module.refuse_proposals(self.ks[-1], field="callbacks.AcceptanceLength.num_speculative_tokens")
         self._compared = min(self.ks[0], trained)  # a batch that trains is unrolled no further
         self._walked = tuple(sorted({*self.ks, self._compared}))
         self._sets, self._trained = {}, Walks((self._compared,), looping=False)
         if self.ks[-1] > trained:
             rank_zero_warn(
-                f"callbacks.AcceptanceLength.num_speculative_tokens: {self.ks[-1]} tokens are proposed of a draft that trains model.unroll_steps={trained}: "
+                f"callbacks.AcceptanceLength.num_speculative_tokens: {self.ks[-1]} tokens are proposed of a draft that is trained for {trained}: "
                 "later ones are accepted less than a draft trained for them would have it"
             )
         named = self._set_names(trainer)
@@ -235,7 +236,7 @@ class AcceptanceLength(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.serve_prompts is None or not trainer.is_global_zero:
             return
-        from torchspec.acceptance import REPORT, measure
+        from torchspec.commands.acceptance import REPORT, acceptance
 
         exporter = self._exporter(trainer)
         assert exporter is not None
@@ -243,7 +244,7 @@ class AcceptanceLength(pl.Callback):
         data.close()  # the engines' memory is needed now
         target, options = data.target.config, data.corpus.options
         for k in self.ks:
-            report = measure(
+            report = acceptance(
                 target.path,
                 str(exporter.folder(trainer)),
                 prompts=home(self.serve_prompts),
@@ -255,7 +256,8 @@ class AcceptanceLength(pl.Callback):
                 dtype=target.dtype,
                 trust_remote_code=target.trust_remote_code,
                 messages_key=options.messages_key,
-                template_args=options.template_args,
+                template_args=dict(options.template_args) if options.template_args is not None else None,
+                family=pl_module.choice.name,
                 output=str(spare_name(Path(trainer.default_root_dir) / f"vllm_acceptance{self.names[k]}.json", REPORT)),
             )
             for logger in trainer.loggers:

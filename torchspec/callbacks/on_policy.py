@@ -37,6 +37,7 @@ class ServeDraft(pl.Callback):
         self.every_n_steps = every_n_steps
         self._client: Any | None = None
         self._served: int | None = None
+        self._proposed = 1
         self._kept: list[Path] = []
         """Drafts of this process that are on disk, in the order they were served."""
 
@@ -44,8 +45,11 @@ class ServeDraft(pl.Callback):
         policy = trainer.datamodule.corpus.on_policy  # type: ignore[attr-defined]
         if stage == "fit" and (policy is None or not policy.answer_workers):
             raise UserError("data.on_policy.answer_workers", 0, "leaves nobody to serve the draft", "set it to 1 or more, or take ServeDraft out")
+        if policy is not None:
+            self._proposed = int(policy.num_speculative_tokens)
+            pl_module.refuse_proposals(self._proposed, field="data.on_policy.num_speculative_tokens")
         horizon = pl_module.supervision("train").horizon
-        if stage == "fit" and policy.num_speculative_tokens > horizon:
+        if stage == "fit" and policy is not None and policy.num_speculative_tokens > horizon:
             rank_zero_warn(
                 f"data.on_policy.num_speculative_tokens: {policy.num_speculative_tokens} tokens are proposed of a draft that trains {horizon}: "
                 "later ones are accepted less than a draft trained for them would have it"
@@ -75,7 +79,7 @@ class ServeDraft(pl.Callback):
             _remove(checkpoint)
             if self._client is None:
                 self._client = trainer.datamodule.connect("serve-draft")  # type: ignore[attr-defined]
-            self._client.new_draft(str(draft), step)
+            self._client.new_draft(str(draft), step, pl_module.family.speculative(str(draft), self._proposed))
             self._kept.append(draft)
             while len(self._kept) > 2:
                 _remove(self._kept.pop(0))

@@ -48,6 +48,7 @@ def acceptance(
     output: str | None = None,
     engine_args: dict[str, Any] | None = None,
     compare: bool = True,
+    family: str | None = None,
     revision: str | None = None,
     dtype: Dtype = "auto",
     trust_remote_code: bool = False,
@@ -68,6 +69,7 @@ def acceptance(
         output: JSON file for the result.
         engine_args: further engine arguments of vLLM, as JSON.
         compare: also serve without the draft, for the speed-up.
+        family: which kind of draft, as model.family; none takes what its config.json says.
         revision: branch, tag or commit of a target that is a hub id.
         dtype: auto, bfloat16, float16 or float32, as data.target.dtype.
         trust_remote_code: allow code that ships with the target to run, where Transformers lacks the classes, and for the tokenizer.
@@ -105,6 +107,8 @@ def acceptance(
         )
     skipped += len(requests) - len(fitting)
 
+    from torchspec.models.export.import_draft import family_at
+
     common: dict[str, Any] = {
         "engine_args": {
             "model": target,
@@ -130,7 +134,7 @@ def acceptance(
         from torchspec.engines.vllm.options import right_operators_for_latent_attention
 
         common["engine_args"] |= right_operators_for_latent_attention(common["engine_args"])
-    speculative = {"method": "eagle3", "model": draft, "num_speculative_tokens": num_speculative_tokens}
+    speculative = family_at(draft, family=family).speculative(draft, num_speculative_tokens)
     logs = Path(output).resolve().parent if output else Path(tempfile.mkdtemp(prefix="torchspec-acceptance-"))
     try:
         logs.mkdir(parents=True, exist_ok=True)

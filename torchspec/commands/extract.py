@@ -9,7 +9,7 @@ from torchspec.errors import UserError
 from torchspec.moved import moved
 from torchspec.paths import expand_all
 
-_CAPTURED = ("aux_layers",)
+_CAPTURED = {"family": str | None, "draft": str | None, "start_from": str | None, "aux_layers": list[int] | None}
 """Options of ``model`` that decide which states are captured."""
 
 
@@ -26,11 +26,15 @@ def extract(words: list[str]) -> None:
 
     from torchspec.data.datamodule import DraftDataModule
     from torchspec.data.extract import extract as write_records
+    from torchspec.models.choice import choose
     from torchspec.transfer.sizes import show_bytes
 
     parser = ArgumentParser(prog="main.py extract", description=__doc__.split(":", 1)[1].strip(), allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("-c", "--config", type=str, help="YAML of a run; its data and model.aux_layers are used. Of several, later ones win key by key")
-    parser.add_argument("--model.aux_layers", type=list[int] | None, default=None, help="as of fit")
+    parser.add_argument(
+        "-c", "--config", type=str, help="YAML of a run; its data, and of model what says which states, are used. Of several, later ones win key by key"
+    )
+    for name, kind in _CAPTURED.items():
+        parser.add_argument(f"--model.{name}", type=kind, default=None, help="as of fit")
     parser.add_function_arguments(write_records, as_group=False, skip={"data", "aux_layers"})
     parser.add_class_arguments(DraftDataModule, "data")
     files, rest = _configs_of(words)
@@ -47,8 +51,9 @@ def extract(words: list[str]) -> None:
                     raise moved(name, value) or UserError(name, value, f"is no option ({file})", fix) from None
     given = expand_all(parser.parse_args(rest))
     made = parser.instantiate_classes(given)
-    aux_layers = made.data.target.aux_layers(given.model.aux_layers)
-    report = write_records(made.data, given.output, aux_layers, part=given.part, shard_size=given.shard_size, fp8=given.fp8)
+    report = write_records(
+        made.data, given.output, choose(made.data.target, **vars(given.model)).aux_layers, part=given.part, shard_size=given.shard_size, fp8=given.fp8
+    )
     rate = report.tokens / report.seconds if report.seconds else 0.0
     error = "" if report.fp8_error is None else f"; fp8 changed the states by {report.fp8_error:.2%} (relative root mean square)"
     print(

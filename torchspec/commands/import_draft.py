@@ -18,6 +18,7 @@ def import_draft(
     dtype: Dtype = "auto",
     max_shard_size: str = "5GB",
     target_name: str | None = None,
+    family: str | None = None,
     draft_revision: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -32,18 +33,20 @@ def import_draft(
         dtype: type of the tensors; auto takes the target's.
         max_shard_size: largest file; a bigger draft is written in shards.
         target_name: hub id to name the target by, where it is a local copy.
+        family: which kind of draft, as model.family; none takes what its config.json says.
         draft_revision: branch, tag or commit of the draft's hub id.
         revision: branch, tag or commit of the target's hub id.
         trust_remote_code: allow code that ships with the target to run, where Transformers lacks the classes, and for the tokenizer.
     """
     from torchspec.models.export.export import ExportOptions, export_draft
-    from torchspec.models.export.import_draft import complete
     from torchspec.models.export.import_draft import import_draft as read
+    from torchspec.models.families import family_named
 
     folder = check_output(Path(home(output)), field="output", reads=Path(home(source)))
     facts = Target(TargetConfig(target, revision=revision, trust_remote_code=trust_remote_code))
-    draft = read(source, facts, revision=draft_revision)
+    draft = read(source, facts, revision=draft_revision, family=None if family is None else family_named(family, field="family"))
+    assert draft.family is not None
     options = ExportOptions(form=format, dtype=dtype, max_shard_size=max_shard_size, target_name=target_name)
-    config = draft.config
-    print(f"{source}: {config.num_layers} layer(s), hidden size {config.hidden_size}, {config.draft_vocab_size} tokens, aux layers {list(config.aux_layers)}")
-    print(export_draft(config, complete(draft, facts), draft.vocabulary, facts, folder, options=options))
+    rows = "; ".join(f"{name} {value}" for name, value in draft.family.card(draft.config))
+    print(f"{source}: {draft.family.title}; {rows}; {draft.config.draft_vocab_size} tokens, aux layers {list(draft.config.aux_layers)}")
+    print(export_draft(draft, facts, folder, options=options))

@@ -96,9 +96,9 @@ class TrainerClient:
         """No more packs of the pass."""
         self._send(CloseStage(stage=stage, epoch=epoch))
 
-    def new_draft(self, path: str, step: int) -> None:
+    def new_draft(self, path: str, step: int, speculative: dict[str, Any]) -> None:
         """The draft in training, exported to a directory: workers that answer speculate with it from now on."""
-        self._send(NewDraft(path=path, step=step))
+        self._send(NewDraft(path=path, step=step, speculative=speculative))
 
     def ask(self, timeout: float = 10.0) -> dict[str, Any]:
         """State of the group (docs/design.md, "Group metrics")."""

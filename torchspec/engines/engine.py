@@ -8,7 +8,7 @@ are in flight all the time and its own connector writes).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -227,12 +227,13 @@ class Engine(Protocol):
 class TakesDrafts(Protocol):
     """An engine that answers with a draft as its speculator; it has room once it has one."""
 
-    def take_draft(self, path: str, step: int) -> bool:
+    def take_draft(self, path: str, step: int, speculative: Mapping[str, Any]) -> bool:
         """Speculate with the exported draft in this directory from now on.
 
         Args:
             path: on this host.
             step: optimizer step that it is of.
+            speculative: how the engine is told to speculate with it, as the draft's family says.
 
         Returns:
             False when what it holds must be finished first; it has no room meanwhile: poll, and call again with this draft or a newer one.

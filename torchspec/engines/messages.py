@@ -213,6 +213,8 @@ class NewDraft(Message, frozen=True, kw_only=True):
     """Directory, on the workers' host."""
     step: int
     """Optimizer step that it is of."""
+    speculative: dict[str, Any]
+    """vLLM's ``speculative_config`` for it, as its family says."""
 
 
 # worker -> coordinator

@@ -237,7 +237,7 @@ def _loop(connection: Connection, engine: Engine) -> None:
                 if dropped:
                     connection.send(Report(finished=[], failed=[Failed(lease, "cancelled") for lease in dropped]))
             message = connection.receive(0.0)
-        if draft is not None and isinstance(engine, TakesDrafts) and engine.take_draft(draft.path, draft.step):
+        if draft is not None and isinstance(engine, TakesDrafts) and engine.take_draft(draft.path, draft.step, draft.speculative):
             draft = asked = None
         if held:
             done, failed = engine.poll(_POLL)

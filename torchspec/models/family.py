@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchspec.batch import PackedBatch
 from torchspec.models.metrics import StepOutput
 from torchspec.models.ops.fp8 import Fp8
-from torchspec.models.ops.loss_formulas import LossWeights
+from torchspec.models.ops.loss_formulas import FORWARD_KL, LossWeights
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.supervision import Supervision
 from torchspec.target import Target
@@ -50,18 +50,8 @@ class Architecture(Protocol):
         ...
 
     @property
-    def num_layers(self) -> int:
-        """Layers of the draft."""
-        ...
-
-    @property
     def aux_layers(self) -> tuple[int, ...]:
         """Hidden-state indices in Transformers' counting; empty for a draft that reads the last hidden state alone."""
-        ...
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """Positions that RoPE was made for."""
         ...
 
     def with_draft_vocabulary(self, size: int) -> Self:
@@ -88,6 +78,11 @@ class Task(Protocol):
     mean_alpha: Tensor
     """[K] mean alpha of each depth over the previous optimizer step, 0 before the first."""
 
+    @property
+    def watched(self) -> Tensor:
+        """A small weight that every loss reaches: its gradient is looked at for NaN."""
+        ...
+
     def __call__(self, batch: PackedBatch, measure: bool = False) -> StepOutput:
         """Loss and sums of a batch on this module's device; ``measure``: also alpha and what was followed."""
         ...
@@ -100,10 +95,10 @@ class Build:
     target: Target
     vocabulary: VocabularyMapping | None
     """None for the whole one."""
-    loss: LossWeights
     compute_dtype: torch.dtype
     device: torch.device
     """That it will train on: decides the type of the target head (``hardware.working_dtype``). Tensors are made on torch's default device."""
+    loss: LossWeights = FORWARD_KL
     init: Init = "target"
     train_head: bool = True
     recompute: bool = False
@@ -117,15 +112,18 @@ class Draft:
     config: Any
     """:class:`Architecture`, the family's own class."""
     weights: dict[str, Tensor]
-    """By their name in the network, any float type; a head that is the target's own may be absent in one that was published so."""
+    """By their name in the network, any float type; all of them."""
     vocabulary: VocabularyMapping | None
     """None for the whole one."""
     embedding: Tensor | None = None
     """[V, H] of a draft that uses the target's table, where it was published too."""
     described: dict[str, Any] | None = None
     """Its ``config.json``, of one that was read."""
+    family: Family | None = None
+    """Whose it is, of one that was read."""
 
 
+@runtime_checkable
 class Family(Protocol):
     """See the module. ``config`` is always the family's own :class:`Architecture`, ``options`` its own :class:`Options`."""
 
@@ -202,7 +200,7 @@ class Family(Protocol):
         """Tensors to write, on the host, contiguous, all floats of ``dtype``.
 
         Args:
-            draft: its weights are of ``dtype`` already, and whole.
+            draft: its weights are of ``dtype`` already.
             target: gives what ships beside them.
             form: who reads them.
             dtype: of the export.
@@ -255,6 +253,12 @@ class Family(Protocol):
         """Words of SGLang's command line for the same."""
         ...
 
+    # -- the model card
+
     def card(self, config: Any) -> list[tuple[str, str]]:
-        """Rows of the model card about the architecture."""
+        """Its rows about what only this family's architecture has."""
+        ...
+
+    def card_of_training(self, options: Any) -> list[tuple[str, str]]:
+        """Its rows about the options."""
         ...

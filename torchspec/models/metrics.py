@@ -26,7 +26,8 @@ class StepOutput(NamedTuple):
     """Scalar: sum_k w_k * (this rank's loss sum of step k) / count_k; adds up over ranks and micro-batches to the loss of the optimizer step."""
     sums: dict[str, Tensor]
     """[K] each: ``rows`` supervised here, ``loss``, ``correct``, ``correct_so_far`` (this and every earlier step right), and when measured ``alpha``,
-    ``alpha_so_far``."""
+    ``alpha_so_far``; ``objective``: weight times loss, as it is trained, and ``normaliser``, what that is divided by, so that the loss over many batches is
+    the sum over k of ``objective`` / ``normaliser``."""
     accepted: Tensor
     """[R_0] int64: leading right steps of each supervised row, the target's most likely token being right."""
     followed: Tensor
@@ -69,17 +70,19 @@ class StepSums:
         """Summed over ranks; every rank must call it."""
         return StepSums(self.names, strategy.reduce(self.table, reduce_op="sum"))
 
-    def metrics(self, step_weights: list[float]) -> dict[str, float]:
-        """Means by their names in the logs; what is over all steps is over those that have a weight, the trained ones.
-        One transfer to the host."""
-        trained = len(step_weights)
+    def metrics(self, trained: int) -> dict[str, float]:
+        """Means by their names in the logs. One transfer to the host.
+
+        Args:
+            trained: K of the training: what is over all steps is over those.
+        """
         sums = dict(zip(self.names, self.table.tolist(), strict=True))
         rows = sums["rows"]
         mean = {name: [value / max(count, 1.0) for value, count in zip(values, rows, strict=True)] for name, values in sums.items()}
         values: dict[str, float] = {}
         if "loss" not in sums:
             return {"loss": 0.0, "expected_acceptance_greedy": 1.0}
-        values["loss"] = sum(weight * loss for weight, loss in zip(step_weights, mean["loss"], strict=False))
+        values["loss"] = sum(part / max(count, 1.0) for part, count in zip(sums["objective"], sums["normaliser"], strict=True))
         for k in range(len(rows)):
             values[f"loss_{k}"] = mean["loss"][k]
             values[f"accuracy_{k}"] = mean["correct"][k]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +23,9 @@ from torch.optim import LBFGS, Optimizer
 from torchspec.batch import PackedBatch
 from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
-from torchspec.models.draft_defaults import notes
-from torchspec.models.eagle3.config import DraftConfig
-from torchspec.models.eagle3.task import DraftTask
-from torchspec.models.family import Init
+from torchspec.models.choice import choose
+from torchspec.models.families import options_of, plain, with_family
+from torchspec.models.family import Architecture, Build, Init
 from torchspec.models.metrics import StepOutput, StepSums, logs_now
 from torchspec.models.ops.fp8 import Fp8
 from torchspec.models.ops.loss_formulas import LossWeights
@@ -36,21 +34,20 @@ from torchspec.models.optim.muon import mark_hidden_matrices
 from torchspec.models.optim.schedules import Schedule
 from torchspec.models.training.averages import averages_in, check_averaging, put_averages, settle, swa_of
 from torchspec.models.training.checkpoint import read_averages, read_entries, read_facts
-from torchspec.models.training.finite import StepWatch, totals
+from torchspec.models.training.finite import StepWatch, named, not_finite, totals
 from torchspec.models.training.numbers import check_saved, check_start, end_for, end_for_validation, no_number
 from torchspec.models.training.parallelize import check_reduced, parallelize, sync_gradients
 from torchspec.models.training.recipe import recipe
 from torchspec.models.training.resume import check_resume, check_weights, describe
-from torchspec.models.training.start import Start, read_start
 from torchspec.models.vocabulary import VocabularyMapping
-from torchspec.supervision import Supervision, Unroll
+from torchspec.supervision import Supervision
 from torchspec.target import Target, TargetConfig
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class DraftModule(pl.LightningModule):
-    """An EAGLE-3 draft (arXiv 2503.01840) of a frozen target.
+    """A draft of a frozen target.
 
     Example:
         >>> module = DraftModule(TargetConfig("path/to/target"), unroll_steps=4)  # doctest: +SKIP
@@ -58,9 +55,13 @@ class DraftModule(pl.LightningModule):
     Args:
         target: the frozen model; linked from ``data.target`` on the command line.
         draft: JSON file with the draft's architecture; None derives it from the target (one layer of the target's own sizes).
-        aux_layers: hidden-state indices fed to the draft, in Transformers' counting; None means [2, L//2, L-3].
-        unroll_steps: K, steps trained in a row on the draft's own states.
-        step_weights: weight of each step's loss; None means 0.8^k.
+        family: which kind of draft: a name of torchspec/models/families.py, or ``package.module:NAME`` of your own. None takes that of
+            ``start_from`` or of the draft's file (``"family"``), else ``eagle3``.
+        options: training options of the family, by name; docs/configuration.md lists them.
+        aux_layers: hidden-state indices fed to the draft, in Transformers' counting; None takes those of ``start_from``, else the family's
+            default ([2, L//2, L-3] of ``eagle3``).
+        unroll_steps: K, steps trained in a row on the draft's own states; None means 7. Of families that unroll.
+        step_weights: weight of each step's loss; None means 0.8^k. Of families that unroll.
         loss: weight of each loss in the sum, for example ``{forward_kl: 1.0, tv: 0.5}``; None means forward KL alone. Known ones: forward_kl, cross_entropy,
             reverse_kl, jsd, tv, lk_alpha, lk_lambda (models/ops/loss_formulas.py has the formulas).
         init: ``target`` starts from the target's head and final norm with fc passing the last aux state on;
@@ -86,8 +87,10 @@ class DraftModule(pl.LightningModule):
         self,
         target: TargetConfig,
         draft: str | None = None,
+        family: str | None = None,
+        options: dict[str, Any] | None = None,
         aux_layers: list[int] | None = None,
-        unroll_steps: int = 7,
+        unroll_steps: int | None = None,
         step_weights: list[float] | None = None,
         loss: dict[str, float] | None = None,
         init: Literal["target", "target_head", "random"] = "target",
@@ -100,29 +103,23 @@ class DraftModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        if unroll_steps < 1:
-            raise UserError("model.unroll_steps", unroll_steps, "is below 1", "use 1 or more")
-        weights = [0.8**k for k in range(unroll_steps)] if step_weights is None else list(step_weights)
-        if len(weights) != unroll_steps:
-            raise UserError("model.step_weights", step_weights, f"has {len(weights)} entries for {unroll_steps} unroll steps", "give one weight a step")
-        if not all(0.0 <= weight < math.inf for weight in weights) or not any(weights):
-            raise UserError("model.step_weights", step_weights, "must be numbers of 0 or more, one of them above", "give such a weight for each unroll step")
         self.target = Target(target)
-        self.draft_file = draft
-        self.aux_layers = self.target.aux_layers(aux_layers)
-        self.unroll_steps = unroll_steps
-        self.step_weights = weights
+        self.choice = choose(self.target, family=family, draft=draft, start_from=start_from, aux_layers=aux_layers)
+        self.family = self.choice.family
+        self.options = options_of(self.family, options, unroll_steps=unroll_steps, step_weights=step_weights)
+        self.aux_layers = self.choice.aux_layers
         self.loss = LossWeights.of(loss)
         self.init: Init = init
         self.train_head = train_head
-        self.start = None if start_from is None else self._read_start(start_from)
+        self.start = self.choice.start
         self.compute_dtype = compute_dtype
         self.recompute = recompute
         self.matmul = matmul
         self.optimizer_callable = optimizer
         self.lr_scheduler_callable = lr_scheduler
-        self.vocabulary: VocabularyMapping | None = None if self.start is None else self.start.vocabulary
-        self.task: DraftTask | None = None
+        self.vocabulary: VocabularyMapping | None = None if self.start is None else self.start.draft.vocabulary
+        self.task: Any = None
+        """:class:`~torchspec.models.family.Task`, once it is built."""
         self.last_accepted: Tensor | None = None
         """[R_0] leading right steps of each supervised row of the last batch that was trained, on the device."""
         self._sums: StepSums | None = None
@@ -135,25 +132,16 @@ class DraftModule(pl.LightningModule):
 
     # -- construction
 
-    def _read_start(self, source: str) -> Start:
-        if self.draft_file is not None:
-            raise UserError("model.draft", self.draft_file, f"would change the architecture of model.start_from={source}", "give one of the two")
-        start = read_start(source, self.target)
-        if start.config.aux_layers != self.aux_layers:
-            wanted = list(start.config.aux_layers)
-            raise UserError("model.aux_layers", list(self.aux_layers), f"are not those of {source}", f"set model.aux_layers to {wanted}")
-        return start
+    @property
+    def draft_config(self) -> Architecture:
+        """Architecture of the draft, with the vocabulary as it is now."""
+        config = self.choice.config
+        return config.with_draft_vocabulary(self.vocabulary.size if self.vocabulary is not None else config.vocab_size)
 
     @property
-    def draft_config(self) -> DraftConfig:
-        """Architecture of the draft, with the vocabulary as it is now."""
-        if self.start is not None:
-            config = self.start.config
-        elif self.draft_file is None:
-            config = DraftConfig.from_target(self.target, aux_layers=self.aux_layers)
-        else:
-            config = DraftConfig.from_json(self.draft_file, target=self.target, aux_layers=self.aux_layers)
-        return config.with_draft_vocabulary(self.vocabulary.size if self.vocabulary is not None else config.vocab_size)
+    def horizon(self) -> int:
+        """K: draft tokens of one proposal that are trained."""
+        return self.supervision("train").horizon
 
     def setup(self, stage: str) -> None:
         path = getattr(self.trainer, "resume_path", None)
@@ -177,25 +165,25 @@ class DraftModule(pl.LightningModule):
         dtype = _DTYPES.get(self.compute_dtype) or working_dtype(torch.bfloat16, device)
         config = self.draft_config
         if self.start is None:
-            for line in notes(self.target, rope_parameters=config.rope_parameters, intermediate_size=config.intermediate_size):
+            for line in self.family.notes(config, self.target):
                 rank_zero_info(line)
+        build = Build(
+            target=self.target,
+            vocabulary=self.vocabulary,
+            loss=self.loss,
+            compute_dtype=dtype,
+            device=device,
+            init=self.init,
+            train_head=self.train_head,
+            recompute=self.recompute,
+            fp8=Fp8.of(self.matmul),
+        )
         with torch.device(device):  # whatever the strategy: random weights come from the same generator
-            self.task = DraftTask.build(
-                config,
-                target=self.target,
-                vocabulary=self.vocabulary,
-                step_weights=self.step_weights,
-                compute_dtype=dtype,
-                device=device,
-                init=self.init,
-                train_head=self.train_head,
-                loss=self.loss,
-                fp8=Fp8.of(self.matmul),
-                recompute=self.recompute,
-            )
+            self.task = self.family.task(config, self.options, build)
+            self._check_target()
             if self.start is not None:
                 self.start.load(self.task.draft, self.vocabulary)
-                self.start = replace(self.start, weights={})  # they are in the draft now
+                self.start = self.start.loaded()
         if self._saved_alpha is not None:
             self.task.mean_alpha.copy_(torch.tensor(self._saved_alpha))
         mesh = self.device_mesh["data_parallel"] if self.device_mesh is not None else None
@@ -205,6 +193,13 @@ class DraftModule(pl.LightningModule):
         path = getattr(self.trainer, "resume_path", None)
         if path is not None:
             check_weights(Path(path), self.state_dict(), sharding=mesh is not None)
+
+    def _check_target(self) -> None:
+        """Of the target's tensors in the task; the draft's are not its own yet."""
+        names = ((name.rpartition(".")[2].removeprefix("norm_"), tensor) for name, tensor in self.task.named_buffers() if tensor is not None)
+        if wrong := not_finite(names):
+            problem = f"has a head, norm or embedding that is not made of numbers ({named(wrong)})"
+            raise UserError("data.target.path", self.target.config.path, problem, "the files are damaged: fetch or convert the target again")
 
     def configure_optimizers(self) -> Any:
         mark_hidden_matrices(self)
@@ -250,11 +245,15 @@ class DraftModule(pl.LightningModule):
 
     def supervision(self, stage: Literal["train", "validate"]) -> Supervision:
         """Where the draft learns. Validation goes as deep as a callback measures (``validation_horizon``) if that is more."""
-        steps = self.unroll_steps
-        if stage == "validate":
-            callbacks: list[Any] = [] if self._trainer is None else self._trainer.callbacks  # type: ignore[attr-defined]
-            steps = max([steps, *(getattr(callback, "validation_horizon", 0) for callback in callbacks)])
-        return Unroll(steps)
+        callbacks: list[Any] = [] if self._trainer is None else self._trainer.callbacks  # type: ignore[attr-defined]
+        measured = max([0, *(getattr(callback, "validation_horizon", 0) for callback in callbacks)])
+        return self.family.supervision(self.choice.config, self.options, stage=stage, horizon=measured)
+
+    def refuse_proposals(self, k: int, *, field: str) -> None:
+        """Raise UserError where the draft cannot propose ``k`` tokens at a time, as ``field`` asks."""
+        most = self.family.supervision(self.choice.config, self.options, stage="validate", horizon=k).horizon
+        if k > most:
+            raise UserError(field, k, f"is more than the {most} draft tokens that this draft proposes", f"use {most} or less")
 
     # -- steps
 
@@ -293,7 +292,7 @@ class DraftModule(pl.LightningModule):
         if self.device_mesh is not None:
             check_reduced(optimizer)
         assert self.task is not None
-        self.watch.end(self.trainer.global_step + 1, self.task.draft.norm.weight.grad)
+        self.watch.end(self.trainer.global_step + 1, self.task.watched.grad)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
@@ -312,7 +311,7 @@ class DraftModule(pl.LightningModule):
 
     def _train_metrics(self, sums: StepSums) -> dict[str, float]:
         """Of the steps since the last time, over all ranks. Raises UserError for a loss that is no number."""
-        values = sums.reduce(self.trainer.strategy).metrics(self.step_weights)
+        values = sums.reduce(self.trainer.strategy).metrics(self.horizon)
         self._sums = None
         if not math.isfinite(values["loss"]):  # the same on every rank
             raise no_number(self, "train/loss", values["loss"], self.trainer.global_step)
@@ -332,19 +331,19 @@ class DraftModule(pl.LightningModule):
         found, self._val_sums = self._val_sums, {}
         states, self._val_totals = self._val_totals, []
         names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", [])
-        whole = StepSums.zeros(self.unroll_steps, self.device)
+        whole = StepSums.zeros(self.horizon, self.device)
         for number in range(max(len(names), 1)):  # every rank the same, whatever it saw
-            sums = found.get(number, StepSums.zeros(self.unroll_steps, self.device)).reduce(self.trainer.strategy)
+            sums = found.get(number, StepSums.zeros(self.horizon, self.device)).reduce(self.trainer.strategy)
             whole = whole.plus(sums)
             if names:
                 self._log_validation(f"val/{names[number]}", sums)
-        loss = whole.metrics(self.step_weights)["loss"]
+        loss = whole.metrics(self.horizon)["loss"]
         if not math.isfinite(loss):  # the same on every rank
             end_for_validation(self, loss, states)
         self._log_validation("val", whole)
 
     def _log_validation(self, prefix: str, sums: StepSums) -> None:
-        self.log_dict({f"{prefix}/{name}": value for name, value in sums.metrics(self.step_weights).items()}, rank_zero_only=False)
+        self.log_dict({f"{prefix}/{name}": value for name, value in sums.metrics(self.horizon).items()}, rank_zero_only=False)
 
     # -- checkpoints
 
@@ -354,8 +353,8 @@ class DraftModule(pl.LightningModule):
             "format": 1,
             "draft_config": self.draft_config.to_dict(),
             "target": self.target.describe(),
-            "unroll_steps": self.unroll_steps,
-            "step_weights": list(self.step_weights),
+            "family": self.choice.name,
+            "options": plain(self.options),
             "draft_ids": None if self.vocabulary is None else self.vocabulary.draft_ids.clone(),
             "train_head": self.train_head,
             "recipe": recipe(
@@ -377,7 +376,7 @@ class DraftModule(pl.LightningModule):
         check_saved(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        facts = checkpoint.get("torchspec")
+        facts = None if checkpoint.get("torchspec") is None else with_family(checkpoint["torchspec"])
         self._check_facts(facts)
         if self.trainer.state.fn != TrainerFn.FITTING:  # what is served
             if self.device_mesh is None:
@@ -396,7 +395,9 @@ class DraftModule(pl.LightningModule):
             )
         ours = self.facts()
         _same("target fingerprint", facts["target"]["fingerprint"], ours["target"]["fingerprint"])
-        _same("unroll_steps", facts["unroll_steps"], ours["unroll_steps"])
+        _same("family", facts["family"], ours["family"])
+        for name in self.family.fixed_options:
+            _same(name, facts["options"].get(name), ours["options"][name])
         _same("model.train_head", facts.get("train_head", True), self.train_head)  # older ones trained it
         for name, value in ours["draft_config"].items():
             _same(f"draft_config.{name}", facts["draft_config"].get(name), value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class AnsweringEngine(AsynchronousEngine[Answered]):
     def room(self) -> tuple[int, int]:
         return super().room() if self._llm is not None and not self._ends else (0, 0)
 
-    def take_draft(self, path: str, step: int) -> bool:
+    def take_draft(self, path: str, step: int, speculative: Mapping[str, Any]) -> bool:
         if self._llm is not None and not self._ends:
             problem = self._reload(path)
             if not problem:
@@ -77,7 +78,7 @@ class AnsweringEngine(AsynchronousEngine[Answered]):
         if self._held:  # answers of the old one, which are reported as they come
             return False
         self.end()
-        self._launch(path)
+        self._launch(speculative)
         self._ends = False
         log.info("vLLM is up with the draft of step %d", step)
         return True
@@ -87,7 +88,7 @@ class AnsweringEngine(AsynchronousEngine[Answered]):
         said = asyncio.run_coroutine_threadsafe(self._llm.collective_rpc("take_draft", args=(path,)), self._loop).result(_LOADS)
         return next((str(problem) for problem in said if problem), "")
 
-    def _launch(self, path: str) -> None:
+    def _launch(self, speculative: Mapping[str, Any]) -> None:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         config, device = self.job.config, self.job.device
@@ -95,7 +96,7 @@ class AnsweringEngine(AsynchronousEngine[Answered]):
         if device != "cpu":
             arguments.setdefault("tensor_parallel_size", own_devices(device))
         arguments |= {
-            "speculative_config": {"method": "eagle3", "model": path, "num_speculative_tokens": self.policy.num_speculative_tokens},
+            "speculative_config": dict(speculative),
             "worker_extension_cls": EXTENSION,
             "disable_log_stats": False,  # they count drafts
         }

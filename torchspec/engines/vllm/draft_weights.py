@@ -39,12 +39,13 @@ class DraftWeights:
         except ImportError:
             return "this vLLM cannot reload weights in place"
         target = runner.get_model()
-        if getattr(target, "lm_head", None) is model.lm_head:
-            return "vLLM found the first draft's head equal to the target's, and lets them share it"
-        shared = getattr(getattr(target, "model", None), "embed_tokens", None) is getattr(model.model, "embed_tokens", None)
         tensors = {name: tensor for file in sorted(Path(path).glob("*.safetensors")) for name, tensor in load_file(file).items()}
         if not tensors:
             return f"there are no weights in {path}"
+        head = getattr(model, "lm_head", None)
+        if "lm_head.weight" in tensors and head is not None and getattr(target, "lm_head", None) is head:
+            return "vLLM found the first draft's head equal to the target's, and lets them share it"
+        shared = getattr(getattr(target, "model", None), "embed_tokens", None) is getattr(model.model, "embed_tokens", None)
         if shared:
             tensors.pop("embed_tokens.weight", None)
         initialize_layerwise_reload(model)

@@ -132,6 +132,9 @@ class BlockFamily:
             rows.append(("selector", f"rank {config.selector_rank}, {config.selector_candidates} candidates"))
         return rows
 
+    def card_of_training(self, options: BlockOptions) -> list[tuple[str, str]]:
+        return [(name.replace("_", " "), str(value)) for name, value in asdict(options).items()]
+
 
 DFLASH = BlockFamily("dflash", "DFlash", "arXiv 2602.06036", "dflash", "dflash", "DFLASH")
 DSPARK = BlockFamily("dspark", "DSpark", "arXiv 2607.05147", "dspark", "dspark", "DSPARK", ("markov_head.markov_w2.weight",))

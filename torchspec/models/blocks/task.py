@@ -25,7 +25,6 @@ from torchspec.models.ops.head_loss import target_distribution
 from torchspec.models.ops.loss_formulas import LossWeights, mixing
 from torchspec.models.ops.shared_weight import wide
 from torchspec.models.target_head import TargetHead, is_tied, read_embedding
-from torchspec.models.training.finite import named, not_finite
 
 _ROWS = 2**14
 """Draft rows at a time where no gradient is asked for."""
@@ -78,7 +77,7 @@ class BlockTask(nn.Module):
         should be; the layers begin random in any case.
 
         Raises:
-            UserError: 8-bit products, or a damaged target.
+            UserError: 8-bit products.
         """
         target, vocabulary = build.target, build.vocabulary
         if build.fp8:
@@ -87,9 +86,6 @@ class BlockTask(nn.Module):
         draft = BlockDraft(config, compute_dtype=build.compute_dtype, recompute=build.recompute)
         draft.set_embedding(head.weight if config.vocab_size == head.weight.shape[0] and is_tied(target) else read_embedding(target))
         draft.initialise()
-        if wrong := not_finite([*((name.removeprefix("norm_"), tensor) for name, tensor in head.named_buffers()), *draft.named_buffers()]):
-            problem = f"has a head, norm or embedding that is not made of numbers ({named(wrong)})"
-            raise UserError("data.target.path", target.config.path, problem, "the files are damaged: fetch or convert the target again")
         if head.bias is not None:
             rank_zero_warn("the target's head has a bias, which servers of block drafts leave out: its rows are taken without it")
         norm = head.rms_weight()
@@ -98,6 +94,11 @@ class BlockTask(nn.Module):
                 draft.norm.weight.copy_(_FLAT * norm)
         pruned = vocabulary is not None and vocabulary.size < config.vocab_size
         return cls(draft, head, draft_ids=vocabulary.draft_ids if vocabulary is not None and pruned else None, options=options, loss=build.loss)
+
+    @property
+    def watched(self) -> Tensor:
+        """The final norm's weight, which every loss reaches."""
+        return self.draft.norm.weight
 
     def forward(self, batch: PackedBatch, measure: bool = False) -> StepOutput:
         """Loss and metric sums of a batch.
@@ -211,6 +212,7 @@ class BlockTask(nn.Module):
             sums |= {"alpha": chance.sum(0), "alpha_so_far": chance.cumprod(1).sum(0)}
         sums |= {name: table(values.detach()).sum(0) for name, values in extra.items()}
         sums |= {"loss": table(found.per_slot.detach()).sum(0), "objective": table(objective).sum(0)}
+        sums["normaliser"] = torch.full_like(sums["objective"], blocks)
         return _Part(loss, sums, right.sum(1), followed.sum(1))
 
     def _nothing(self, measure: bool) -> StepOutput:
@@ -223,4 +225,4 @@ class BlockTask(nn.Module):
         names += ["confidence_loss", "confidence"] if confident else ["selector_loss"] if config.kind == "dflash2" else []
         empty = torch.zeros(config.horizon, device=zero.device)
         nothing = torch.zeros(0, dtype=torch.int64, device=zero.device)
-        return StepOutput(zero, {name: empty for name in [*names, "loss", "objective"]}, nothing, nothing)
+        return StepOutput(zero, {name: empty for name in [*names, "loss", "objective", "normaliser"]}, nothing, nothing)

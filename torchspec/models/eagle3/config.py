@@ -6,15 +6,13 @@ checked by name. Options and their meaning: EAGLE-3 (arXiv 2503.01840), EAGLE-3.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from torchspec.errors import UserError
 from torchspec.models.draft_defaults import default_rope, default_width, whole
 from torchspec.models.ops.rope_parameters import check_rope
-from torchspec.paths import home
 from torchspec.target import Target
 
 
@@ -175,40 +173,48 @@ class DraftConfig:
         return cls(**{**described, **changes})
 
     @classmethod
-    def from_json(cls, path: str | Path, *, target: Target, aux_layers: tuple[int, ...]) -> DraftConfig:
-        """A user's architecture file: fields of this class, the ones left out taken from the target.
+    def from_fields(cls, given: Mapping[str, Any], *, target: Target, aux_layers: tuple[int, ...], where: str) -> DraftConfig:
+        """A user's architecture: fields of this class, the ones left out taken from the target.
 
         Transformers' own names for heads and layers (``num_attention_heads``, ``num_key_value_heads``, ``num_hidden_layers``) are understood too.
 
         Raises:
-            UserError: a missing file, unknown keys, or sizes that do not fit the target.
+            UserError: unknown keys, or sizes that do not fit the target.
         """
-        file = home(Path(path))
-        if not file.is_file():
-            raise UserError("model.draft", str(path), "does not exist", "give a JSON file such as configs/drafts/eagle3.json")
-        try:
-            given = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError("model.draft", str(path), f"is no JSON ({error})", "correct the file") from error
-        given = {_ALIASES.get(name, name): value for name, value in given.items()}
-        unknown = sorted(given.keys() - {f.name for f in fields(cls)})
+        named = {_ALIASES.get(name, name): value for name, value in given.items()}
+        unknown = sorted(named.keys() - {f.name for f in fields(cls)})
         if unknown:
-            raise UserError(f"model.draft ({file.name})", unknown, "are no fields of a draft", "remove them; docs/configuration.md lists the fields")
+            raise UserError(where, unknown, "are no fields of a draft", "remove them; docs/configuration.md lists the fields")
         fixed = {"vocab_size": target.vocab_size, "target_hidden_size": target.hidden_size}
         for name, value in fixed.items():
-            if given.get(name, value) != value:
-                raise UserError(f"model.draft ({file.name}: {name})", given[name], f"does not fit the target, which has {value}", "leave it out")
-        if "aux_layers" in given and tuple(given["aux_layers"]) != tuple(aux_layers):
-            raise UserError(
-                f"model.draft ({file.name}: aux_layers)", given["aux_layers"], f"differs from model.aux_layers={list(aux_layers)}", "set model.aux_layers alone"
-            )
-        given.pop("aux_layers", None)
-        if isinstance(given.get("mla"), dict):
-            wrong = sorted(given["mla"].keys() ^ {f.name for f in fields(LatentSizes)})
+            if named.get(name, value) != value:
+                raise UserError(_inside(where, name), named[name], f"does not fit the target, which has {value}", "leave it out")
+        if tuple(named.pop("aux_layers", aux_layers)) != tuple(aux_layers):
+            problem = f"differs from model.aux_layers={list(aux_layers)}"
+            raise UserError(_inside(where, "aux_layers"), given["aux_layers"], problem, "set model.aux_layers alone")
+        if isinstance(named.get("mla"), dict):
+            wrong = sorted(named["mla"].keys() ^ {f.name for f in fields(LatentSizes)})
             if wrong:
-                raise UserError(f"model.draft ({file.name}: mla)", wrong, "are missing or unknown", "docs/configuration.md lists the five sizes")
-            given["mla"] = LatentSizes(**given["mla"])
-        return cls.from_target(target, aux_layers=aux_layers, **given)
+                raise UserError(_inside(where, "mla"), wrong, "are missing or unknown", "docs/configuration.md lists the five sizes")
+            named["mla"] = LatentSizes(**named["mla"])
+        return cls.from_target(target, aux_layers=aux_layers, **named)
+
+
+def default_layers(target: Target) -> tuple[int, ...]:
+    """Aux layers [2, L//2, L-3], those of the paper as vLLM serves them.
+
+    Raises:
+        UserError: the target has fewer than seven layers.
+    """
+    layers = target.num_layers
+    if layers < 7:
+        raise UserError("model.aux_layers", None, f"has no default for a target of {layers} layers", "list the indices, for example [1, 2]")
+    return (2, layers // 2, layers - 3)
+
+
+def _inside(where: str, name: str) -> str:
+    """``model.draft (FILE: NAME)``."""
+    return f"{where[:-1]}: {name})"
 
 
 _ALIASES = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads", "num_hidden_layers": "num_layers"}

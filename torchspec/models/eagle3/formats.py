@@ -9,16 +9,17 @@ plain forms.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchspec.errors import UserError
-from torchspec.models.eagle3.config import DraftConfig
+from torchspec.models.eagle3.config import DraftConfig, default_layers
+from torchspec.models.family import FORMATS, Draft, Format
+from torchspec.models.target_head import read_embedding
 from torchspec.target import Target
 
-Format = Literal["vllm", "speculators", "sglang"]
-FORMATS: tuple[Format, ...] = ("vllm", "speculators", "sglang")
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 """Options that every server reads by these names; absent means off in the plain forms."""
 SPECULATORS_VERSION = "0.9.0"
@@ -51,12 +52,26 @@ def describe(
     described = {"architectures": [_architecture(config)], **network, "draft_vocab_size": config.draft_vocab_size, **types}
     described["target_hidden_size"] = config.target_hidden_size
     described |= {flag: True for flag in FLAGS if getattr(config, flag)}
-    if target.num_layers < 7 or tuple(config.aux_layers) != target.aux_layers(None):
+    if target.num_layers < 7 or tuple(config.aux_layers) != default_layers(target):
         described["eagle_aux_hidden_state_layer_ids"] = list(config.aux_layers)
         described["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [i - 1 for i in config.aux_layers], "use_aux_hidden_state": True}
     if unroll_steps is not None:
         described["torchspec"] = {"unroll_steps": unroll_steps, "target": target_name or target.config.path, "target_fingerprint": target.fingerprint}
     return described
+
+
+def written(draft: Draft, target: Target, *, form: Format, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of a draft as servers look for them: its own, the target's embedding table, and ``d2t`` and ``t2d`` of a pruned vocabulary."""
+    config, vocabulary, tensors = draft.config, draft.vocabulary, dict(draft.weights)
+    if "embed_tokens.weight" not in tensors:
+        tensors["embed_tokens.weight"] = read_embedding(target).to(dtype).contiguous()
+    if form == "sglang":
+        for i in range(1, config.num_layers):  # SGLang's name of that norm; vLLM reads the other, and both must be there to serve alike
+            tensors[f"layers.{i}.hidden_norm.weight"] = tensors[f"layers.{i}.input_layernorm.weight"].clone()
+    if vocabulary is not None and vocabulary.size < config.vocab_size:
+        tensors["d2t"] = vocabulary.d2t.contiguous()
+        tensors["t2d"] = vocabulary.t2d.contiguous()
+    return tensors
 
 
 def refuse_unserved(config: DraftConfig, target: Target, *, form: Format) -> None:

@@ -18,19 +18,16 @@ from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
 from torchspec.models.eagle3.config import DraftConfig
 from torchspec.models.eagle3.network import Eagle3Draft
-from torchspec.models.family import Init
+from torchspec.models.family import Build
 from torchspec.models.metrics import StepOutput
 from torchspec.models.ops import kernels
-from torchspec.models.ops.fp8 import Fp8, check
+from torchspec.models.ops.fp8 import check
 from torchspec.models.ops.head_loss import HeadResult, head_loss, split_steps, target_distribution
 from torchspec.models.ops.head_loss_fused import FusedPlan, fused_head_loss
 from torchspec.models.ops.loss_formulas import FORWARD_KL, LossWeights, mixing
 from torchspec.models.ops.shared_weight import wide
 from torchspec.models.target_head import TargetHead, is_tied, read_embedding
-from torchspec.models.training.finite import named, not_finite
-from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.supervision import as_unroll
-from torchspec.target import Target
 
 _FLAT = 0.3
 """Scale of the final norm at the start, see :func:`start_from_target`."""
@@ -61,56 +58,34 @@ class DraftTask(nn.Module):
             head.put_first(draft_ids)
         self.loss = loss
         self.register_buffer("mean_alpha", torch.zeros(len(step_weights)), persistent=False)
-        self.register_buffer("step_weights", torch.tensor(step_weights, dtype=torch.float32), persistent=False)
+        self.register_buffer("step_weights", torch.tensor(step_weights, dtype=torch.float64), persistent=False)
 
     @classmethod
-    def build(
-        cls,
-        config: DraftConfig,
-        *,
-        target: Target,
-        vocabulary: VocabularyMapping | None,
-        step_weights: list[float],
-        compute_dtype: torch.dtype,
-        device: torch.device,
-        init: Init,
-        loss: LossWeights = FORWARD_KL,
-        recompute: bool = False,
-        fp8: Fp8 = Fp8.NONE,
-        train_head: bool = True,
-    ) -> DraftTask:
+    def build(cls, config: DraftConfig, build: Build, *, step_weights: list[float]) -> DraftTask:
         """A fresh task for a target; weights from torch's global random state.
 
         Args:
             config: the draft's architecture.
-            target: gives embedding table, head and final norm.
-            vocabulary: of the draft; None for the whole one.
+            build: the rest. ``init``: ``random``, ``target_head`` for that with the target's head, or ``target`` for
+                :func:`start_from_target`; where the hidden sizes differ all three are ``random``. Without ``train_head`` the head stays at
+                :func:`served_rows`, whatever ``init``. ``recompute`` and ``fp8``: see :class:`~torchspec.models.eagle3.network.Eagle3Draft`.
             step_weights: [K] w_k.
-            compute_dtype: of the draft.
-            device: that it will train on; decides the type of the target head (:func:`torchspec.hardware.working_dtype`).
-            init: ``random``, ``target_head`` for that with the target's head, or ``target`` for
-                :func:`start_from_target`; where the hidden sizes differ all three are ``random``.
-            loss: which losses, by weight.
-            recompute, fp8: see :class:`~torchspec.models.eagle3.network.Eagle3Draft`.
-            train_head: False keeps the head at :func:`served_rows`, whatever ``init``.
 
         Raises:
             UserError: ``train_head`` is off for a draft of another hidden size than the target's.
         """
+        target, vocabulary, device, init, train_head = build.target, build.vocabulary, build.device, build.init, build.train_head
         alike = config.hidden_size == config.target_hidden_size
         if not train_head and not alike:
             problem = f"needs a draft of the target's hidden size {config.target_hidden_size}: this one's is {config.hidden_size}"
             raise UserError("model.train_head", False, problem, "leave hidden_size out of the draft's file, or train the head")
-        if fp8:
-            check(device, config, fp8)
+        if build.fp8:
+            check(device, config, build.fp8)
         head = TargetHead.of(target).to(working_dtype(target.dtype, device))
-        draft = Eagle3Draft(config, compute_dtype=compute_dtype, recompute=recompute, fp8=fp8)
+        draft = Eagle3Draft(config, compute_dtype=build.compute_dtype, recompute=build.recompute, fp8=build.fp8)
         draft.initialise()
         if not config.owns_embedding:
             draft.set_embedding(head.weight if config.vocab_size == head.weight.shape[0] and is_tied(target) else read_embedding(target))
-        if wrong := not_finite([*((name.removeprefix("norm_"), tensor) for name, tensor in head.named_buffers()), *draft.named_buffers()]):
-            problem = f"has a head, norm or embedding that is not made of numbers ({named(wrong)})"
-            raise UserError("data.target.path", target.config.path, problem, "the files are damaged: fetch or convert the target again")
         pruned = vocabulary is not None and vocabulary.size < config.vocab_size
         ids = vocabulary.draft_ids if vocabulary is not None and pruned else None
         if init == "target" and alike:
@@ -122,7 +97,12 @@ class DraftTask(nn.Module):
             draft.lm_head.weight.requires_grad_(False)
             if head.bias is not None:
                 rank_zero_warn("model.train_head=false: the target's head has a bias, which a draft's head cannot have; its rows are taken without it")
-        return cls(draft, head, draft_ids=ids, step_weights=step_weights, loss=loss)
+        return cls(draft, head, draft_ids=ids, step_weights=step_weights, loss=build.loss)
+
+    @property
+    def watched(self) -> Tensor:
+        """The final norm's weight, which every loss reaches."""
+        return self.draft.norm.weight
 
     def forward(self, batch: PackedBatch, measure: bool = False) -> StepOutput:
         """Loss and metric sums of a batch.
@@ -181,13 +161,14 @@ class DraftTask(nn.Module):
             token = result.chosen if self.head.order is None else self.head.order[result.chosen]
             followed = table((token == batch.input_ids[rows.at + rows.step + 2],), torch.int64).cumprod(0).sum(0)
         sums = {name: values.to(loss_sum.dtype) for name, values in found.items()}
-        return StepOutput(loss, {**sums, "loss": loss_sum}, so_far.sum(0), followed)
+        objective = self._of_steps(steps)[0].double() * loss_sum.double()
+        return StepOutput(loss, {**sums, "loss": loss_sum, "objective": objective, "normaliser": sums["rows"]}, so_far.sum(0), followed)
 
     def _nothing(self, steps: int, measure: bool) -> StepOutput:
         """A zero tied to every trainable parameter."""
         zero = torch.stack([parameter.float().sum() for parameter in self.parameters() if parameter.requires_grad]).sum() * 0.0
         alpha = ["alpha", "alpha_so_far"] if measure or self.loss.needs_alpha else []
-        names = ["rows", "correct", "correct_so_far", *alpha, "loss"]
+        names = ["rows", "correct", "correct_so_far", *alpha, "loss", "objective", "normaliser"]
         empty = torch.zeros(steps, device=self.step_weights.device)
         nothing = torch.zeros(0, dtype=torch.int64, device=empty.device)
         return StepOutput(zero, {name: empty for name in names}, nothing, nothing)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -51,12 +52,14 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], *, max_shard_size: s
     return list(split.filename_to_tensors)
 
 
-def locate_draft(source: str, *, revision: str | None = None) -> tuple[Path, Path | None]:
+def locate_draft(source: str, *, revision: str | None = None, beside: Sequence[str] = (), weights: bool = True) -> tuple[Path, Path | None]:
     """Folder that holds a draft's files, and its weights where ``source`` is one file.
 
     Args:
         source: a directory, one file of weights with its ``config.json`` beside it, or a hub id.
         revision: branch, tag or commit of a hub id.
+        beside: names of further files that it may have.
+        weights: whether they are wanted too, and not ``config.json`` alone.
 
     Raises:
         UserError: nothing there.
@@ -72,7 +75,8 @@ def locate_draft(source: str, *, revision: str | None = None) -> tuple[Path, Pat
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=["config.json", "*.safetensors", INDEX, _PICKLED])), None
+        files = ["config.json", *(["*.safetensors", INDEX, _PICKLED, *beside] if weights else [])]
+        return Path(snapshot_download(source, revision=revision, allow_patterns=files)), None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError("draft", source, f"cannot be fetched{through_to_hub()} ({reason})", "check the hub id and the network, or give a directory") from error

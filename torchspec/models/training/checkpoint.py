@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from torchspec.errors import UserError
+from torchspec.models.families import with_family
 from torchspec.models.training.finite import no_longer_numbers, not_finite
 from torchspec.paths import home
 
 _FOLDER_FACTS = "meta.pt"
 """Lightning's name of the file beside the shards that holds everything but weights and optimizer."""
 
-_FACTS = ("draft_config", "target", "unroll_steps", "step_weights", "draft_ids")
+_FACTS = ("draft_config", "target", "family", "options", "draft_ids")
 """What every ``torchspec`` entry holds."""
 _UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError)
 _ANOTHER = "use another checkpoint"
@@ -233,6 +234,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     facts: dict[str, Any] | None = read_entries(path).get("torchspec")
     if facts is None:
         raise UserError("ckpt_path", str(path), "holds no torchspec entry: it is no checkpoint of a draft", "give one that fit wrote")
+    facts = with_family(facts)
     missing = [name for name in _FACTS if name not in facts]
     if missing:
         raise UserError("ckpt_path", str(path), f"lacks {', '.join(f'torchspec.{name}' for name in missing)}", _ANOTHER)
@@ -240,7 +242,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def read_draft_weights(path: Path, which: Literal["raw", "average"] | None = None) -> dict[str, Tensor]:
-    """The draft's trained tensors by their name in ``Eagle3Draft``, fp32, whole.
+    """The draft's trained tensors by their name in its network, fp32, whole.
 
     Args:
         path: of the checkpoint.
