@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from torchspec.engines.engine import EngineStats, Job
-from torchspec.engines.messages import Failed, Finished, Lease
-from torchspec.engines.record_writer import Captured, RecordWriter
+from torchspec.engines.messages import Failed, Finished, Lease, result_of
+from torchspec.engines.record_writer import CapturedSample, RecordWriter
 from torchspec.engines.table import EngineKind
 from torchspec.target import Target
 
@@ -24,6 +24,7 @@ class PlainEngine:
         self.spec = self.target.record_spec(job.spec.aux_layers, tokenizer=job.spec.tokenizer)
         self.max_tokens = int(self.target.hf_config.max_position_embeddings)
         self.waiting: list[Lease] = []
+        self.writing: dict[str, Lease] = {}  # by the key of the record
         self.samples = self.tokens = 0
 
     def start(self) -> dict[str, Any]:
@@ -54,10 +55,12 @@ class PlainEngine:
             found = self.model(ids[None].long(), output_hidden_states=True, use_cache=False).hidden_states
             last = self.last.pop()
             states = (*found[:-1], last)  # index L is what enters the final norm; Transformers gives what leaves it
-            self.writer.write(Captured([lease], [ids], torch.cat([states[i] for i in self.spec.aux_layers], dim=-1), last))
+            aux = torch.cat([states[i][0] for i in self.spec.aux_layers], dim=-1)
+            self.writing[lease.key] = lease
+            self.writer.write([CapturedSample(lease.key, ids, ids.numel(), lambda: (aux, last[0]))])
             self.samples, self.tokens = self.samples + 1, self.tokens + ids.numel()
-        written = self.writer.results(timeout)
-        return [done for w in written for done in w.finished], [failed for w in written for failed in w.failed]
+        results = [result_of(self.writing.pop(wrote.key), wrote) for wrote in self.writer.results(timeout)]
+        return [r for r in results if isinstance(r, Finished)], [r for r in results if isinstance(r, Failed)]
 
     def stats(self) -> EngineStats:
         return EngineStats(self.samples, self.tokens, 0.0, 0.0)
