@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from torchspec.data.datamodule import DraftDataModule
 from torchspec.data.sources import weighted_sources
 from torchspec.engines.engine import EngineConfig, OnPolicy, Sampling
 from torchspec.errors import UserError
+from torchspec.models.module import DraftModule
 from torchspec.target import TargetConfig
+from torchspec.transfer.record import RecordSpec
 
 
 @pytest.mark.parametrize(
@@ -143,3 +146,27 @@ def test_configurations_of_extract(world: tuple[str, str], tmp_path: Path, capsy
     with pytest.raises(SystemExit) as done:
         main(["extract", *[files.get(word, word) for word in words], *more])
     assert done.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", [{}, {"aux_layers": [0, 2]}, {"family": "dflash"}, {"family": "dflash", "aux_layers": [1]}, "a draft's file"])
+@pytest.mark.parametrize("on_the_command_line", [False, True])
+def test_extract_captures_what_the_same_configuration_trains_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any, on_the_command_line: bool) -> None:
+    """Whatever of the model decides it: aux layers, family, the file of the draft."""
+    target = str(save_target(tmp_path / "target", layers=8))
+    conversations = save_conversations(tmp_path / "in.jsonl", 3)
+    if isinstance(model, str):
+        (tmp_path / "draft.json").write_text(json.dumps({"family": "dspark"}))
+        model = {"draft": str(tmp_path / "draft.json")}
+    captured: list[tuple[int, ...]] = []
+
+    def stop(folder: Path, spec: RecordSpec, **rest: Any) -> None:
+        captured.append(spec.aux_layers)
+        raise UserError("extract", None, "ends here", "nothing")
+
+    monkeypatch.setattr("torchspec.data.extract.ShardWriter", stop)
+    run = {"data": {"target": {"path": target}, "train": str(conversations)}, "model": {} if on_the_command_line else model}
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    words = [f"--model.{name}={value}" for name, value in model.items()] if on_the_command_line else []
+    with pytest.raises(SystemExit):
+        main(["extract", "--config", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "records"), *words])
+    assert captured == [DraftModule(TargetConfig(target), **model).aux_layers]
