@@ -60,7 +60,7 @@ def main() -> None:
         report = out / "vllm_acceptance.json"
         run(
             *(sys.executable, "main.py", "acceptance", "--target", str(target), "--draft", str(draft), "--prompts", str(HERE / "data/validate.jsonl")),
-            *("--num_speculative_tokens", "3", "--max_new_tokens", "256", "--compare", "false", "--output", str(report)),
+            *("--num_speculative_tokens", "3", "--max_new_tokens", "112", "--compare", "false", "--output", str(report)),
         )
         served = json.loads((ROOT / report).read_text())
 
