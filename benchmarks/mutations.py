@@ -124,7 +124,7 @@ TWINS = (
              "index_add_(0, place + shift, part.to", "index_copy_(0, place + shift, part.to", _UNROLL),
     Mutation("twins", "a weight's gradient of the first step alone", "models/ops/shared_weight.py",
              "torch.cat(outs) if len(outs) > 1 else outs[0]).t(), torch.cat(ins) if len(ins) > 1 else ins[0]", "outs[0]).t(), ins[0]", _UNROLL),
-    Mutation("twins", "a state's target of the step before", "models/ops/head_loss.py", "torch.cat([entries + k for k", "torch.cat([entries for k", _UNROLL),
+    Mutation("twins", "a state's target of the step before", "models/eagle3/task.py", "torch.cat([entries + k for k", "torch.cat([entries for k", _UNROLL),
     Mutation("twins", "the likeliest token inside taken for the likeliest", "models/ops/head_loss.py",
              "inside[low:high] = highest >= rest.amax(dim=-1)", "pass", _PRUNED),
     Mutation("twins", "mass of the draft's vocabulary left out", "models/ops/loss_formulas.py",

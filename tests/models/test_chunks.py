@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchspec.models.eagle3.task import target_uses
 from torchspec.models.ops.head_loss_fused import _CHUNK_ELEMENTS, _CHUNK_ROWS, _TILE, chunks
 from torchspec.supervision import Unroll, turns
 
@@ -17,7 +18,7 @@ def test_cut(answers: list[int], width: int, steps: int) -> None:
     mask = np.concatenate([np.zeros(1, dtype=np.uint8), *[np.array([0] + [1] * length, dtype=np.uint8) for length in answers]])
     cu = np.array([0, len(mask)])
     rows = Unroll(steps).rows(turns(mask, cu), cu)
-    depth, cut = rows.depth.numpy(), chunks(rows, width)
+    depth, cut = rows.depth.numpy(), chunks(target_uses(rows.depth), steps, width)
     total, most = len(depth), max(1, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // width) // steps)
     lows, ends = [low for low, *_ in cut], [high for _, high, *_ in cut]
     assert lows == [0, *ends[:-1]] and ends[-1] == total
@@ -41,5 +42,5 @@ def test_cut(answers: list[int], width: int, steps: int) -> None:
 def test_the_last_chunk_is_no_single_row(steps: int, total: int, width: int, sizes: list[int]) -> None:
     mask = np.array([0] + [1] * (total + 1), dtype=np.uint8)
     cu = np.array([0, len(mask)])
-    cut = chunks(Unroll(steps).rows(turns(mask, cu), cu), width)
+    cut = chunks(target_uses(Unroll(steps).rows(turns(mask, cu), cu).depth), steps, width)
     assert [high - low for low, high, *_ in cut] == sizes

@@ -31,6 +31,20 @@ def test_equals_the_textbook(ids: list[int] | None, weights: dict[str, float], r
             torch.testing.assert_close(got, 3.0 * slow, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("ids", [None, PRUNED], ids=["full", "pruned"])
+@pytest.mark.parametrize("weights", [{"cross_entropy": 1.0}, {"tv": 1.0}, {name: 0.3 + 0.1 * i for i, name in enumerate(NAMES)}], ids="+".join)
+def test_labels_decide_cross_entropy_alone(ids: list[int] | None, weights: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family may take the token of the text for right; one without a draft row adds nothing to cross-entropy."""
+    monkeypatch.setattr(loss_module, "_chunks", lambda total, *_: [(low, min(low + 3, total)) for low in range(0, total, 3)])
+    setting = Setting(ids)
+    label = torch.tensor([3, -1, 0, 10, 2, 5, -1, 7, 1, -1, 4])
+    total, gradients, sums = setting.expected(weights, label)
+    value, fast, fast_sums = setting.found(weights, True, label)
+    assert value.item() == pytest.approx(total.item(), rel=1e-10) and fast_sums == pytest.approx(sums, rel=1e-10)
+    for slow, got in zip(gradients, fast, strict=True):
+        torch.testing.assert_close(got, 3.0 * slow, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_the_values_where_p_is_rounded(name: str) -> None:
     """In bf16 the likeliest token of a sure target is rounded so far that p does not add up to 1: the gradient has to be that of the value all the same."""

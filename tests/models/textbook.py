@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.models.differences import relative
 from tests.models.packs import PlainNorm
-from torchspec.models.ops.head_loss import head_loss, target_distribution
+from torchspec.models.ops.head_loss import HeadPlan, head_loss
 from torchspec.models.ops.loss_formulas import LossWeights, mixing
 from torchspec.models.target_head import TargetHead
 
@@ -66,33 +66,39 @@ class Setting:
     def inputs(self) -> list[Tensor]:
         return [*self.states, self.norm, self.weight]
 
-    def expected(self, weights: dict[str, float]) -> tuple[Tensor, list[Tensor], list[float]]:
-        """Loss, gradients and loss sums by step, of the textbook."""
+    def expected(self, weights: dict[str, float], label: Tensor | None = None) -> tuple[Tensor, list[Tensor], list[float]]:
+        """Loss, gradients and loss sums by step, of the textbook; with labels cross-entropy is theirs."""
         ids = self.ids or list(range(V))
         total, sums = torch.zeros((), dtype=torch.float64), []
         for k, (index, state) in enumerate(zip(self.index, self.states, strict=True)):
             summed = torch.zeros((), dtype=torch.float64)
             for row, j in enumerate(index.tolist()):
                 full = torch.softmax(self.head.logits(self.last[j + k][None])[0], 0)
-                if int(full.argmax()) not in ids:
-                    continue
                 x = state[row]
                 z = self.weight @ (x / torch.sqrt((x * x).mean() + 1e-5) * self.norm)
-                summed = summed + sum(w * textbook(name, z, full, ids, MEAN_ALPHA[k]) for name, w in weights.items())
+                given = None if label is None else int(label[len(self.index[0]) * k + row])
+                if given is not None and given >= 0:
+                    summed = summed - weights.get("cross_entropy", 0.0) * torch.log_softmax(z, 0)[given]
+                if int(full.argmax()) not in ids:
+                    continue
+                left = weights if given is None else {name: w for name, w in weights.items() if name != "cross_entropy"}
+                summed = summed + sum(w * textbook(name, z, full, ids, MEAN_ALPHA[k]) for name, w in left.items())
             total = total + SCALE[k] * summed
             sums.append(float(summed.detach()))
         return total, list(torch.autograd.grad(total, self.inputs())), sums
 
-    def found(self, weights: dict[str, float], measure: bool) -> tuple[Tensor, list[Tensor], list[float]]:
+    def found(self, weights: dict[str, float], measure: bool, label: Tensor | None = None) -> tuple[Tensor, list[Tensor], list[float]]:
         """Loss, gradients of three times the loss, and loss sums by step, of the fast path."""
         losses = LossWeights.of(weights)
-        target = target_distribution(self.head, self.last, dtype=torch.float64, mass=measure or losses.needs_alpha)
-        result = head_loss(
-            self.states, self.norm, self.weight, target, self.index,
-            eps=1e-5, scale=torch.tensor(SCALE, dtype=torch.float64), weights=losses, mixing=mixing(torch.tensor(MEAN_ALPHA, dtype=torch.float64)),
-            measure=measure,
+        target = torch.cat([entries + k for k, entries in enumerate(self.index)])
+        plan = HeadPlan(
+            self.head, self.last, target=target, uses=target.bincount(minlength=self.last.shape[0]),
+            group=torch.cat([torch.full_like(entries, k) for k, entries in enumerate(self.index)]), scale=torch.tensor(SCALE, dtype=torch.float64),
+            mixing=mixing(torch.tensor(MEAN_ALPHA, dtype=torch.float64)), weights=losses, eps=1e-5, measure=measure, train=True, label=label,
         )  # fmt: skip
-        return result.loss, list(torch.autograd.grad(result.loss * 3.0, self.inputs())), result.loss_sum.tolist()
+        result = head_loss(plan, self.states, self.norm, self.weight)
+        sums = [float(part.sum()) for part in result.per_row.split([len(entries) for entries in self.index])]
+        return result.loss, list(torch.autograd.grad(result.loss * 3.0, self.inputs())), sums
 
 
 def against_textbook(weights: dict[str, float], ids: list[int] | None) -> dict[str, float]:

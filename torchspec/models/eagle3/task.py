@@ -6,8 +6,6 @@ collective.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -20,10 +18,8 @@ from torchspec.models.eagle3.config import DraftConfig
 from torchspec.models.eagle3.network import Eagle3Draft
 from torchspec.models.family import Build
 from torchspec.models.metrics import StepOutput
-from torchspec.models.ops import kernels
 from torchspec.models.ops.fp8 import check
-from torchspec.models.ops.head_loss import HeadResult, head_loss, split_steps, target_distribution
-from torchspec.models.ops.head_loss_fused import FusedPlan, fused_head_loss
+from torchspec.models.ops.head_loss import HeadPlan, HeadResult, head_loss
 from torchspec.models.ops.loss_formulas import FORWARD_KL, LossWeights, mixing
 from torchspec.models.ops.shared_weight import wide
 from torchspec.models.target_head import TargetHead, is_tied, read_embedding
@@ -120,15 +116,21 @@ class DraftTask(nn.Module):
         last = batch.last[rows.base + 1]
         weights, alpha = self._of_steps(steps)
         scale = weights.to(wide(draft.compute_dtype)) / batch.counts.clamp(min=1.0)
-        rules: dict[str, Any] = {"eps": norm.eps, "scale": scale, "weights": self.loss, "mixing": mixing(alpha), "measure": measure}
-        if kernels.usable(states[0]):
-            plan = FusedPlan(self.head, last, rows, train=torch.is_grad_enabled(), fp8=draft.fp8, **rules)
-            result = split_steps(*fused_head_loss(plan, states, norm.weight, draft.lm_head.weight), rows.index)
-        else:
-            mass = measure or self.loss.needs_alpha
-            target = target_distribution(self.head, last, dtype=draft.compute_dtype, mass=mass)
-            result = head_loss(states, norm.weight, draft.lm_head.weight, target, rows.index, **rules)
-        return self._summed(result, batch)
+        plan = HeadPlan(
+            self.head,
+            last,
+            target=torch.cat([entries + k for k, entries in enumerate(rows.index)]),
+            uses=target_uses(rows.depth),
+            group=rows.step,
+            scale=scale,
+            mixing=mixing(alpha),
+            weights=self.loss,
+            eps=norm.eps,
+            measure=measure,
+            train=torch.is_grad_enabled(),
+            fp8=draft.fp8,
+        )
+        return self._summed(head_loss(plan, states, norm.weight, draft.lm_head.weight), batch)
 
     def _of_steps(self, steps: int) -> tuple[Tensor, Tensor]:
         """Weight and mean alpha of each step. A batch may be unrolled further than is trained (validation): those steps
@@ -141,28 +143,28 @@ class DraftTask(nn.Module):
 
     def _summed(self, result: HeadResult, batch: PackedBatch) -> StepOutput:
         """Over a table [K, R_0] of step and step-0 row, so that the number of operations is that of the sums and not of the steps."""
-        loss, loss_sum, hit, alpha = result.loss, result.loss_sum, result.hit, result.alpha
         rows = as_unroll(batch.rows)
         steps, total = rows.steps, rows.base.shape[0]
+        loss_sum = torch.stack([part.sum() for part in result.per_row.split([entries.shape[0] for entries in rows.index])])
         place = torch.cat(rows.index) + rows.step * total
 
-        def table(values: tuple[Tensor, ...], kind: torch.dtype) -> Tensor:
+        def table(values: Tensor, kind: torch.dtype) -> Tensor:
             """With 0 where a step does not supervise a row; the steps that do are the first ones."""
-            return torch.zeros(steps * total, dtype=kind, device=place.device).index_copy_(0, place, torch.cat(values).to(kind)).view(steps, total)
+            return torch.zeros(steps * total, dtype=kind, device=place.device).index_copy_(0, place, values.to(kind)).view(steps, total)
 
-        right = table(hit, torch.int64)
+        right = table(result.hit, torch.int64)
         so_far = right.cumprod(0)
         found = {"rows": (rows.where >= 0).sum(1), "correct": right.sum(1), "correct_so_far": so_far.sum(1)}
-        if alpha is not None:
-            chance = table(alpha, alpha[0].dtype)
+        if result.alpha is not None:
+            chance = table(result.alpha, result.alpha.dtype)
             found |= {"alpha": chance.sum(1), "alpha_so_far": chance.cumprod(0).sum(1)}
         followed = torch.zeros(0, dtype=torch.int64, device=place.device)
         if result.chosen is not None:
             token = result.chosen if self.head.order is None else self.head.order[result.chosen]
-            followed = table((token == batch.input_ids[rows.at + rows.step + 2],), torch.int64).cumprod(0).sum(0)
+            followed = table(token == batch.input_ids[rows.at + rows.step + 2], torch.int64).cumprod(0).sum(0)
         sums = {name: values.to(loss_sum.dtype) for name, values in found.items()}
         objective = self._of_steps(steps)[0].double() * loss_sum.double()
-        return StepOutput(loss, {**sums, "loss": loss_sum, "objective": objective, "normaliser": sums["rows"]}, so_far.sum(0), followed)
+        return StepOutput(result.loss, {**sums, "loss": loss_sum, "objective": objective, "normaliser": sums["rows"]}, so_far.sum(0), followed)
 
     def _nothing(self, steps: int, measure: bool) -> StepOutput:
         """A zero tied to every trainable parameter."""
@@ -172,6 +174,16 @@ class DraftTask(nn.Module):
         empty = torch.zeros(steps, device=self.step_weights.device)
         nothing = torch.zeros(0, dtype=torch.int64, device=empty.device)
         return StepOutput(zero, {name: empty for name in names}, nothing, nothing)
+
+
+def target_uses(depth: Tensor) -> Tensor:
+    """[R_0] states that have each step-0 row as their target, of the depths [R_0] of the rows: entry i is a state at steps 0 .. depth_i - 1, with targets
+    i .. i + depth_i - 1."""
+    total = depth.shape[0]
+    change = torch.zeros(total + 1, dtype=torch.int64)
+    change[:total] += 1
+    change.index_add_(0, torch.arange(total) + depth, torch.full_like(depth, -1))
+    return change[:total].cumsum(0)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
-"""Loss and metrics of the unroll, fused with the draft's final norm and head and with the target's head, a chunk of rows at a time.
+"""Loss and metrics of states, fused with the draft's final norm and head and with the target's head, a chunk of rows at a time.
 
-    z = lm_head(norm(h''_k[t]))        p = softmax(target logits over the draft rows)        losses of (z, p): models/ops/loss_formulas.py
+    z = lm_head(norm(h))        p = softmax(target logits over the draft rows)        losses of (z, p): models/ops/loss_formulas.py
 
-Target distributions are computed once for the step-0 rows and serve every step (row j at step k reads entry j+k). Draft logits live for one chunk: the
+Whose family the states are of is nothing to it: each names the target row that it is compared with, and what it weighs. Draft logits live for one chunk: the
 forward pass computes their gradient at once and multiplies it back into the gradients of hidden states, norm and head, so no [rows, W] tensor is kept and
 the backward pass only scales what is there.
 A position whose most likely token over the whole vocabulary is outside the draft vocabulary adds nothing to the loss and is a miss in every metric.
@@ -10,13 +10,15 @@ A position whose most likely token over the whole vocabulary is outside the draf
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchspec.models.ops import kernels
+from torchspec.models.ops.fp8 import Fp8
 from torchspec.models.ops.loss_formulas import LossWeights, RowTargets, row_losses
 from torchspec.models.ops.norms import rms_backward, rms_forward
 from torchspec.models.ops.shared_weight import wide
@@ -35,7 +37,7 @@ def _chunks(rows: int, width: int, device: torch.device) -> list[tuple[int, int]
 
 @dataclass(frozen=True)
 class TargetDistribution:
-    """What the target says at the step-0 rows, R of them."""
+    """What the target says at R states."""
 
     p: Tensor
     """[R, W] over the draft rows, rounded to the compute type; to fp32 where that is fp16, in which an improbable token's would be 0."""
@@ -55,7 +57,7 @@ def target_distribution(head: TargetHead, last: Tensor, *, dtype: torch.dtype, m
 
     Args:
         head: the frozen head, rows of the draft vocabulary first.
-        last: [R, D] states before the final norm, those that predict what step 0 predicts.
+        last: [R, D] states before the final norm.
         dtype: the compute type.
         mass: also the mass of the draft vocabulary (needs the sum over the whole one).
     """
@@ -81,81 +83,74 @@ def target_distribution(head: TargetHead, last: Tensor, *, dtype: torch.dtype, m
 
 
 @dataclass(frozen=True)
-class HeadResult:
-    """What one pass over the draft's head gives, per step and row."""
-
-    loss: Tensor
-    """Scalar: sum over steps of weight_k / count_k * loss sum."""
-    loss_sum: Tensor
-    """[K]."""
-    hit: tuple[Tensor, ...]
-    """K tensors [R_k] bool: the draft's most likely token is the target's."""
-    alpha: tuple[Tensor, ...] | None
-    """K tensors [R_k]: sum_v min(p(v), q(v)) with p over the whole vocabulary, the probability that sampling accepts."""
-    chosen: Tensor | None = None
-    """[sum R_k] int64, steps one after the other: the draft's most likely row, where it was measured."""
-
-
-@dataclass(frozen=True)
 class HeadPlan:
-    """What one pass needs besides tensors that have gradients."""
+    """What one pass needs besides tensors that have gradients: of M states, what each is compared with and what it weighs."""
 
-    target: TargetDistribution
-    rows: Tensor
-    """[sum R_k] target row of each state, steps one after the other."""
+    head: TargetHead
+    last: Tensor
+    """[R, D] target states before the final norm. Each goes through the target's head once, however many states it is the target of."""
+    target: Tensor
+    """[M] int64: the row of ``last`` whose distribution is each state's target."""
+    uses: Tensor
+    """[R] int64 on the host: how many states each row of ``last`` is the target of; chunks are cut by it."""
+    group: Tensor
+    """[M] int64: of which of the G groups (unroll steps, slots of a block) each state is."""
     scale: Tensor
-    """[sum R_k] weight_k / count_k of each."""
+    """[G] factor on loss and gradient: weight / count."""
     mixing: Tensor
-    """[sum R_k] lambda of ``lk_lambda`` of each."""
+    """[G] lambda of ``lk_lambda``."""
     weights: LossWeights
     eps: float
     """Of the final norm."""
     measure: bool
+    """Also alpha and what is chosen."""
     train: bool
     """Gradients are wanted. (Inside a function's forward autograd says what could have one, not whether it will be asked for.)"""
+    fp8: Fp8 = Fp8.NONE
+    """8-bit products with the draft's head, and in training with the target's rows of all other tokens: is one likelier, and how much mass is theirs. On a
+    GPU."""
+    label: Tensor | None = None
+    """[M] int64: the draft row that ``cross_entropy`` takes for right, -1 where that token has none; None takes the target's most likely one."""
+
+    @property
+    def needs_alpha(self) -> bool:
+        """Whether a loss or a metric asks for it."""
+        return self.measure or self.weights.needs_alpha
 
 
-def head_loss(
-    states: list[Tensor],
-    norm: Tensor,
-    weight: Tensor,
-    target: TargetDistribution,
-    index: tuple[Tensor, ...],
-    *,
-    eps: float,
-    scale: Tensor,
-    weights: LossWeights,
-    mixing: Tensor,
-    measure: bool,
-) -> HeadResult:
-    """Loss of all steps.
+@dataclass(frozen=True)
+class HeadResult:
+    """What one pass over the draft's head gives."""
+
+    loss: Tensor
+    """Scalar: sum over states of scale * loss."""
+    per_row: Tensor
+    """[M] loss before scale."""
+    hit: Tensor
+    """[M] bool: the draft's most likely token is the target's."""
+    alpha: Tensor | None
+    """[M]: sum_v min(p(v), q(v)) with p over the whole vocabulary, the probability that sampling accepts; where it is asked for."""
+    chosen: Tensor | None
+    """[M] int64: the draft's most likely row, where it is measured."""
+
+
+def head_loss(plan: HeadPlan, states: Sequence[Tensor], norm: Tensor, weight: Tensor) -> HeadResult:
+    """Loss of states through norm and head: in Triton's kernels on a GPU (``head_loss_fused.py``), in torch elsewhere, and where labels are given.
 
     Args:
-        states: K tensors [R_k, H], outputs of the layer stack before the final norm, in the compute type.
+        plan: targets and rules.
+        states: [M_i, H] each, M rows in all, before the final norm, in the compute type.
         norm: [H] weight of the final norm.
-        weight: [W, H], the draft's head; cast to the compute type here. Where it asks for no gradient (a frozen head)
-            none is made.
-        target: at the step-0 rows.
-        index: K tensors [R_k]: the step-0 row of each state; its target is ``index + k``.
-        eps: of the final norm.
-        scale: [K] weight_k / count_k.
-        weights: which losses.
-        mixing: [K] lambda of ``lk_lambda``.
-        measure: also alpha.
+        weight: [W, H], the draft's head. Where it asks for no gradient (a frozen head) the product that would make it is left out.
     """
-    step = torch.cat([torch.full_like(entries, k) for k, entries in enumerate(index)])
-    rows = torch.cat([entries + k for k, entries in enumerate(index)])
-    alpha_asked = measure or weights.needs_alpha
-    plan = HeadPlan(target, rows, scale[step], mixing[step], weights, eps, alpha_asked, torch.is_grad_enabled())
-    loss, per_row, hit, alpha, chosen = _HeadLoss.apply(plan, norm, weight, *states)
-    return split_steps(loss, per_row, hit, alpha if alpha_asked else None, chosen if measure else None, index)
+    if kernels.usable(states[0]) and plan.label is None:
+        from torchspec.models.ops.head_loss_fused import FusedLoss
 
-
-def split_steps(loss: Tensor, per_row: Tensor, hit: Tensor, alpha: Tensor | None, chosen: Tensor | None, index: tuple[Tensor, ...]) -> HeadResult:
-    """A result from flat lists over the rows of all steps, one step after the other."""
-    sizes = [entries.shape[0] for entries in index]
-    sums = torch.stack([part.sum() for part in per_row.split(sizes)])
-    return HeadResult(loss, sums, hit.split(sizes), None if alpha is None else alpha.split(sizes), chosen)
+        found = FusedLoss.apply(plan, norm, weight, *states)
+    else:
+        found = _HeadLoss.apply(plan, norm, weight, *states)
+    loss, per_row, hit, alpha, chosen = found
+    return HeadResult(loss, per_row, hit, alpha if plan.needs_alpha else None, chosen if plan.measure else None)
 
 
 def _pieces(sizes: list[int], low: int, high: int) -> Iterator[tuple[int, int, int, int]]:
@@ -173,8 +168,10 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: HeadPlan, norm: Tensor, weight: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-        target, dtype, device = plan.target, states[0].dtype, states[0].device
+        dtype, device = states[0].dtype, states[0].device
         exact = wide(dtype)
+        target = target_distribution(plan.head, plan.last, dtype=dtype, mass=plan.needs_alpha)
+        scale, mixing = plan.scale[plan.group].to(exact), plan.mixing[plan.group].to(exact)
         train = plan.train and any(ctx.needs_input_grad)
         train_head = train and ctx.needs_input_grad[2]
         sizes = [state.shape[0] for state in states]
@@ -182,27 +179,28 @@ class _HeadLoss(torch.autograd.Function):
         cast = weight.to(dtype)
         per_row = torch.empty(total, dtype=exact, device=device)
         hit = torch.empty(total, dtype=torch.bool, device=device)
-        alpha = torch.empty(total if plan.measure else 0, dtype=exact, device=device)
-        chosen = torch.empty(total if plan.measure else 0, dtype=torch.int64, device=device)
+        alpha = torch.empty(total if plan.needs_alpha else 0, dtype=exact, device=device)
+        chosen = torch.empty(total if plan.needs_alpha else 0, dtype=torch.int64, device=device)
         d_states = [torch.empty_like(state) for state in states] if train else []
         d_weight = torch.zeros_like(cast, dtype=exact) if train_head else None
         d_norm = torch.zeros_like(norm, dtype=exact) if train else None
         for low, high in _chunks(total, cast.shape[0], device):
             pieces = [(k, first, end, place, *rms_forward(states[k][first:end], norm, plan.eps)) for k, first, end, place in _pieces(sizes, low, high)]
             x = pieces[0][4] if len(pieces) == 1 else torch.cat([piece[4] for piece in pieces])
-            at = plan.rows[low:high]
+            at = plan.target[low:high]
             rows = RowTargets(
                 target.p[at],
                 target.whole[at],
                 target.best[at],
                 target.inside[at],
                 None if target.mass is None else target.mass[at],
-                plan.scale[low:high].to(exact),
-                plan.mixing[low:high].to(exact),
+                scale[low:high],
+                mixing[low:high],
+                None if plan.label is None else plan.label[low:high],
             )
-            found = row_losses(torch.matmul(x, cast.t()).to(exact), rows, plan.weights, gradient=train, measure=plan.measure)
+            found = row_losses(torch.matmul(x, cast.t()).to(exact), rows, plan.weights, gradient=train, measure=plan.needs_alpha)
             per_row[low:high], hit[low:high] = found.loss, found.hit
-            if found.alpha is not None and plan.measure:
+            if found.alpha is not None:
                 alpha[low:high], chosen[low:high] = found.alpha, found.chosen
             if found.gradient is not None and d_norm is not None:
                 d_z = found.gradient.to(dtype)
@@ -215,7 +213,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(per_row, hit, alpha, chosen)
         if d_norm is not None:
             ctx.save_for_backward(d_norm.to(norm.dtype), None if d_weight is None else d_weight.to(weight.dtype), *d_states)
-        return torch.dot(per_row, plan.scale.to(exact)), per_row, hit, alpha, chosen
+        return torch.dot(per_row, scale), per_row, hit, alpha, chosen
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,7 +1,7 @@
-"""The loss of ``loss.py`` on a GPU: norm, head, target's head, loss and every gradient, a chunk of step-0 rows at a time.
+"""The loss of ``head_loss.py`` on a GPU: norm, head, target's head, loss and every gradient, a chunk of target rows at a time.
 
-Rows of all steps are ordered by the step-0 row whose target they have, so that a chunk of step-0 rows needs its target logits once, for all of its up to K
-states, and drops them. A chunk costs three products with the draft's head, one with the target's, one read of each logit or two, and one write: the gradient
+States are ordered by the target row that they are compared with, so that a chunk of target rows needs its logits once, for all of its up to G states each, and
+drops them. A chunk costs three products with the draft's head, one with the target's, one read of each logit or two, and one write: the gradient
 stands where the logits stood.
 
     target logits [c, W], [c, V - W] -> p [c, W]        z = norm(h'') W^T [r, W] -> d_z        dW += d_z^T x (fp32)        d_x = d_z W
@@ -9,84 +9,45 @@ stands where the logits stood.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchspec.models.ops.fp8 import Fp8, quantise
-from torchspec.models.ops.loss_formulas import LossWeights
+from torchspec.models.ops.head_loss import HeadPlan
 from torchspec.models.ops.shared_weight import Weight
-from torchspec.models.target_head import TargetHead
-from torchspec.supervision import UnrollRows
 
 _TILE = 128
 """Rows of a tile of the products. Chunks are whole tiles, and of one size as nearly as that goes: a short last one would read both heads for little."""
 _CHUNK_ELEMENTS = 600 * 2**20
 """Draft logits of a chunk, at most: 1.2 GiB in bf16."""
 _CHUNK_ROWS = 4096
-"""Rows of a chunk over all steps, at most. On an H100 the three products of a chunk of 4096 rows took 10 % less time a row than those of 8192 (W=32000)."""
+"""Rows of a chunk over all groups, at most. On an H100 the three products of a chunk of 4096 rows took 10 % less time a row than those of 8192 (W=32000)."""
 
 
-@dataclass(frozen=True)
-class FusedPlan:
-    """What one pass needs besides tensors that have gradients."""
+def chunks(uses: Tensor, groups: int, width: int) -> list[tuple[int, int, int, int]]:
+    """Cut the target rows: (first, end, states before, states up to it) of each chunk, from host-side numbers alone.
 
-    head: TargetHead
-    last: Tensor
-    """[R_0, D] target states before the final norm, that predict what step 0 predicts."""
-    rows: UnrollRows
-    scale: Tensor
-    """[K] weight_k / count_k."""
-    mixing: Tensor
-    """[K] lambda of ``lk_lambda``."""
-    weights: LossWeights
-    eps: float
-    """Of the final norm."""
-    measure: bool
-    train: bool
-    """Gradients are wanted."""
-    fp8: Fp8 = Fp8.NONE
-    """8-bit products with the draft's head, and in training with the target's rows of all other tokens: is one likelier, and how much mass is theirs."""
-
-
-def chunks(rows: UnrollRows, width: int) -> list[tuple[int, int, int, int]]:
-    """Cut the step-0 rows: (first, end, states before, states up to it) of each chunk, from host-side numbers alone."""
-    total = rows.depth.shape[0]
-    # entry i is a state at steps 0..depth_i - 1, with targets i..i + depth_i - 1
-    change = torch.zeros(total + 1, dtype=torch.int64)
-    change[:total] += 1
-    change.index_add_(0, torch.arange(total) + rows.depth, torch.full_like(rows.depth, -1))
-    before = torch.cat([torch.zeros(1, dtype=torch.int64), change[:total].cumsum(0).cumsum(0)]).tolist()
-    most = max(rows.steps, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // width)) // rows.steps
+    Args:
+        uses: [R] states that each is the target of, ``groups`` at most.
+        groups: G.
+        width: W.
+    """
+    total = uses.shape[0]
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), uses.cumsum(0)]).tolist()
+    most = max(groups, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // width)) // groups
     unit = min(_TILE, most)
     number = 1 + max(0, -(-(total - most) // (most // unit * unit)))  # the last one need be no whole tiles
     ends = [i * -(-total // unit) // number * unit for i in range(1, number)]
     return [(low, high, before[low], before[high]) for low, high in zip([0, *ends], [*ends, total], strict=True)]
 
 
-def fused_head_loss(plan: FusedPlan, states: list[Tensor], norm: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Loss of all steps.
+class FusedLoss(torch.autograd.Function):
+    """Of a plan, a norm, a head and states: loss; and over the M states loss before scale, hit, alpha, the draft's most likely row."""
 
-    Args:
-        plan: targets and rules.
-        states: K tensors [R_k, H], outputs of the layer stack before the final norm, in the compute type.
-        norm: [H] weight of the final norm.
-        weight: [W, H], the draft's head. Where it asks for no gradient (a frozen head) the product that would make it
-            is left out.
-
-    Returns:
-        loss, a scalar; and over the rows of all steps, one step after the other: loss before scale [M], hit [M] bool,
-        alpha [M] where asked for, and the draft's most likely row [M] int64 where it is measured.
-    """
-    loss, per_row, hit, alpha, chosen = _FusedLoss.apply(plan, norm, weight, *states)
-    return loss, per_row, hit, alpha if plan.measure or plan.weights.needs_alpha else None, chosen if plan.measure else None
-
-
-class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: FusedPlan, norm: Tensor, weight: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: HeadPlan, norm: Tensor, weight: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         from torchspec.models.ops.kernels import fp8 as fp8_kernel
         from torchspec.models.ops.kernels import loss as kernel
         from torchspec.models.ops.kernels import norm as norm_kernel
@@ -95,10 +56,10 @@ class _FusedLoss(torch.autograd.Function):
         dtype, device, train = states[0].dtype, states[0].device, plan.train and any(ctx.needs_input_grad)
         train_head = train and ctx.needs_input_grad[2]
         ctx.sizes = [state.shape[0] for state in states]
-        total, measure = sum(ctx.sizes), plan.measure or plan.weights.needs_alpha
+        total, measure = sum(ctx.sizes), plan.needs_alpha
         rows = kernel.Rows(
-            source=torch.cat([entries + k for k, entries in enumerate(plan.rows.index)]),
-            step=torch.cat([torch.full_like(entries, k) for k, entries in enumerate(plan.rows.index)]),
+            source=plan.target,
+            step=plan.group,
             scale=plan.scale.float(),
             mixing=plan.mixing.float(),
             loss=torch.empty(total, dtype=torch.float32, device=device),
@@ -113,7 +74,7 @@ class _FusedLoss(torch.autograd.Function):
         d_weight: Tensor | None = None
         d_norm = torch.zeros_like(norm, dtype=torch.float32)
         normed = plan.head.normed(plan.last)
-        cut = chunks(plan.rows, weight.shape[0])
+        cut = chunks(plan.uses, plan.scale.shape[0], weight.shape[0])
         if store.gradient is not None:
             for _, _, first, end in cut:
                 store.gradient.expect(end - first)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -95,6 +95,8 @@ class RowTargets:
     """[r] factor on loss and gradient."""
     mixing: Tensor
     """[r] lambda of ``lk_lambda``."""
+    label: Tensor | None = None
+    """[r] int64 draft row that cross-entropy takes for right, -1 where it adds nothing; None for ``best``."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ def row_losses(z: Tensor, target: RowTargets, weights: LossWeights, *, gradient:
         gradient: whether the gradient is wanted.
         measure: whether alpha is wanted even where no loss needs it.
     """
+    if target.label is not None:
+        return _with_label(z, target, target.label, weights, gradient=gradient, measure=measure)
     p, inside = target.p, target.inside
     wide = z.dtype
     lse = torch.logsumexp(z, dim=-1)
@@ -175,6 +179,20 @@ def row_losses(z: Tensor, target: RowTargets, weights: LossWeights, *, gradient:
     if curved is not None:
         d_z += curved.mul_(q)
     return RowLosses(loss, hit, chosen, alpha, d_z.mul_(scale[:, None]))
+
+
+def _with_label(z: Tensor, target: RowTargets, label: Tensor, weights: LossWeights, *, gradient: bool, measure: bool) -> RowLosses:
+    """Cross-entropy of the labels, which count wherever they are draft rows, and the other losses, which count where ``best`` is one."""
+    there, right = label >= 0, label.clamp(min=0)[:, None]
+    log_right = z.gather(1, right)[:, 0] - torch.logsumexp(z, dim=-1)
+    value = torch.where(there, -weights.cross_entropy * log_right, 0.0)
+    d_label = None
+    if gradient and weights.cross_entropy:
+        by = torch.where(there, weights.cross_entropy * target.scale, 0.0)[:, None]
+        d_label = torch.softmax(z, dim=-1).mul_(by).scatter_add_(1, right, -by)
+    found = row_losses(z, replace(target, label=None), replace(weights, cross_entropy=0.0), gradient=gradient, measure=measure)
+    d_z = found.gradient if d_label is None or found.gradient is None else d_label.add_(found.gradient)
+    return replace(found, loss=value + found.loss, gradient=d_z)
 
 
 def _curve(so_far: Tensor | None, g: Tensor, q: Tensor, weight: float) -> tuple[Tensor, Tensor]:
