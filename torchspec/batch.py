@@ -40,7 +40,7 @@ class PackedBatch:
     sample_ids: tuple[int, ...]
     """Dataset indices of the S conversations, in order."""
     counts: Tensor
-    """[Q] float32: normalisers of the whole optimizer step (all ranks and micro-batches), from the plan. EAGLE-3:
+    """[Q] float32: normalisers of the whole optimizer step (all ranks and micro-batches), from the plan. an unroll:
     supervised positions at each of K steps.
     """
     rows: Rows

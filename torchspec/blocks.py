@@ -1,7 +1,7 @@
 """Which positions a block draft (DFlash, DSpark, DFlash 2) learns at, as a value that the data's side can use without knowing the draft.
 
 An *anchor* a is a position of an answer whose next token belongs to the same answer; the draft reads the target's states before it and proposes what
-follows x_a. It is the row t = a - 1 of EAGLE-3's unroll: the same candidates, the same target rows, the same depth. With S = 4 slots, DFlash:
+follows x_a. It is the row t = a - 1 of an unroll: the same candidates, the same target rows, the same depth. With S = 4 slots, DFlash:
 
     position     0    1    2    3    4    5    6    7
     token        x0   x1   x2   x3   x4   x5   x6   x7

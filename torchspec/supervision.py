@@ -236,7 +236,7 @@ def as_unroll(rows: Rows) -> UnrollRows:
 
 @dataclass(frozen=True)
 class Unroll:
-    """Steps that follow each other (EAGLE-3; docs/design.md, "Alignment"): position t is supervised at step k iff its
+    """Steps that follow each other (docs/design.md, "Alignment"): position t is supervised at step k iff its
     depth is above k, at ``steps`` (K) steps at most. Nothing is drawn; Q is K. With a conversation of 6 tokens:
 
         t          0   1   2   3   4   5

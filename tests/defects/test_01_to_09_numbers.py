@@ -48,7 +48,8 @@ def test_defect_01_rope_base_is_the_targets_in_training_and_in_the_export(tmp_pa
         rope_of(SimpleNamespace(rope_parameters={"rope_type": "default"}))
     target = save_plain_target(tmp_path / "target", rope_parameters={"rope_type": "default", "rope_theta": 777.0})
     draft = random_draft(DraftConfig.from_target(target, aux_layers=(1, 2, 3)), target)
-    inverse, _ = frequencies(draft.config)
+    c = draft.config
+    inverse, _ = frequencies(c.rope_parameters, size=c.rotary_dim, max_positions=c.max_position_embeddings)
     torch.testing.assert_close(inverse, 777.0 ** -(torch.arange(0, 8, 2) / 8))
     torch.testing.assert_close(draft.inverse_frequencies, inverse)
     export_weights(draft.config, {name: p.detach() for name, p in draft.named_parameters()}, None, target, tmp_path / "draft")

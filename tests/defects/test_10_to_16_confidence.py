@@ -181,8 +181,8 @@ def test_defect_14_gradients_are_accumulated_and_reduced_in_fp32(monkeypatch: py
 
 def test_defect_14_small_terms_of_many_steps_do_not_stop_growing() -> None:
     """300 steps that each add 1 to the gradient of a bias (of a master) or of a norm (of a bf16 copy, as FSDP gathers it): in bf16 the sum stops at 256."""
-    config = draft_config(attention_bias=True)
-    attention, norm = DenseAttention(config, 32), RMSNorm(16, 1e-6).bfloat16()
+    attention = DenseAttention(32, hidden_size=16, heads=4, kv_heads=2, head_dim=8, bias=True)
+    norm = RMSNorm(16, 1e-6).bfloat16()
     projections, used = attention.cast(torch.bfloat16), norm.cast()
     ones, total = torch.ones(1, 16, dtype=torch.bfloat16), torch.zeros(())
     for _ in range(300):

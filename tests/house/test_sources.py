@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,36 @@ ABOVE: dict[str, set[str]] = {
 """Modules directly under torchspec that may import folders, and which; all others are for every folder, so they know none."""
 ENTRIES = ("torchspec.cli", "torchspec.trainer", "torchspec.lightning_rules", "torchspec.lightning_errors", "torchspec.commands")
 """What stands above the folders: none of them imports these."""
+
+
+_FAMILY = {"draft_defaults", "family", "metrics", "ops", "target_head", "vocabulary"}
+"""What a family's folder may import of ``models`` beside itself: never another family."""
+ROOMS: dict[str, set[str]] = {
+    "logits_rule": set(),
+    "target_tensors": {"logits_rule"},
+    "vocabulary": set(),
+    "metrics": set(),
+    "target_head": {"ops", "target_tensors"},
+    "ops": {"ops", "target_head"},
+    "draft_defaults": {"ops"},
+    "family": {"metrics", "ops", "vocabulary"},
+    "eagle3": {"eagle3", *_FAMILY},
+    "blocks": {"blocks", *_FAMILY},
+    "families": {"family"},
+    "optim": {"optim", "ops"},
+    "training": {"export", "families", "family", "module", "ops", "optim", "training", "vocabulary"},  # the module: its type alone
+    "export": {"export", "families", "family", "ops", "training", "vocabulary"},
+    "choice": {"families", "family", "training"},
+    "module": {"choice", "families", "family", "metrics", "ops", "optim", "training", "vocabulary"},
+}
+"""Rooms and files of ``models`` → what they may import of it."""
+EAGLE3 = {
+    "models/families.py": "the table",
+    "engines/vllm/options.py": "vLLM's own name of an interface",
+    "engines/sglang/options.py": "SGLang's own name of an algorithm",
+    "engines/sglang/families.py": "SGLang's own name of an interface",
+}
+"""Files outside its folder that say EAGLE-3, and why."""
 
 
 def imports(tree: ast.Module, *, module_level: bool) -> Iterator[str]:
@@ -102,6 +133,25 @@ def test_nothing_below_imports_the_command_line_or_the_trainer() -> None:
         if name.startswith(ENTRIES)
     }
     assert not found
+
+
+def test_rooms_of_the_models_import_one_way() -> None:
+    """module → families → a family's folder → ops; what two families share is in ``ops``."""
+    found = set()
+    models = PACKAGE / "models"
+    for file in models.rglob("*.py"):
+        first = file.relative_to(models).parts[0].removesuffix(".py")
+        for name in imports(parsed(file), module_level=False):
+            parts = name.split(".")
+            if parts[:2] == ["torchspec", "models"] and len(parts) > 2 and parts[2] not in ROOMS.get(first, set()):
+                found.add(f"{file.relative_to(PACKAGE)} imports {name}")
+    assert not found
+
+
+def test_one_family_is_named_nowhere_else() -> None:
+    """Whatever knows EAGLE-3 outside its folder should ask the draft's family."""
+    said = {str(file.relative_to(PACKAGE)) for file in SOURCES if re.search(r"eagle[-_ ]?3", file.read_text(), re.IGNORECASE)}
+    assert {file for file in said if not file.startswith("models/eagle3/")} == EAGLE3.keys()
 
 
 def test_importing_the_package_is_cheap() -> None:

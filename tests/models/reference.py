@@ -1,4 +1,4 @@
-"""The unroll and its loss, slow and obvious: one conversation, one position, one key at a time, fp64. What the fast path is compared with."""
+"""RoPE of every kind and the two kinds of attention, one position at a time, from their papers, fp64: what the reference of the unroll is given here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchspec.models.eagle3 import reference
 from torchspec.models.eagle3.config import DraftConfig
 
 Weights = dict[str, Tensor]
@@ -130,64 +131,21 @@ class Latent:
         return [torch.cat([head[:nope], shared]) for head in heads], [head[nope:] for head in heads]
 
 
-# -- the unroll
+# -- the unroll: torchspec/models/eagle3/reference.py, with these projections
 
 
-def unroll(c: DraftConfig, w: Weights, table: Tensor, ids: list[int], aux: Tensor, steps: int) -> list[list[Tensor | None]]:
-    """h''_k[t] before the final norm for every t where x_{t+1+k} exists, else None."""
-    T, eps, D = len(ids), c.rms_norm_eps, c.target_hidden_size
+def unroll(c: DraftConfig, w: Weights, table: Tensor, ids: list[int], aux: Tensor, steps: int) -> list[Tensor]:
+    """h''_k [T, H] before the final norm; row t counts where x_{t+1+k} exists."""
 
-    def project(t: int) -> Tensor:
-        a = aux[t]
-        if c.norm_before_fc:
-            a = rms(a, w["input_norm.weight"], eps)
-        if c.fc_norm:
-            a = torch.cat([rms(a[i * D : (i + 1) * D], w[f"fc_norm.{i}.weight"], eps) for i in range(len(c.aux_layers))])
-        return w["fc.weight"] @ a
+    def of(layer: int) -> Dense | Latent:
+        return (Dense if c.mla is None else Latent)(c, w, f"layers.{layer}.self_attn.")
 
-    hidden: list[Tensor | None] = [project(t) for t in range(T)]
-    memory: list[list[list[tuple[list[Tensor], list[Tensor]] | None]]] = [[] for _ in range(c.num_layers)]  # layer, step, position
-    outputs = []
-    for k in range(steps):
-        new: list[Tensor | None] = list(hidden)
-        for layer in range(c.num_layers):
-            p = f"layers.{layer}."
-            attention = (Dense if c.mla is None else Latent)(c, w, p + "self_attn.")
-            memory[layer].append([None] * T)
-            inputs: list[tuple[Tensor, Tensor] | None] = []
-            for t in range(T):
-                h = new[t]
-                if h is None or (t + 1 + k >= T and k > 0):
-                    inputs.append(None)
-                    continue
-                e = table[ids[min(t + 1 + k, T - 1)]]
-                residual = h
-                if layer == 0:
-                    n = rms(h, w[p + "hidden_norm.weight"], eps)
-                    residual = n if c.norm_before_residual else h
-                    x = torch.cat([rms(e, w[p + "input_layernorm.weight"], eps), n])
-                else:
-                    x = rms(h, w[p + "input_layernorm.weight"], eps)
-                memory[layer][k][t] = attention.key_value(x, t + k)
-                inputs.append((x, residual))
-            for t in range(T):
-                given = inputs[t]
-                if given is None:
-                    new[t] = None
-                    continue
-                x, residual = given
-                seen = [memory[layer][0][s] for s in range(t + 1)] + [memory[layer][i][t] for i in range(1, k + 1)]
-                heads = []
-                for i, query in enumerate(attention.query(x, t + k)):
-                    share = torch.softmax(torch.stack([query @ key[i] * attention.scale for key, _ in seen]), dim=0)  # type: ignore[misc]
-                    heads.append(sum(share[j] * value[i] for j, (_, value) in enumerate(seen)))  # type: ignore[misc]
-                h = residual + linear(w, p + "self_attn.o_proj", torch.cat(heads))  # type: ignore[arg-type]
-                z = rms(h, w[p + "post_attention_layernorm.weight"], eps)
-                gate = w[p + "mlp.gate_proj.weight"] @ z
-                new[t] = h + w[p + "mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * (w[p + "mlp.up_proj.weight"] @ z))
-        outputs.append(new)
-        hidden = [None if h is None else (rms(h, w["norm.weight"], eps) if c.norm_output else h) for h in new]
-    return outputs
+    def heads(layer: int, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = [(of(layer).query(row, p), *of(layer).key_value(row, p)) for row, p in zip(x, position.tolist(), strict=True)]
+        query, key, value = (torch.stack([torch.stack(row[part]) for row in rows]) for part in range(3))
+        return query, key, value
+
+    return reference.unroll(c, w, table, torch.tensor(ids), aux, steps, heads=heads, scale=of(0).scale)
 
 
 def loss(
@@ -195,33 +153,7 @@ def loss(
     draft_ids: list[int], step_weights: list[float], counts: list[float],
 ) -> tuple[Tensor, dict[str, list[float]]]:  # fmt: skip
     """One conversation's share of the loss, and its metric sums by step."""
-    T, K = len(ids), len(step_weights)
-    states = unroll(c, w, table, ids, aux, K)
-    total = torch.zeros((), dtype=torch.float64)
-    sums: dict[str, list[float]] = {name: [0.0] * K for name in ("rows", "loss", "correct", "correct_so_far", "alpha", "alpha_so_far")}
-    for t in range(T):
-        right, chance = True, 1.0
-        for k in range(K):
-            if not (t + 2 + k < T and all(mask[t + 1 : t + 3 + k])):
-                break
-            whole = head @ rms(last[t + 1 + k], head_norm, head_eps)
-            full = torch.softmax(whole, 0)
-            p = torch.softmax(whole[draft_ids], 0)
-            h = states[k][t]
-            assert h is not None
-            z = w["lm_head.weight"] @ rms(h, w["norm.weight"], c.rms_norm_eps)
-            best = int(whole.argmax())
-            inside = best in draft_ids
-            value = torch.logsumexp(z, 0) - (p * z).sum()
-            hit = inside and draft_ids[int(z.argmax())] == best
-            alpha = float(torch.minimum(full[draft_ids], torch.softmax(z, 0)).sum().detach())
-            right, chance = right and hit, chance * alpha
-            if inside:
-                total = total + step_weights[k] * value / counts[k]
-                sums["loss"][k] += float(value.detach())
-            sums["rows"][k] += 1
-            sums["correct"][k] += hit
-            sums["correct_so_far"][k] += right
-            sums["alpha"][k] += alpha
-            sums["alpha_so_far"][k] += chance
-    return total, sums
+    states = unroll(c, w, table, ids, aux, len(step_weights))
+    logits = torch.stack([head @ rms(row, head_norm, head_eps) for row in last])
+    kept = torch.tensor(draft_ids)
+    return reference.loss(c, w, states, mask=torch.tensor(mask), logits=logits, draft_ids=kept, step_weights=step_weights, counts=counts)

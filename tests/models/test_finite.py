@@ -22,7 +22,8 @@ from torchspec.callbacks.last import LastCheckpoint
 from torchspec.errors import UserError
 from torchspec.models.export.export import ExportOptions, export_checkpoint
 from torchspec.models.export.import_draft import import_draft
-from torchspec.models.training.finite import LAG, Found, StepWatch, not_finite, unsound
+from torchspec.models.ops.not_finite import not_finite
+from torchspec.models.training.finite import LAG, Found, StepWatch, unsound
 from torchspec.models.training.numbers import end_for
 from torchspec.models.training.start import read_start
 from torchspec.target import Target, TargetConfig

@@ -68,7 +68,7 @@ def test_what_may_lawfully_be_absent(target: Target, tmp_path: Path) -> None:
     made = export_variant("plain", target, tmp_path / "full")
     source = rewrite(made, tensors=lambda t: [t.pop("embed_tokens.weight"), t.pop("lm_head.weight")])
     again = import_draft(source, target)
-    assert again.embedding is None and "lm_head.weight" not in again.weights
+    assert again.embedding is None
     assert torch.equal(again.weights["lm_head.weight"], TargetHead.of(target).weight)
     pruned = export_variant("plain", target, tmp_path / "pruned", draft_ids=PRUNED)
     same(pruned, rewrite(pruned, tensors=lambda t: t.pop("t2d")), target)

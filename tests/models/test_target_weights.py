@@ -132,7 +132,8 @@ def test_rope_base_is_the_targets_never_a_default(base: float, tmp_path: Path) -
     config.save_pretrained(tmp_path)
     draft = DraftConfig.from_target(Target(TargetConfig(str(tmp_path))), aux_layers=(1,))
     assert draft.rope_parameters["rope_theta"] == base
-    torch.testing.assert_close(frequencies(draft)[0], LlamaRotaryEmbedding(config).inv_freq)
+    inverse, _ = frequencies(draft.rope_parameters, size=draft.rotary_dim, max_positions=draft.max_position_embeddings)
+    torch.testing.assert_close(inverse, LlamaRotaryEmbedding(config).inv_freq)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_rope_kinds_equal_transformers(rope: dict[str, Any]) -> None:
         hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=96, draft_vocab_size=96, target_hidden_size=32,
         aux_layers=(1,), rope_parameters=rope_of(config), max_position_embeddings=1024,
     )  # fmt: skip
-    inverse, factor = frequencies(draft)
+    inverse, factor = frequencies(draft.rope_parameters, size=draft.rotary_dim, max_positions=draft.max_position_embeddings)
     torch.testing.assert_close(inverse, theirs.inv_freq)
     assert factor == pytest.approx(theirs.attention_scaling)
 

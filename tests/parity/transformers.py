@@ -31,7 +31,7 @@ def rotary(variant: str) -> float:
         apply, ours = apply_rotary_pos_emb_interleave, rotate_pairs
     cos, sin = module(x, torch.arange(length)[None])
     theirs, _ = apply(x, x, cos, sin)
-    inverse, factor = frequencies(config)
+    inverse, factor = frequencies(config.rope_parameters, size=config.rotary_dim, max_positions=config.max_position_embeddings)
     mine = ours(x[0].transpose(0, 1), *tables(inverse, factor, torch.arange(length), torch.float32))
     return float((mine.transpose(0, 1) - theirs[0]).abs().max())
 

@@ -63,7 +63,7 @@ class DraftDataModule(pl.LightningDataModule):
         max_tokens: tokens of a pack (one micro-batch of one rank) at most.
         max_rows: draft rows of a training pack at most, where a draft computes more than its tokens (a block draft: its
             blocks times their slots). A conversation of more is a pack of its own. None means 16384. Refused for a
-            draft whose work follows from its tokens, as that of EAGLE-3 does. Validation has no such bound.
+            draft whose work follows from its tokens, as that of an unroll does. Validation has no such bound.
         packs_per_step: packs of an optimizer step over all ranks; accumulation is this divided by the number of ranks.
         seed: of the order of the data.
         on_policy: the target answers the training prompts anew in the run, instead of the answers in the data. Engines

@@ -130,9 +130,9 @@ class Family(Protocol):
     name: str
     """As in ``model.family``."""
     title: str
-    """For people: EAGLE-3."""
+    """For people."""
     paper: str
-    """Where it is described: arXiv 2503.01840."""
+    """Where it is described: its arXiv number."""
     tag: str
     """Of the model card."""
     options: type[Any]

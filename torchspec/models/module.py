@@ -34,7 +34,7 @@ from torchspec.models.optim.muon import mark_hidden_matrices
 from torchspec.models.optim.schedules import Schedule
 from torchspec.models.training.averages import averages_in, check_averaging, put_averages, settle, swa_of
 from torchspec.models.training.checkpoint import read_averages, read_entries, read_facts
-from torchspec.models.training.finite import StepWatch, named, not_finite, totals
+from torchspec.models.training.finite import StepWatch, totals
 from torchspec.models.training.numbers import check_saved, check_start, end_for, end_for_validation, no_number
 from torchspec.models.training.parallelize import check_reduced, parallelize, sync_gradients
 from torchspec.models.training.recipe import recipe
@@ -56,10 +56,10 @@ class DraftModule(pl.LightningModule):
         target: the frozen model; linked from ``data.target`` on the command line.
         draft: JSON file with the draft's architecture; None derives it from the target (one layer of the target's own sizes).
         family: which kind of draft: a name of torchspec/models/families.py, or ``package.module:NAME`` of your own. None takes that of
-            ``start_from`` or of the draft's file (``"family"``), else ``eagle3``.
+            ``start_from`` or of the draft's file (``"family"``), else the first of that table.
         options: training options of the family, by name; docs/configuration.md lists them.
         aux_layers: hidden-state indices fed to the draft, in Transformers' counting; None takes those of ``start_from``, else the family's
-            default ([2, L//2, L-3] of ``eagle3``).
+            default.
         unroll_steps: K, steps trained in a row on the draft's own states; None means 7. Of families that unroll.
         step_weights: weight of each step's loss; None means 0.8^k. Of families that unroll.
         loss: weight of each loss in the sum, for example ``{forward_kl: 1.0, tv: 0.5}``; None means forward KL alone. Known ones: forward_kl, cross_entropy,
@@ -180,7 +180,6 @@ class DraftModule(pl.LightningModule):
         )
         with torch.device(device):  # whatever the strategy: random weights come from the same generator
             self.task = self.family.task(config, self.options, build)
-            self._check_target()
             if self.start is not None:
                 self.start.load(self.task.draft, self.vocabulary)
                 self.start = self.start.loaded()
@@ -193,13 +192,6 @@ class DraftModule(pl.LightningModule):
         path = getattr(self.trainer, "resume_path", None)
         if path is not None:
             check_weights(Path(path), self.state_dict(), sharding=mesh is not None)
-
-    def _check_target(self) -> None:
-        """Of the target's tensors in the task; the draft's are not its own yet."""
-        names = ((name.rpartition(".")[2].removeprefix("norm_"), tensor) for name, tensor in self.task.named_buffers() if tensor is not None)
-        if wrong := not_finite(names):
-            problem = f"has a head, norm or embedding that is not made of numbers ({named(wrong)})"
-            raise UserError("data.target.path", self.target.config.path, problem, "the files are damaged: fetch or convert the target again")
 
     def configure_optimizers(self) -> Any:
         mark_hidden_matrices(self)
@@ -376,7 +368,8 @@ class DraftModule(pl.LightningModule):
         check_saved(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        facts = None if checkpoint.get("torchspec") is None else with_family(checkpoint["torchspec"])
+        facts = checkpoint.get("torchspec")
+        facts = None if facts is None else with_family(facts)
         self._check_facts(facts)
         if self.trainer.state.fn != TrainerFn.FITTING:  # what is served
             if self.device_mesh is None:

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchspec.errors import UserError
 from torchspec.models.ops.fp8 import MULTIPLE, Fp8Weight, quantise, quantise_stacked
+from torchspec.models.ops.not_finite import named, not_finite
 from torchspec.models.target_tensors import tensors_of
 from torchspec.target import Target
 
@@ -165,3 +167,19 @@ def is_tied(target: Target) -> bool:
         UserError: see :class:`~torchspec.models.target_tensors.TargetTensors`.
     """
     return tensors_of(target).tied
+
+
+def refuse_damaged(target: Target, *modules: nn.Module) -> None:
+    """Refuse a target whose head, norm or embedding are not made of numbers.
+
+    Args:
+        target: for the error.
+        modules: that hold them as buffers.
+
+    Raises:
+        UserError: NaN or infinity in one of them.
+    """
+    buffers = [(name.removeprefix("norm_"), tensor) for module in modules for name, tensor in module.named_buffers()]
+    if wrong := not_finite(buffers):
+        problem = f"has a head, norm or embedding that is not made of numbers ({named(wrong)})"
+        raise UserError("data.target.path", target.config.path, problem, "the files are damaged: fetch or convert the target again")

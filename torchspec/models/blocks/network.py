@@ -45,9 +45,12 @@ class BlockLayer(nn.Module):
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = DenseAttention(config, config.hidden_size)  # type: ignore[arg-type]  # reads sizes that both have
+        self.self_attn = DenseAttention(
+            config.hidden_size, hidden_size=config.hidden_size, heads=config.num_heads, kv_heads=config.num_kv_heads, head_dim=config.head_dim,
+            bias=config.attention_bias, norm_eps=config.rms_norm_eps,
+        )  # fmt: skip
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)  # type: ignore[arg-type]
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
         if config.kind == "dflash2":
             self.attention_conv = GroupedConvolution(config.hidden_size, taps=config.conv_taps, group=config.conv_group)
             self.mlp_conv = GroupedConvolution(config.hidden_size, taps=config.conv_taps, group=config.conv_group)
@@ -109,7 +112,7 @@ class BlockDraft(nn.Module):
             self.candidate_selector = CandidateSelector(
                 vocab_size=config.vocab_size, hidden_size=hidden, rank=config.selector_rank, candidates=config.selector_candidates
             )  # fmt: skip
-        inverse, self.rope_factor = frequencies(config)  # type: ignore[arg-type]
+        inverse, self.rope_factor = frequencies(config.rope_parameters, size=config.rotary_dim, max_positions=config.max_position_embeddings)
         self.register_buffer("inverse_frequencies", inverse, persistent=False)
         self.mask = BlockMask(config.causal, config.sliding_window)
 
@@ -141,7 +144,8 @@ class BlockDraft(nn.Module):
 
     def context(self, batch: PackedBatch) -> Context:
         """Keys and values of the target states of a pack, in every layer."""
-        check_reach(self.config, int(batch.cu_seqlens.diff().max()) + self.config.block_size if batch.num_tokens else 0)  # type: ignore[arg-type]
+        longest = int(batch.cu_seqlens.diff().max()) + self.config.block_size if batch.num_tokens else 0
+        check_reach(self.config.rope_parameters, max_positions=self.config.max_position_embeddings, longest=longest)
         state = linear(batch.aux.to(self.compute_dtype), Weight.of([self.fc.weight], self.compute_dtype))
         state = self.hidden_norm(state)
         rotation = self._rotation(batch.position)

@@ -24,12 +24,12 @@ from torchspec.models.metrics import StepOutput
 from torchspec.models.ops.head_loss import target_distribution
 from torchspec.models.ops.loss_formulas import LossWeights, mixing
 from torchspec.models.ops.shared_weight import wide
-from torchspec.models.target_head import TargetHead, is_tied, read_embedding
+from torchspec.models.target_head import TargetHead, is_tied, read_embedding, refuse_damaged
 
 _ROWS = 2**14
 """Draft rows at a time where no gradient is asked for."""
 _FLAT = 0.3
-"""Scale of the final norm at the start, as of EAGLE-3's."""
+"""Scale of the final norm at the start: logits of a draft that knows nothing yet should be flat."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class BlockTask(nn.Module):
         draft = BlockDraft(config, compute_dtype=build.compute_dtype, recompute=build.recompute)
         draft.set_embedding(head.weight if config.vocab_size == head.weight.shape[0] and is_tied(target) else read_embedding(target))
         draft.initialise()
+        refuse_damaged(target, head, draft)
         if head.bias is not None:
             rank_zero_warn("the target's head has a bias, which servers of block drafts leave out: its rows are taken without it")
         norm = head.rms_weight()

@@ -12,37 +12,9 @@ from typing import Any
 
 from torchspec.errors import UserError
 from torchspec.models.draft_defaults import default_rope, default_width, whole
+from torchspec.models.ops.latent_projections import LatentSizes
 from torchspec.models.ops.rope_parameters import check_rope
 from torchspec.target import Target
-
-
-@dataclass(frozen=True)
-class LatentSizes:
-    """Sizes of DeepSeek's multi-head latent attention, by the names of its configuration (arXiv 2405.04434)."""
-
-    q_lora_rank: int
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"draft.mla.{name}", value, "is no size", "use 1 or more; servers need every one of them")
-
-    @classmethod
-    def of(cls, target: Any) -> LatentSizes | None:
-        """The target's own, or None where its attention is another; a target without a query rank (DeepSeek-V2-Lite) gets three times the key's."""
-        if getattr(target, "kv_lora_rank", None) is None or getattr(target, "qk_rope_head_dim", None) is None:
-            return None
-        return cls(
-            q_lora_rank=int(getattr(target, "q_lora_rank", None) or 3 * target.kv_lora_rank),
-            kv_lora_rank=int(target.kv_lora_rank),
-            qk_nope_head_dim=int(target.qk_nope_head_dim),
-            qk_rope_head_dim=int(target.qk_rope_head_dim),
-            v_head_dim=int(target.v_head_dim),
-        )
 
 
 @dataclass(frozen=True)

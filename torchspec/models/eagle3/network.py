@@ -28,7 +28,7 @@ from torchspec.models.ops.attention.fused import FusedMemory, remember
 from torchspec.models.ops.dense_projections import DenseAttention, Projections, Turn
 from torchspec.models.ops.embedding import lookup
 from torchspec.models.ops.fp8 import Fp8
-from torchspec.models.ops.latent_projections import LatentAttention
+from torchspec.models.ops.latent_projections import LatentAttention, softmax_scale
 from torchspec.models.ops.layer_input import Entered, Entrance
 from torchspec.models.ops.mlp import MLP, mlp_block
 from torchspec.models.ops.norm import Norm, RMSNorm
@@ -45,10 +45,21 @@ class DraftLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if first:
             self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        kind = DenseAttention if config.mla is None else LatentAttention
-        self.self_attn = kind(config, 2 * config.hidden_size if first else config.hidden_size)
+        self.self_attn = _attention(config, 2 * config.hidden_size if first else config.hidden_size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+
+
+def _attention(config: DraftConfig, width: int) -> DenseAttention | LatentAttention:
+    """Of a layer whose input is ``width`` wide."""
+    hidden, heads, eps = config.hidden_size, config.num_heads, config.rms_norm_eps
+    if config.mla is not None:
+        scale = softmax_scale(config.mla, config.rope_parameters)
+        return LatentAttention(width, hidden_size=hidden, heads=heads, sizes=config.mla, norm_eps=eps, scale=scale)
+    norm_eps = eps if config.qk_norm else None
+    return DenseAttention(
+        width, hidden_size=hidden, heads=heads, kv_heads=config.num_kv_heads, head_dim=config.head_dim, bias=config.attention_bias, norm_eps=norm_eps
+    )  # fmt: skip
 
 
 class _Layer:
@@ -135,7 +146,7 @@ class Eagle3Draft(nn.Module):
         self.layers = nn.ModuleList(DraftLayer(config, first=i == 0) for i in range(config.num_layers))
         self.norm = RMSNorm(hidden, config.rms_norm_eps)
         self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
-        inverse, self.rope_factor = frequencies(config)
+        inverse, self.rope_factor = frequencies(config.rope_parameters, size=config.rotary_dim, max_positions=config.max_position_embeddings)
         self.register_buffer("inverse_frequencies", inverse, persistent=False)
 
     def set_embedding(self, table: Tensor) -> None:
@@ -167,7 +178,8 @@ class Eagle3Draft(nn.Module):
         """
         rows = as_unroll(batch.rows)
         assert rows.base.is_cuda or rows.consecutive(), "rows that some step supervises are not consecutive: make them with Unroll"
-        check_reach(self.config, int(batch.cu_seqlens.diff().max()) + rows.steps - 1 if batch.num_tokens else 0)
+        longest = int(batch.cu_seqlens.diff().max()) + rows.steps - 1 if batch.num_tokens else 0
+        check_reach(self.config.rope_parameters, max_positions=self.config.max_position_embeddings, longest=longest)
         layers = [_Layer(layer, self.compute_dtype, normed_residual=self.config.norm_before_residual, fp8=self.fp8) for layer in self.layers]  # type: ignore[arg-type]
         hidden = self._project_aux(batch.aux)
         embedded = self._embed(batch, layers[0])

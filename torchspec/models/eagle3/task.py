@@ -22,7 +22,7 @@ from torchspec.models.ops.fp8 import check
 from torchspec.models.ops.head_loss import HeadPlan, HeadResult, head_loss
 from torchspec.models.ops.loss_formulas import FORWARD_KL, LossWeights, mixing
 from torchspec.models.ops.shared_weight import wide
-from torchspec.models.target_head import TargetHead, is_tied, read_embedding
+from torchspec.models.target_head import TargetHead, is_tied, read_embedding, refuse_damaged
 from torchspec.supervision import as_unroll
 
 _FLAT = 0.3
@@ -76,12 +76,14 @@ class DraftTask(nn.Module):
             problem = f"needs a draft of the target's hidden size {config.target_hidden_size}: this one's is {config.hidden_size}"
             raise UserError("model.train_head", False, problem, "leave hidden_size out of the draft's file, or train the head")
         if build.fp8:
-            check(device, config, build.fp8)
+            names = ("hidden_size", "intermediate_size", "draft_vocab_size")
+            check(device, build.fp8, {name: getattr(config, name) for name in names})
         head = TargetHead.of(target).to(working_dtype(target.dtype, device))
         draft = Eagle3Draft(config, compute_dtype=build.compute_dtype, recompute=build.recompute, fp8=build.fp8)
         draft.initialise()
         if not config.owns_embedding:
             draft.set_embedding(head.weight if config.vocab_size == head.weight.shape[0] and is_tied(target) else read_embedding(target))
+        refuse_damaged(target, head, draft)
         pruned = vocabulary is not None and vocabulary.size < config.vocab_size
         ids = vocabulary.draft_ids if vocabulary is not None and pruned else None
         if init == "target" and alike:

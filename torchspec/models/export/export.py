@@ -23,8 +23,8 @@ from torchspec.models.export.import_draft import import_draft
 from torchspec.models.export.model_card import Training, model_card
 from torchspec.models.families import family_named
 from torchspec.models.family import Draft, Family, Format
+from torchspec.models.ops.not_finite import named, no_longer_numbers, not_finite
 from torchspec.models.training.checkpoint import read_draft_weights, read_entries, read_facts
-from torchspec.models.training.finite import named, no_longer_numbers, not_finite
 from torchspec.models.vocabulary import VocabularyMapping
 from torchspec.paths import home
 from torchspec.target import Dtype, Target

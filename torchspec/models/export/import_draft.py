@@ -11,7 +11,7 @@ from torchspec.errors import UserError
 from torchspec.models.export.draft_files import locate_draft, read_description, read_draft_tensors
 from torchspec.models.families import family_named, family_of, files_beside
 from torchspec.models.family import Draft, Family
-from torchspec.models.training.finite import no_longer_numbers, not_finite
+from torchspec.models.ops.not_finite import no_longer_numbers, not_finite
 from torchspec.target import Target
 
 

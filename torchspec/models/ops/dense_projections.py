@@ -1,8 +1,8 @@
 """Projections of ordinary (grouped-query) attention, as Llama and Qwen3 have them.
 
 A layer's attention is two things: parameters under the names that servers read (an ``nn.Module``), and what they do in one forward pass: weights cast once
-to the compute type, fused where one product serves. The second is the :class:`Projections` interface, which ``mla.py`` fills differently; scores and
-softmax are in ``attention.py`` for both.
+to the compute type, fused where one product serves. The second is the :class:`Projections` interface, which ``latent_projections.py`` fills
+differently; scores and softmax are in ``attention/`` for both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from torchspec.models.eagle3.config import DraftConfig
 from torchspec.models.ops import kernels
 from torchspec.models.ops.fp8 import MULTIPLE
 from torchspec.models.ops.norm import RMSNorm
@@ -59,19 +58,27 @@ class Projections(Protocol):
 
 
 class DenseAttention(nn.Module):
-    """Parameters of one layer; ``width`` is 2H in the first layer and H after it."""
+    """Parameters of one layer.
 
-    def __init__(self, config: DraftConfig, width: int) -> None:
+    Args:
+        width: of its input.
+        hidden_size: H, of its output.
+        heads, kv_heads: of queries; of keys and values.
+        head_dim: d.
+        bias: on all four projections.
+        norm_eps: of RMSNorms on the heads of queries and keys (Qwen3 style); None for no such norms.
+    """
+
+    def __init__(self, width: int, *, hidden_size: int, heads: int, kv_heads: int, head_dim: int, bias: bool = False, norm_eps: float | None = None) -> None:
         super().__init__()
-        heads, groups, size, bias = config.num_heads, config.num_kv_heads, config.head_dim, config.attention_bias
-        self.head_dim = size
-        self.q_proj = nn.Linear(width, heads * size, bias=bias)
-        self.k_proj = nn.Linear(width, groups * size, bias=bias)
-        self.v_proj = nn.Linear(width, groups * size, bias=bias)
-        self.o_proj = nn.Linear(heads * size, config.hidden_size, bias=bias)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(size, config.rms_norm_eps)
-            self.k_norm = RMSNorm(size, config.rms_norm_eps)
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(width, heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=bias)
+        if norm_eps is not None:
+            self.q_norm = RMSNorm(head_dim, norm_eps)
+            self.k_norm = RMSNorm(head_dim, norm_eps)
 
     def cast(self, dtype: torch.dtype) -> Projections:
         """The weights for one forward pass."""

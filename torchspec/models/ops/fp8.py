@@ -9,7 +9,7 @@ The gradient is :class:`Fp8Gradient`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from torchspec.errors import UserError
-from torchspec.models.eagle3.config import DraftConfig
 from torchspec.models.ops import kernels
 
 MULTIPLE = 16
@@ -48,15 +47,20 @@ class Fp8(IntEnum):
         return {"bf16": cls.NONE, "fp8": cls.ROWS, "fp8_all": cls.ALL}[matmul]
 
 
-def check(device: torch.device, config: DraftConfig, level: Fp8) -> None:
+def check(device: torch.device, level: Fp8, sizes: Mapping[str, int]) -> None:
     """Refuse what would not be made in 8 bits.
+
+    Args:
+        device: that computes.
+        level: which products.
+        sizes: sides of the matrices, by the draft's names of them.
 
     Raises:
         UserError: sizes that the products do not take, or no CUDA device of compute capability 9.0 or more.
     """
     matmul = "fp8_all" if level is Fp8.ALL else "fp8"
-    for name in ("hidden_size", "intermediate_size", "draft_vocab_size"):
-        if (size := getattr(config, name)) % MULTIPLE:
+    for name, size in sizes.items():
+        if size % MULTIPLE:
             raise UserError("model.matmul", matmul, f"wants sizes that are multiples of {MULTIPLE}, and draft.{name} is {size}", "change it, or use bf16")
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         raise UserError("model.matmul", matmul, f"needs a GPU with 8-bit matrix products scaled by row (Hopper or later), this is {device}", "use bf16")

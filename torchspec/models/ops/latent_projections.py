@@ -5,41 +5,79 @@
     [k_n ; v] = kv_b(RMS(c))          per head
     k = [k_n ; k_r]                   scores q.k / sqrt(nope + rope), times m^2 under YaRN
 
-RoPE turns q_r and k_r alone, in interleaved pairs (2i, 2i+1). The attention itself (``attention.py``) wants one head size d for queries, keys and values
+RoPE turns q_r and k_r alone, in interleaved pairs (2i, 2i+1). The attention itself (``attention/``) wants one head size d for queries, keys and values
 and the scale 1/sqrt(d): the narrower of (nope + rope) and v is padded with zeros, and what the scale differs by goes into the queries.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchspec.models.eagle3.config import DraftConfig
+from torchspec.errors import UserError
 from torchspec.models.ops.dense_projections import Projections, Turn
 from torchspec.models.ops.norm import RMSNorm
 from torchspec.models.ops.rope import rotate_pairs
 from torchspec.models.ops.shared_weight import Residual, Weight, linear
 
 
-class LatentAttention(nn.Module):
-    """Parameters of one layer; ``width`` is 2H in the first layer and H after it."""
+@dataclass(frozen=True)
+class LatentSizes:
+    """Sizes of DeepSeek's multi-head latent attention, by the names of its configuration (arXiv 2405.04434)."""
 
-    def __init__(self, config: DraftConfig, width: int) -> None:
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"draft.mla.{name}", value, "is no size", "use 1 or more; servers need every one of them")
+
+    @classmethod
+    def of(cls, target: Any) -> LatentSizes | None:
+        """The target's own, or None where its attention is another; a target without a query rank (DeepSeek-V2-Lite) gets three times the key's."""
+        if getattr(target, "kv_lora_rank", None) is None or getattr(target, "qk_rope_head_dim", None) is None:
+            return None
+        return cls(
+            q_lora_rank=int(getattr(target, "q_lora_rank", None) or 3 * target.kv_lora_rank),
+            kv_lora_rank=int(target.kv_lora_rank),
+            qk_nope_head_dim=int(target.qk_nope_head_dim),
+            qk_rope_head_dim=int(target.qk_rope_head_dim),
+            v_head_dim=int(target.v_head_dim),
+        )
+
+
+class LatentAttention(nn.Module):
+    """Parameters of one layer.
+
+    Args:
+        width: of its input.
+        hidden_size: H, of its output.
+        heads: of queries, and so of keys and values.
+        sizes: the rest.
+        norm_eps: of the norms inside.
+        scale: of scores, :func:`softmax_scale`.
+    """
+
+    def __init__(self, width: int, *, hidden_size: int, heads: int, sizes: LatentSizes, norm_eps: float, scale: float) -> None:
         super().__init__()
-        assert config.mla is not None
-        self.sizes, self.heads, eps = config.mla, config.num_heads, config.rms_norm_eps
-        sizes = self.sizes
-        self.scale = softmax_scale(config)
+        self.sizes, self.heads, self.scale, eps = sizes, heads, scale, norm_eps
         self.q_a_proj = nn.Linear(width, sizes.q_lora_rank, bias=False)
         self.q_a_layernorm = RMSNorm(sizes.q_lora_rank, eps)
         self.q_b_proj = nn.Linear(sizes.q_lora_rank, self.heads * (sizes.qk_nope_head_dim + sizes.qk_rope_head_dim), bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(width, sizes.kv_lora_rank + sizes.qk_rope_head_dim, bias=False)
         self.kv_a_layernorm = RMSNorm(sizes.kv_lora_rank, eps)
         self.kv_b_proj = nn.Linear(sizes.kv_lora_rank, self.heads * (sizes.qk_nope_head_dim + sizes.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(self.heads * sizes.v_head_dim, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(self.heads * sizes.v_head_dim, hidden_size, bias=False)
 
     def cast(self, dtype: torch.dtype) -> Projections:
         """The weights for one forward pass."""
@@ -89,11 +127,9 @@ class LatentProjections:
         return F.pad(key, (0, self.width - self.qk)), F.pad(value, (0, self.width - sizes.v_head_dim))
 
 
-def softmax_scale(config: DraftConfig) -> float:
+def softmax_scale(sizes: LatentSizes, rope: Mapping[str, Any]) -> float:
     """1/sqrt(nope + rope), times m^2 with m = 0.1 mscale_all_dim ln(factor) + 1 under YaRN (as DeepSeek-V2 and vLLM; YaRN: arXiv 2309.00071)."""
-    assert config.mla is not None
-    scale = (config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim) ** -0.5
-    rope = config.rope_parameters
+    scale = (sizes.qk_nope_head_dim + sizes.qk_rope_head_dim) ** -0.5
     if rope["rope_type"] == "yarn" and rope["factor"] > 1:
         scale *= (0.1 * float(rope.get("mscale_all_dim") or 0.0) * math.log(rope["factor"]) + 1.0) ** 2
     return scale

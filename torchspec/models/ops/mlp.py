@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchspec.models.eagle3.config import DraftConfig
 from torchspec.models.ops import kernels
 from torchspec.models.ops.fp8 import Rounded, limit_of, quantise, turn
 from torchspec.models.ops.norms import rms_backward, rms_forward, rms_forward_rounded
@@ -27,13 +26,13 @@ _SLICE = 2**14
 
 
 class MLP(nn.Module):
-    """Parameters: gate, up and down."""
+    """Parameters: gate, up and down, between H and I."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -7,59 +7,66 @@ RoPE: Su et al., arXiv 2104.09864; YaRN: 2309.00071.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchspec.errors import UserError
-from torchspec.models.eagle3.config import DraftConfig
 
 
-def frequencies(config: DraftConfig) -> tuple[Tensor, float]:
-    """Inverse frequencies [d / 2] fp32 of the d turned dimensions of a head, and the factor on cos and sin."""
-    kind, size = config.rope_parameters["rope_type"], config.rotary_dim
+def frequencies(parameters: Mapping[str, Any], *, size: int, max_positions: int) -> tuple[Tensor, float]:
+    """Inverse frequencies [d / 2] fp32 of the d rotated dimensions of a head, and the factor on cos and sin.
+
+    Args:
+        parameters: in Transformers 5's form (``rope_parameters.py``).
+        size: d.
+        max_positions: ``max_position_embeddings``, which some kinds read.
+    """
+    kind = parameters["rope_type"]
     if kind == "default":
         half = torch.arange(0, size, 2, dtype=torch.float64) / size
-        return (1.0 / config.rope_parameters["rope_theta"] ** half).float(), 1.0
+        return (1.0 / parameters["rope_theta"] ** half).float(), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     with torch.device("cpu"):  # also where the draft is built on the meta device
-        inverse, factor = ROPE_INIT_FUNCTIONS[kind](_described(config), device=torch.device("cpu"))
+        inverse, factor = ROPE_INIT_FUNCTIONS[kind](_described(parameters, size, max_positions), device=torch.device("cpu"))
     return inverse.float(), float(factor)
 
 
-def _described(config: DraftConfig) -> Any:
+def _described(parameters: Mapping[str, Any], size: int, max_positions: int) -> Any:
     """What Transformers' functions read of a configuration."""
     from transformers import LlamaConfig
 
     plain = LlamaConfig(
-        hidden_size=config.rotary_dim,
+        hidden_size=size,
         num_attention_heads=1,
         num_key_value_heads=1,
-        head_dim=config.rotary_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        rope_parameters=dict(config.rope_parameters),
+        head_dim=size,
+        max_position_embeddings=max_positions,
+        rope_parameters=dict(parameters),
     )
-    assert isinstance(plain.rope_parameters, dict) and plain.rope_parameters["rope_theta"] == config.rope_parameters["rope_theta"]
+    assert isinstance(plain.rope_parameters, dict) and plain.rope_parameters["rope_theta"] == parameters["rope_theta"]
     return plain
 
 
-def check_reach(config: DraftConfig, longest: int) -> None:
+def check_reach(parameters: Mapping[str, Any], *, max_positions: int, longest: int) -> None:
     """Refuse positions at which training and serving would turn differently.
 
     Args:
-        config: of the draft.
-        longest: tokens of the longest conversation, unroll included.
+        parameters: of the draft's RoPE.
+        max_positions: its ``max_position_embeddings``.
+        longest: tokens of the longest conversation, draft tokens included.
 
     Raises:
         UserError: dynamic RoPE beyond ``max_position_embeddings``, where Transformers changes the base with the length and servers do not.
     """
-    if config.rope_parameters["rope_type"] == "dynamic" and longest > config.max_position_embeddings:
+    if parameters["rope_type"] == "dynamic" and longest > max_positions:
         raise UserError(
             "data.max_length",
             longest,
-            f"(with the unroll) exceeds the {config.max_position_embeddings} positions up to which dynamic RoPE is the same everywhere",
+            f"(with the unroll) exceeds the {max_positions} positions up to which dynamic RoPE is the same everywhere",
             "lower data.max_length, or give the draft RoPE of another kind (yarn)",
         )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchspec.errors import UserError
 from torchspec.models.families import with_family
-from torchspec.models.training.finite import no_longer_numbers, not_finite
+from torchspec.models.ops.not_finite import no_longer_numbers, not_finite
 from torchspec.paths import home
 
 _FOLDER_FACTS = "meta.pt"

@@ -7,7 +7,7 @@ computing, and is read some steps later, the same number on every rank. The grad
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,35 +15,10 @@ import torch
 from torch import Tensor
 
 from torchspec.batch import PackedBatch
+from torchspec.models.ops.not_finite import no_longer_numbers, not_finite
 
 LAG = 4
 """Optimizer steps after which a GPU's step is looked at: it is done by then."""
-_SHOWN = 3
-
-
-def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the tensors in which something is NaN or infinite; of a sharded one this rank's part is looked at. Waits for the device once."""
-    names, flags = [], []
-    for name, tensor in tensors:
-        part = getattr(tensor, "_local_tensor", tensor)
-        if part.is_floating_point() and part.numel():
-            names.append(name)
-            flags.append(torch.isfinite(part.detach().float() if part.element_size() == 1 else part.detach()).all())
-    if not names:
-        return []
-    sound = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
-    return [name for name, good in zip(names, sound, strict=True) if not good]
-
-
-def named(names: Sequence[str]) -> str:
-    """``NaN or infinity in a, b, c and 5 more``."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"NaN or infinity in {', '.join(names[:_SHOWN])}{more}"
-
-
-def no_longer_numbers(names: Sequence[str], *, what: str = "weights") -> str:
-    """The clause for an error."""
-    return f"{what} are no longer numbers ({named(names)})"
 
 
 def unsound(checkpoint: Mapping[str, Any]) -> str:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from torchspec.errors import UserError
-from torchspec.models.training.finite import LAG, Found, no_longer_numbers, not_finite, unsound
+from torchspec.models.ops.not_finite import no_longer_numbers, not_finite
+from torchspec.models.training.finite import LAG, Found, unsound
 
 if TYPE_CHECKING:
     from torchspec.models.module import DraftModule

@@ -1,4 +1,4 @@
-"""Attention of the EAGLE-3 unroll, forward and backward, without a T x T matrix.
+"""Attention of an unroll, forward and backward, without a T x T matrix.
 
 At step k the query of position t attends, in one softmax, to the step-0 keys of its own conversation up to t and to its own later keys:
 
@@ -8,7 +8,7 @@ The first part is ordinary causal attention; the second is k single keys a row. 
 p = exp(score - lse) and delta = sum(dO * O) with the *merged* lse and output give the exact gradient of each part, so a flash backward that is handed
 the merged pair is right for the first part as it stands (Dao, FlashAttention-2, arXiv 2307.08691, section 3.2).
 
-Two paths, equal in value and gradient: ``attention_flash.py`` on CUDA in half precision, ``attention_torch.py`` everywhere else. Later keys stand in one
+Two paths, equal in value and gradient: ``flash.py`` on CUDA in half precision, ``torch.py`` everywhere else. Later keys stand in one
 array by step-0 entry and slot, written once; the gradients of all keys are summed in fp32 over the steps.
 
 Letters: N rows of the pack, M step-0 entries (supervised rows), R query rows, h heads, g key-value heads, d head size, K unroll steps.
