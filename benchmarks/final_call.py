@@ -143,7 +143,7 @@ def serve(job: dict[str, Any]) -> None:
     import torch
     import vllm
 
-    from torchspec.commands.acceptance_child import _counts, _difference
+    from torchspec.acceptance_child import _counts, _difference
     from torchspec.hardware import working_dtype
     from torchspec.target import Target, TargetConfig
 

@@ -450,7 +450,7 @@ KNOWN = {
     "files.py": "its own partial file; what it replaces was looked at",
     "engines/supervisor.py": "logs of its own workers, moved to a name of theirs",
     "tokenizer.py": "a temporary folder of its own",
-    "commands/acceptance.py": "a temporary folder of its own; logs of a report by name",
+    "acceptance.py": "a temporary folder of its own; logs of a report by name",
     "callbacks/on_policy.py": "drafts by mark, checkpoints by content",
     "callbacks/acceptance.py": "a list that is ours",
     "models/training/checkpoint.py": "checkpoints by name, what else lies in one is carried on",
@@ -491,7 +491,7 @@ def test_json_has_no_nan() -> None:
 
 
 PLAIN = {
-    "tokenizer.py", "fingerprint.py", "images.py", "commands/acceptance.py", "commands/acceptance_child.py",
+    "tokenizer.py", "fingerprint.py", "images.py", "acceptance.py", "acceptance_child.py",
     "engines/desk.py", "engines/coordinator.py", "engines/group.py", "engines/vllm/connector.py", "engines/capture/requests.py", "engines/vllm/options.py",
     "models/export/model_card.py",
     "data/messages.py", "data/render.py", "data/tokenise.py", "data/vocabulary_report.py", "data/generators.py", "data/exact_ids.py", "data/rows.py",

@@ -15,7 +15,7 @@ from tests.data.test_mistakes import corpus
 from tests.data.test_regenerate import Echo
 from tests.data.test_server_answers import server  # noqa: F401
 from tests.tiny import save_target
-from torchspec.commands.acceptance_requests import read_requests
+from torchspec.acceptance_requests import read_requests
 from torchspec.commands.regenerate import regenerate
 from torchspec.data import prepare as prepared
 from torchspec.data.conversations import parse

@@ -21,10 +21,10 @@ from tests.e2e.runs import wait_for
 from tests.house.random_draft import save_random_draft
 from tests.tiny import save_conversations, save_target
 from tests.tiny_vl import save_vl_target
+from torchspec.acceptance import acceptance as measure
+from torchspec.acceptance import table, warn_of_depth
+from torchspec.acceptance_requests import read_requests
 from torchspec.commands import acceptance
-from torchspec.commands.acceptance import acceptance as measure
-from torchspec.commands.acceptance import table, warn_of_depth
-from torchspec.commands.acceptance_requests import read_requests
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
 
@@ -182,7 +182,7 @@ def test_mistakes_are_named_before_vllm_loads(target: Path, draft: Path, prompts
     no_weights = tmp_path / "no_weights"
     no_weights.mkdir()
     (no_weights / "config.json").write_text("{}")
-    monkeypatch.setattr("torchspec.commands.acceptance._serve", lambda *a, **k: pytest.fail("vLLM was started"))
+    monkeypatch.setattr("torchspec.acceptance._serve", lambda *a, **k: pytest.fail("vLLM was started"))
 
     def refused(match: str, *, to: Path = target, with_draft: str = str(draft), asked: Path = prompts, **options: object) -> None:
         with pytest.raises(UserError, match=match):
@@ -229,7 +229,7 @@ def test_latent_attention_is_served_with_the_right_operators(
     def see(job: dict[str, Any], *_: object) -> dict[str, Any]:
         raise JobSeen(job["engine_args"].get("compilation_config"))
 
-    monkeypatch.setattr("torchspec.commands.acceptance._serve", see)
+    monkeypatch.setattr("torchspec.acceptance._serve", see)
     served = shutil.copytree(target, tmp_path / "served")
     for name, folder in (("target", served), ("draft", draft)):
         config = json.loads((folder / "config.json").read_text())
@@ -251,7 +251,7 @@ def test_a_multimodal_target_is_asked_for_text_alone(
     def see(job: dict[str, Any], *_: object) -> dict[str, Any]:
         raise JobSeen(job)
 
-    monkeypatch.setattr("torchspec.commands.acceptance._serve", see)
+    monkeypatch.setattr("torchspec.acceptance._serve", see)
     asked = target if family == "text" else save_vl_target(tmp_path / "vl", family)
     (asked / "preprocessor_config.json").unlink(missing_ok=True)
     with pytest.raises(JobSeen) as seen:

@@ -26,6 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Folders of ours that a module of a folder may import; modules directly under torchspec are contracts, open to all."""
 ABOVE: dict[str, set[str]] = {
+    "acceptance": {"data", "engines", "models"},
+    "acceptance_requests": {"data"},
     "cli": {"commands", "data", "models"},
     "trainer": {"callbacks", "models"},
     "lightning_rules": {"models"},

@@ -236,7 +236,7 @@ class AcceptanceLength(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.serve_prompts is None or not trainer.is_global_zero:
             return
-        from torchspec.commands.acceptance import REPORT, acceptance
+        from torchspec.acceptance import REPORT, acceptance
 
         exporter = self._exporter(trainer)
         assert exporter is not None

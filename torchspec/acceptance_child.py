@@ -1,4 +1,4 @@
-"""One run of vLLM for ``acceptance.py``: ``python -m torchspec.commands.acceptance_child FD`` with one JSON line on stdin.
+"""One run of vLLM for ``acceptance.py``: ``python -m torchspec.acceptance_child FD`` with one JSON line on stdin.
 
 Events go to file descriptor FD as JSON lines: ``ready``, ``done`` (answers so far), then the result, or ``error``: why vLLM did not start.
 Standard output and error are vLLM's log.
