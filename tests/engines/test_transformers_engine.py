@@ -94,6 +94,18 @@ def test_records_equal_transformers_whatever_the_batch(family: str, server: Stor
     engine.close()
 
 
+def test_a_draft_may_read_the_last_state_alone(target: Path, server: StoreServer) -> None:
+    ids = random_samples([12, 5])
+    engine = engine_for(target, server, aux=())
+    alone = records_of(engine, server, ids)
+    engine.close()
+    engine = engine_for(target, server)
+    beside = records_of(engine, server, ids)
+    engine.close()
+    assert [tuple(record.aux.shape) for record in alone] == [(12, 0), (5, 0)]
+    assert all(torch.equal(one.last, other.last) for one, other in zip(alone, beside, strict=True))
+
+
 def test_last_is_before_the_final_norm(target: Path, server: StoreServer) -> None:
     """A norm applied twice would go unnoticed above where its weight is 1: the state itself is far from the normed one."""
     from transformers import AutoModelForCausalLM

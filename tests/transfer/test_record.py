@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from torchspec.transfer.record import HEADER_BYTES, MAGIC, RecordError, RecordSpec, open_record, seal, views
+from torchspec.transfer.record import HEADER_BYTES, MAGIC, RecordError, RecordSpec, is_finite, open_record, seal, views
 
 SPEC = RecordSpec(target="sha256:abc", tokenizer="sha256:def", aux_layers=(2, 15, 27), hidden_size=48, dtype="bfloat16")
 
@@ -51,6 +51,17 @@ def test_round_trip(dtype: str, tokens: int, rows: int) -> None:
     assert opened.input_ids.shape == (tokens,) and opened.aux.shape == (rows, 3 * 48) and opened.last.shape == (rows, 48)
     assert torch.equal(opened.input_ids, ids) and torch.equal(opened.aux, aux) and torch.equal(opened.last, last)
     assert opened.manifest["producer"] == "test 1.0"
+
+
+def test_a_draft_may_read_the_last_state_alone() -> None:
+    """No auxiliary layers: such a record holds ids and the last states, and says so."""
+    spec = replace(SPEC, aux_layers=())
+    record = written(spec, 7, 6)
+    opened = open_record(record.clone(), spec)
+    assert opened.aux.shape == (6, 0) and torch.equal(opened.last, views(record, spec, 7, 6)[2]) and opened.manifest["aux_layers"] == []
+    assert spec.nbytes(7) < SPEC.nbytes(7) and is_finite(opened) and RecordSpec.from_dict(spec.to_dict()) == spec
+    with pytest.raises(RecordError, match="'aux_layers' is"):
+        open_record(record, SPEC)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,20 @@ def test_fp8_states_its_error(tmp_path: Path) -> None:
     exact = sum(file.stat().st_size for file in (tmp_path / "r").glob("records-*"))
     write(tmp_path / "exact", SIZES)
     assert exact < 0.75 * sum(file.stat().st_size for file in (tmp_path / "exact").glob("records-*"))
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_records_without_auxiliary_layers(fp8: bool, tmp_path: Path) -> None:
+    spec = replace(SPEC, aux_layers=())
+    writer = ShardWriter(tmp_path / "r", spec, fp8=fp8)
+    one = record(0, 9, 9, spec)[1]
+    writer.add(one, key_of(one.input_ids.numpy()))
+    writer.close()
+    reader = ShardReader(tmp_path / "r")
+    out = torch.zeros(spec.nbytes(9), dtype=torch.uint8)
+    again = open_record(out[: reader.read(0, out)], spec)
+    assert again.aux.shape == (9, 0) and torch.equal(again.input_ids, one.input_ids)
+    assert torch.equal(again.last, one.last) if not fp8 else torch.allclose(again.last.float(), one.last.float(), rtol=0.1, atol=0.1)
 
 
 def test_damage_is_noticed(tmp_path: Path) -> None:

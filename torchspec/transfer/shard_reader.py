@@ -90,7 +90,7 @@ class ShardReader:
             raise StoreError("io", str(number), f"checksum differs: {self.files[shard].name} was damaged; delete it and extract again")
         if self.manifest.stored == "fp8":
             for name, into, layers in (("aux", aux, len(spec.aux_layers)), ("last", last, 1)):
-                states = parts[name].float().view(rows, layers, -1) * parts[f"{name}_scale"].unsqueeze(-1)
+                states = parts[name].float().view(rows, layers, spec.hidden_size) * parts[f"{name}_scale"].unsqueeze(-1)
                 into.copy_(states.view(into.shape))
         return int(seal(out, spec, tokens, rows, producer=f"records ({self.manifest.stored})", checksum=False).numel())
 

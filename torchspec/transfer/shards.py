@@ -136,7 +136,7 @@ class ShardWriter:
     def _states(self, name: str, states: Tensor, layers: int) -> dict[str, Tensor]:
         if not self.fp8:
             return {name: states.clone()}
-        grouped = states.float().view(states.shape[0], layers, -1)
+        grouped = states.float().view(states.shape[0], layers, self.spec.hidden_size)
         scale = (grouped.abs().amax(-1, keepdim=True) / _FP8_MAX).clamp_min(1e-12)
         stored = (grouped / scale).to(FP8)
         self._error += [float((stored.float() * scale - grouped).square().sum()), float(grouped.square().sum())]

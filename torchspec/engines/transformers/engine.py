@@ -186,9 +186,9 @@ class TransformersEngine:
             padded[row, : x.numel()] = x
         seen = self._seen(batch[0], padded) if batch[0].images else {}
         states = self._states.run(padded.to(self.job.device), seen)
-        with torch.inference_mode():
-            aux = torch.cat([states[layer] for layer in self.spec.aux_layers], dim=-1)
         last = states[self.target.num_layers]
+        with torch.inference_mode():
+            aux = torch.cat([last[..., :0], *(states[layer] for layer in self.spec.aux_layers)], dim=-1)  # of no layers: no columns
         self._writing |= {lease.key: lease for lease in batch}
         self._writer.write([_sample(lease.key, x, aux[row], last[row]) for row, (lease, x) in enumerate(zip(batch, ids, strict=True))])
 
