@@ -122,6 +122,7 @@ class BlockFamily:
         sees = "the slots before it" if config.causal else "all of its block"
         window = "" if config.sliding_window is None else f", {config.sliding_window} positions back"
         rows = [
+            ("layers, hidden size, attention", f"{config.num_layers}, {config.hidden_size}, grouped-query with q/k norms (Qwen3)"),
             ("block", f"{config.block_size} slots, {config.horizon} draft tokens; a slot sees {sees}{window}"),
             ("mask token", f"{config.mask_token_id}{' (a row of its own)' if config.learned_mask else ''}"),
         ]
@@ -133,7 +134,14 @@ class BlockFamily:
         return rows
 
     def card_of_training(self, options: BlockOptions) -> list[tuple[str, str]]:
-        return [(name.replace("_", " "), str(value)) for name, value in asdict(options).items()]
+        weights = {"dpace": f"D-PACE, alpha {options.alpha:g}", "decay": f"exp(-j / {options.gamma:g})", "uniform": "1"}[options.weights]
+        anchors = f"{options.anchors:.0%} of a conversation's" if isinstance(options.anchors, float) else f"{options.anchors} a conversation"
+        rows = [("anchors of an epoch", anchors), ("weights of the slots", weights), ("label of cross-entropy", options.label)]
+        if self.name == "dspark":
+            rows.append(("confidence", f"weight {options.confidence:g}, learns the {options.confidence_target}"))
+        if self.name == "dflash2":
+            rows.append(("selector", f"weight {options.selector:g}"))
+        return rows
 
 
 DFLASH = BlockFamily("dflash", "DFlash", "arXiv 2602.06036", "dflash", "dflash", "DFLASH")

@@ -20,11 +20,29 @@ from torchspec.models.blocks.weighting import dpace
 from torchspec.models.ops.head_loss import TargetDistribution
 from torchspec.models.ops.loss_formulas import LossWeights, RowTargets, row_losses
 from torchspec.models.ops.shared_weight import wide
+from torchspec.models.target_head import TargetHead
 
 _CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
 """Logits of a chunk, at most."""
 _CHUNK_ROWS = {"cpu": 256, "cuda": 2**14}
 """Rows of a chunk, at most; one block at least."""
+
+
+@torch.no_grad()
+def most_likely(head: TargetHead, last: Tensor, *, dtype: torch.dtype) -> TargetDistribution:
+    """Of what the target says at states [U, D] the most likely tokens alone, for losses that read nothing else: without probabilities."""
+    rows, kind = last.shape[0], wide(dtype)
+    best = torch.empty(rows, dtype=torch.int64, device=last.device)
+    inside = torch.ones(rows, dtype=torch.bool, device=last.device)
+    normed = head.normed(last)
+    step = max(32, _CHUNK_ELEMENTS.get(last.device.type, 2**26) // head.weight.shape[0])
+    for low in range(0, rows, step):
+        kept, rest = head.parts(normed[low : low + step])
+        highest, best[low : low + step] = kept.max(dim=-1)
+        if rest is not None:
+            inside[low : low + step] = highest >= rest.amax(dim=-1)
+    nothing = torch.empty(0, dtype=kind, device=last.device)
+    return TargetDistribution(nothing, nothing, best, inside, None)
 
 
 @dataclass(frozen=True)
@@ -35,7 +53,7 @@ class BlockPlan:
     """[W, H] the frozen head in the compute type."""
     logit_scale: float
     target: TargetDistribution
-    """At the distinct target rows."""
+    """At the distinct target rows; without probabilities where cross-entropy is the only loss and nothing is measured."""
     index: Tensor
     """[M] target row of each slot."""
     number: Tensor
@@ -78,6 +96,11 @@ class BlockResult:
     """[M, candidates] draft rows, the likeliest first."""
 
 
+def soft_part(losses: LossWeights) -> LossWeights:
+    """The losses that read the target's distribution."""
+    return replace(losses, cross_entropy=0.0)
+
+
 def block_loss(states: Tensor, plan: BlockPlan, *, previous: Tensor | None = None, markov: Tensor | None = None) -> BlockResult:
     """Loss of all slots of a batch.
 
@@ -113,7 +136,7 @@ class _BlockLoss(torch.autograd.Function):
         dtype, device, total = states.dtype, states.device, states.shape[0]
         kind = wide(dtype)
         train = plan.train and any(ctx.needs_input_grad)
-        soft = replace(plan.losses, cross_entropy=0.0)
+        soft = soft_part(plan.losses)
         has_soft = soft != LossWeights()
         wants_alpha = plan.measure or plan.losses.needs_alpha
         per_slot, weight = torch.empty(total, dtype=kind, device=device), torch.empty(total, dtype=kind, device=device)

@@ -14,7 +14,7 @@ from torchspec.blocks import BlockRows, as_blocks
 from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
 from torchspec.models.blocks.config import BlockConfig
-from torchspec.models.blocks.loss import BlockPlan, BlockResult, block_loss
+from torchspec.models.blocks.loss import BlockPlan, BlockResult, block_loss, most_likely, soft_part
 from torchspec.models.blocks.network import BlockDraft, Context
 from torchspec.models.blocks.options import BlockOptions
 from torchspec.models.blocks.selector import with_label
@@ -131,7 +131,11 @@ class BlockTask(nn.Module):
         confident = config.kind == "dspark" and config.confidence and options.confidence > 0
         wants_alpha = measure or (confident and options.confidence_target == "overlap")
         blocks = batch.counts[0].to(kind).clamp(min=1.0)
-        target = target_distribution(self.head, batch.last[rows.unique], dtype=draft.compute_dtype, mass=wants_alpha or self.loss.needs_alpha)
+        last, wants_alpha = batch.last[rows.unique], wants_alpha or self.loss.needs_alpha
+        if wants_alpha or soft_part(self.loss) != LossWeights():
+            target = target_distribution(self.head, last, dtype=draft.compute_dtype, mass=wants_alpha)
+        else:
+            target = most_likely(self.head, last, dtype=draft.compute_dtype)
         plan = BlockPlan(
             head=self.head.weight[: self.head.width].to(draft.compute_dtype),
             logit_scale=config.logit_scale,
