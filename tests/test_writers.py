@@ -448,7 +448,7 @@ def test_records_leave_other_tensors_in_their_folder_and_refuse_a_shards_name(tm
 KNOWN = {
     "folders.py": "its own workplaces, by mark",
     "files.py": "its own partial file; what it replaces was looked at",
-    "engines/supervisor.py": "logs of its own workers, moved to a name of theirs",
+    "logs.py": "logs of a run's own processes, moved to a name of theirs",
     "tokenizer.py": "a temporary folder of its own",
     "acceptance.py": "a temporary folder of its own; logs of a report by name",
     "callbacks/on_policy.py": "drafts by mark, checkpoints by content",

@@ -47,7 +47,9 @@ def test_no_worker_is_said_after_ten_seconds_and_every_minute() -> None:
 
 def test_those_of_ours_that_load_are_spoken_of() -> None:
     heard = Heard(ours=2)
-    assert heard.wait(11) == ["no worker alive for 10 s: 2 starting, logs in L"]
+    assert heard.wait(29) == []
+    assert heard.wait(2) == ["waiting for 2 workers to load the target, 30 s so far: logs in L"]
+    assert heard.wait(30) == ["waiting for 2 workers to load the target, 60 s so far: logs in L"]
 
 
 def test_joins_and_leaves_are_said_once() -> None:
@@ -147,7 +149,7 @@ def test_those_that_only_answer_are_counted_apart() -> None:
     heard.of.given_up("vllm_answers-1", "r", None)
     assert not heard.stops
     heard.of.left("vllm_answers-0", "ended with code 1")
-    assert heard.wait(11) == ["no answering worker alive for 10 s: 1 starting, logs in L"]
+    assert heard.wait(31) == ["waiting for 1 answering worker to load the target, 30 s so far: logs in L"]
     heard.of.given_up("vllm_answers-0", "r", None)
     assert heard.stops == [("0 of 2 answering workers are left; the last: r", None)]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from torchspec.engines.supervisor import WorkerProcess, keep_one_before
+from torchspec.engines.supervisor import WorkerProcess
+from torchspec.logs import keep_one_before
 
 PARENT = """
 import multiprocessing, sys, time

@@ -11,8 +11,10 @@ from collections.abc import Iterable
 from typing import Protocol
 
 _FIRST_WORD = 10.0
+_LOADING = 30.0
 _EVERY = 60.0
-"""Seconds without enough workers until that is said, and until it is said again."""
+"""Seconds without enough workers until that is said, the same where some of ours are loading (most targets take longer than ten), and until it is
+said again."""
 
 
 class Say(Protocol):
@@ -113,9 +115,13 @@ class _Kind:
         self._alone_s += 0.0 if starting else elapsed
         if self._timeout is not None and self._alone_s >= self._timeout:
             self._stop(f"{self._state(self._alone_s)}, which is data.engines.no_worker_timeout")
-        elif self._below_s >= self._next_word:
+        elif self._below_s >= max(self._next_word, _LOADING if starting else 0.0):
             self._next_word = _EVERY * (self._next_word // _EVERY + 1)
-            self._say(f"{self._state(self._below_s)}: " + (f"{starting} starting, {logs}" if starting else otherwise))
+            if starting and not self._count:
+                plural = "s" if starting > 1 else ""
+                self._say(f"waiting for {starting} {self._what}{plural} to load the target, {self._below_s:.0f} s so far: {logs}")
+            else:
+                self._say(f"{self._state(self._below_s)}: " + (f"{starting} starting, {logs}" if starting else otherwise))
 
     @property
     def _count(self) -> int:

@@ -28,9 +28,10 @@ from torchspec.engines.desk import Desk
 from torchspec.engines.exchange import Exchange
 from torchspec.engines.group_config import CoordinatorConfig
 from torchspec.engines.ledger import Ledger
-from torchspec.engines.supervisor import Supervisor, WorkerProcess, keep_one_before
+from torchspec.engines.supervisor import Supervisor, WorkerProcess
 from torchspec.engines.table import ANSWERER
 from torchspec.errors import UserError
+from torchspec.logs import keep_one_before
 from torchspec.network import host_port
 from torchspec.transfer import make_server
 from torchspec.transfer.store import StoreServer

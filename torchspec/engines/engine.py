@@ -59,7 +59,7 @@ class EngineConfig:
     fewer: one that is bad from the start, or was restarted ``max_restarts`` times, is left out. 0 goes on without any, waiting for others to join."""
     no_worker_timeout: float | None = None
     """Seconds with fewer than ``min_workers`` workers alive (or none), and none of this run's starting, before the run ends; None waits without end.
-    That there is none is said after 10 s and every minute."""
+    That there is none is said after 10 s (30 s where some are loading) and every minute."""
     max_attempts: int = 3
     """Attempts at one sample before it is given up and listed in failed_samples.jsonl."""
     max_failed_fraction: float = 0.01

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 _LISTENS = 60.0
 """Seconds for the coordinator to listen; it imports little."""
 _ENDS = 20.0
+_DEVICES = re.compile(r"\d+(,\d+)*|(GPU|MIG)-[\w/-]+(,(GPU|MIG)-[\w/-]+)*")
+"""CUDA devices as CUDA_VISIBLE_DEVICES names them."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,17 @@ def worker_devices(workers: int, devices: list[str] | None, *, field: str, remot
     if devices is not None:
         if len(devices) != workers:
             raise UserError(field, devices, f"names {len(devices)} devices for {workers} workers", "give one entry a worker")
+        for device in devices:
+            if device != "cpu" and not _DEVICES.fullmatch(device):
+                raise UserError(field, device, "is not a device", 'use cpu, a CUDA index such as "0", or several such as "0,1"')
+        if (first := next((device for device in devices if device != "cpu"), None)) is not None and not _cuda_devices():
+            raise UserError(field, first, "is a CUDA device, and torch sees none here", "use cpu, or see main.py doctor")
         return list(devices)
-    count = 0 if remote else _cuda_devices()
-    return [str(i % count) if count else "cpu" for i in range(workers)]
+    if remote or not (count := _cuda_devices()):
+        return ["cpu"] * workers
+    # a worker sees what its CUDA_VISIBLE_DEVICES names: indices of this process's own list would be other devices there
+    seen = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()] or [str(i) for i in range(count)]
+    return [seen[i % min(count, len(seen))] for i in range(workers)]
 
 
 def _cuda_devices() -> int:

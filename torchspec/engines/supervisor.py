@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import secrets
@@ -19,6 +18,7 @@ from torchspec.engines.client import Endpoint
 from torchspec.engines.engine import EngineConfig
 from torchspec.engines.handshake import SECRET_VARIABLE
 from torchspec.errors import UserError
+from torchspec.logs import keep_one_before
 from torchspec.network import host_port
 from torchspec.processes import kill_group
 from torchspec.reasons import last_error_in, without_bars
@@ -117,13 +117,6 @@ class WorkerProcess:
         if error is not None:
             return f"{error[:500]}; see {self.log_file}"
         return f"its log ends: {' | '.join(lines[-_LAST_LINES:]) or '(log is empty)'}"
-
-
-def keep_one_before(log_file: Path) -> None:
-    """A run's log begins empty; what an earlier run wrote under its name is kept once, under ``.before``."""
-    with contextlib.suppress(OSError):
-        if log_file.stat().st_size:
-            log_file.replace(log_file.with_name(f"{log_file.name}.before"))
 
 
 class Supervisor:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torchspec.errors import UserError
 from torchspec.network import bare, is_loopback
 from torchspec.transfer.sizes import parse_bytes, show_bytes
-from torchspec.transfer.store import Address, Store, StoreConfig, StoreError, StoreServer
+from torchspec.transfer.store import Address, Store, StoreConfig, StoreError, StoreServer, no_directory
 
 if TYPE_CHECKING:
     from torchspec.transfer.probe import StoreFacts
@@ -82,6 +82,8 @@ def make_server(
     """
     host = bare(config.host or expected_host or "127.0.0.1")
     kind, reason = _choose(config, host)
+    if config.kind == "auto" and config.shm_dir != StoreConfig.shm_dir and not Path(config.shm_dir).is_dir():  # also where Mooncake is there today
+        raise no_directory(config.shm_dir)
     if kind == "mooncake":
         from torchspec.transfer.mooncake_server import MooncakeServer
 
@@ -112,14 +114,15 @@ def _choose(config: StoreConfig, host: str) -> tuple[str, str]:
     """Backend and the reason for it."""
     if config.kind == "shm":
         return "shm", "data.store.kind is shm"
-    if config.kind not in ("mooncake", "auto"):
-        raise UserError("data.store.kind", config.kind, "is unknown", "use auto, mooncake or shm")
     from torchspec.transfer.mooncake import load
 
     try:
         load(host)
     except UserError as error:
-        if config.kind == "mooncake" or config.master is not None:
+        if config.kind == "mooncake":
             raise
+        if given := config.of_mooncake():
+            problem = f"needs Mooncake, and Mooncake {error.problem}"
+            raise UserError(f"data.store.{given[0]}", given[1], problem, error.fix) from error
         return "shm", f"Mooncake {error.problem}; {error.fix}"
     return "mooncake", "data.store.kind is mooncake" if config.kind == "mooncake" else "Mooncake is installed"

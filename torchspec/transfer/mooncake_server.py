@@ -29,7 +29,9 @@ from typing import IO, Any
 
 import torchspec
 from torchspec.errors import UserError
-from torchspec.network import addresses_of
+from torchspec.logs import keep_one_before
+from torchspec.network import own_address
+from torchspec.reasons import last_error_in, without_bars
 from torchspec.transfer import mooncake
 from torchspec.transfer.segment import START_SECONDS, SegmentJob
 from torchspec.transfer.store import Address, StoreConfig
@@ -97,16 +99,7 @@ class MooncakeServer:
         if self._process is not None:
             return
         config = self._config
-        if config.metadata is not None and config.master is None:
-            raise UserError(
-                "data.store.metadata", config.metadata, "was given without data.store.master", "give both, or neither to start a master for the run"
-            )
-        if config.master is not None:
-            mooncake.split_host_port(config.master, field="data.store.master")
-        try:
-            host = addresses_of(self._host)[0]
-        except OSError as error:
-            raise UserError("data.store.host", self._host, f"cannot be resolved ({error})", "give an IP address of this machine") from error
+        host = own_address(self._host, field="data.store.host", fix="give an address of this host under which the others reach it")
         job = SegmentJob(
             host=host,
             nbytes=self._part_nbytes,
@@ -145,7 +138,7 @@ class MooncakeServer:
             raise UserError(*words["user_error"])
         if "error" in words:
             field, value = ("data.store.master", self._config.master) if self._config.master else ("data.store.kind", self._config.kind)
-            where = f"read {self._log_dir / _LOG_NAME}" if self._log_dir else f"the last lines of its log are: {self._log_tail()}"
+            where = f"read {self._log_dir / _LOG_NAME}" if self._log_dir else f"its log ends: {self._log_tail()}"
             raise UserError(field, value, f"did not come up: {words['error']}", f"{where}; on one host data.store.kind=shm works without Mooncake")
         self._master = words["master"]
         assert self._process is not None
@@ -178,15 +171,17 @@ class MooncakeServer:
         if self._log_dir is None:
             return tempfile.TemporaryFile()
         self._log_dir.mkdir(parents=True, exist_ok=True)
+        keep_one_before(self._log_dir / _LOG_NAME)
         return (self._log_dir / _LOG_NAME).open("a+b")
 
     def _log_tail(self) -> str:
-        """The last lines; read without moving the offset, which the children share."""
+        """The error that ended it, else its last lines; read without moving the offset, which the children share."""
         if self._log is None:
             return ""
         number = self._log.fileno()
         text = os.pread(number, 4096, max(0, os.fstat(number).st_size - 4096)).decode(errors="replace")
-        return " | ".join(text.splitlines()[-3:])
+        lines = without_bars(text)
+        return last_error_in(lines) or " | ".join(lines[-3:])
 
 
 def _environment() -> dict[str, str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from torchspec.errors import UserError
 from torchspec.transfer.shm import OPEN_MARK, nameless_file, unlink_if_there
 from torchspec.transfer.sizes import show_bytes
-from torchspec.transfer.store import Address, StoreConfig
+from torchspec.transfer.store import Address, StoreConfig, no_directory
 
 PREFIX = "torchspec-"
 _SAYS = "TorchSpec store"
@@ -53,7 +53,7 @@ class ShmServer:
         if self._lock is not None:
             return
         if not self._parent.is_dir():
-            raise UserError("data.store.shm_dir", str(self._parent), "is no directory", "give a directory on a memory-backed file system (tmpfs)")
+            raise no_directory(str(self._parent))
         sweep(self._parent)
         free = shutil.disk_usage(self._parent).free
         if free < self._budget:

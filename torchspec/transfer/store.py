@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from torchspec.errors import UserError
+from torchspec.network import bare, is_loopback, split_host_port
 from torchspec.paths import home
 
 if TYPE_CHECKING:  # a client that only deletes (the coordinator) must not wait for torch
@@ -61,6 +63,33 @@ class StoreConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shm_dir", home(self.shm_dir))
+        for name, words in (("kind", ("auto", "mooncake", "shm")), ("protocol", ("tcp", "rdma"))):
+            if getattr(self, name) not in words:
+                raise UserError(f"data.store.{name}", getattr(self, name), "is unknown", f"use {', '.join(words[:-1])} or {words[-1]}")
+        if not self.shm_dir:
+            raise UserError("data.store.shm_dir", self.shm_dir, "is empty", "name a directory on a memory-backed file system (tmpfs), or leave it out")
+        if self.master is not None:
+            split_host_port(self.master, field="data.store.master")
+        elif self.metadata is not None:
+            fix = "give both, or neither to start a master for the run"
+            raise UserError("data.store.metadata", self.metadata, "was given without data.store.master", fix)
+        if self.rdma_devices and self.protocol != "rdma":
+            problem = f"has no meaning for data.store.protocol={self.protocol}"
+            raise UserError("data.store.rdma_devices", self.rdma_devices, problem, "leave it out, or set data.store.protocol to rdma")
+        if self.kind == "shm" and (given := self.of_mooncake()):
+            fix = "leave it out, or set data.store.kind to mooncake"
+            raise UserError(f"data.store.{given[0]}", given[1], "has no meaning for data.store.kind=shm, which serves one host", fix)
+
+    def of_mooncake(self) -> tuple[str, str] | None:
+        """The first option that was given and that Mooncake alone obeys, with its value."""
+        asked = {"protocol": self.protocol if self.protocol != "tcp" else "", "master": self.master, "host": self.host}
+        local = self.host is None or is_loopback(bare(self.host))
+        return next(((name, value) for name, value in asked.items() if value and not (name == "host" and local)), None)
+
+
+def no_directory(shm_dir: str) -> UserError:
+    """``data.store.shm_dir`` is not there."""
+    return UserError("data.store.shm_dir", shm_dir, "is not a directory", "give a directory on a memory-backed file system (tmpfs)")
 
 
 class Store(Protocol):

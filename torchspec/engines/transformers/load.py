@@ -27,6 +27,17 @@ from torchspec.target import Target, TargetConfig
 log = logging.getLogger(__name__)
 _OF_ATTENTION = re.compile(r"attn_implementation|attention|kernels", re.IGNORECASE)
 """What Transformers says where it refuses an attention, among other words."""
+OWNED = {
+    "dtype": "data.target.dtype sets it",
+    "torch_dtype": "data.target.dtype sets it",
+    "attn_implementation": "data.engines.attn_implementation sets it",
+    "revision": "data.target.revision sets it",
+    "trust_remote_code": "data.target.trust_remote_code sets it",
+    "config": "the target's own configuration describes it",
+    "ignore_mismatched_sizes": "a tensor that does not fit is named",
+    "output_loading_info": "a tensor that is missing is named",
+}
+"""Arguments that are refused in ``data.engines.engine_args``, each with the reason."""
 _NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SHOWN = 3
 """Names in an error."""
@@ -44,11 +55,14 @@ def load_model(config: TargetConfig, *, device: str, attn_implementation: str = 
         extra: more arguments of ``from_pretrained``.
 
     Raises:
-        UserError: it does not load, or not all of it was read from the checkpoint.
+        UserError: it does not load, or not all of it was read from the checkpoint; an argument that is ours, or that Transformers refuses.
     """
+    extra = extra or {}
+    if ours := next((name for name in extra if name in OWNED), None):
+        raise UserError(f"data.engines.engine_args.{ours}", extra[ours], "is set by TorchSpec", f"leave it out: {OWNED[ours]}")
     target = Target(config)
     options = {"dtype": working_dtype(target.dtype, device), **({} if attn_implementation == "auto" else {"attn_implementation": attn_implementation})}
-    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True} | (extra or {})  # what does not fit is named below
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True} | extra  # what does not fit is named below
     try:
         with _whole_blocks():
             model, info = target.auto_class().from_pretrained(config.path, **target.model_files, **options)
@@ -60,11 +74,19 @@ def load_model(config: TargetConfig, *, device: str, attn_implementation: str = 
         if attn_implementation != "auto" and _OF_ATTENTION.search(reason):
             fix = "take auto, or one that this target and this machine have"
             raise UserError("data.engines.attn_implementation", attn_implementation, f"is refused by Transformers ({reason})", fix) from error
+        if named := next((name for name, value in extra.items() if _speaks_of(reason, name) or _speaks_of(reason, str(value))), None):
+            fix = "leave it out, or check its name and value"
+            raise UserError(f"data.engines.engine_args.{named}", extra[named], f"is refused by Transformers ({reason})", fix) from error
         raise UserError("data.target.path", config.path, f"does not load ({reason})", "check the checkpoint and data.engines") from error
     _check_whole(model, info, target, images=images)
     if options["dtype"] == torch.float32:
         _widen(model)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _speaks_of(reason: str, word: str) -> bool:
+    """Whether a word, not a part of another one, is in a reason; short ones could be there for anything."""
+    return len(word) > 2 and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", reason) is not None
 
 
 def _check_whole(model: nn.Module, info: dict[str, Any], target: Target, *, images: bool) -> None:
