@@ -493,6 +493,7 @@ def test_json_has_no_nan() -> None:
 PLAIN = {
     "tokenizer.py", "fingerprint.py", "images.py", "acceptance.py", "acceptance_child.py",
     "engines/desk.py", "engines/coordinator.py", "engines/group.py", "engines/vllm/connector.py", "engines/capture/requests.py", "engines/vllm/options.py",
+    "engines/sglang/collector.py", "engines/sglang/engine.py", "engines/sglang/options.py",
     "models/export/model_card.py",
     "data/messages.py", "data/render.py", "data/tokenise.py", "data/vocabulary_report.py", "data/generators.py", "data/exact_ids.py", "data/rows.py",
     "data/conversations.py", "data/build.py", "data/prepare.py", "data/template.py", "data/regenerate.py",

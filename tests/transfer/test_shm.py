@@ -79,7 +79,7 @@ def test_no_room_at_start(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_no_such_directory(parent: Path) -> None:
-    with pytest.raises(UserError, match="is no directory"):
+    with pytest.raises(UserError, match="is not a directory"):
         server(parent / "nowhere").start()
 
 

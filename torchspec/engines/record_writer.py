@@ -22,8 +22,8 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from torchspec.engines.messages import Wrote
@@ -260,7 +260,7 @@ class WriterThread:
                 if ready is not None:
                     ready.synchronize()
                 for wrote in write_records(self.store, self._stage(batch), self.spec, producer=self._producer):
-                    self._results.put(msgspec.structs.replace(wrote, seconds=wrote.seconds * self._share))
+                    self._results.put(replace(wrote, seconds=wrote.seconds * self._share))
                     told += 1
             except Exception as error:  # of whatever kind: it is these records' failure, and the next batch is written
                 log.exception("%d records were not written", len(batch) - told)
