@@ -237,14 +237,14 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_this_machine_is_asked_without_the_proxy(host: str, variable: str, proxy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import httpx
 
-    from torchspec.engines.vllm.remote import _way
+    from torchspec.engines.vllm.remote import http_options
 
     server = serve("127.0.0.1" if host == "localhost" else host)
     monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody
     url = f"http://{host_port(host, server.server_port)}"
     try:
         ServerAnswerer(f"{url}/v1", model="m", concurrency=1)
-        with httpx.Client(base_url=url, **_way(url)) as client:
+        with httpx.Client(base_url=url, **http_options(url)) as client:
             assert client.get("/version").json()["version"] == "1"
         assert server.asked == ["/v1/models", "/version"]
     finally:
@@ -256,11 +256,11 @@ def test_this_machine_is_asked_without_the_proxy(host: str, variable: str, proxy
 def test_another_host_is_asked_through_the_proxy_which_an_error_names(variable: str, proxy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import httpx
 
-    from torchspec.engines.vllm.remote import _way
+    from torchspec.engines.vllm.remote import http_options
 
     monkeypatch.setenv(variable, proxy.url)
     ServerAnswerer("http://node-7.invalid:8000/v1", model="m", concurrency=1)
-    with httpx.Client(base_url="http://node-7.invalid:8000", **_way("http://node-7.invalid:8000")) as client:
+    with httpx.Client(base_url="http://node-7.invalid:8000", **http_options("http://node-7.invalid:8000")) as client:
         client.get("/version")
     assert proxy.asked == ["http://node-7.invalid:8000/v1/models", "http://node-7.invalid:8000/version"]
     proxy.code = 502

@@ -449,6 +449,7 @@ KNOWN = {
     "folders.py": "its own workplaces, by mark",
     "files.py": "its own partial file; what it replaces was looked at",
     "logs.py": "logs of a run's own processes, moved to a name of theirs",
+    "engines/sglang/engine.py": "sockets and shared memory of the SGLang that it started, by SGLang's own names",
     "tokenizer.py": "a temporary folder of its own",
     "acceptance.py": "a temporary folder of its own; logs of a report by name",
     "callbacks/on_policy.py": "drafts by mark, checkpoints by content",
@@ -493,7 +494,7 @@ def test_json_has_no_nan() -> None:
 PLAIN = {
     "tokenizer.py", "fingerprint.py", "images.py", "acceptance.py", "acceptance_child.py",
     "engines/desk.py", "engines/coordinator.py", "engines/group.py", "engines/vllm/connector.py", "engines/capture/requests.py", "engines/vllm/options.py",
-    "engines/sglang/collector.py", "engines/sglang/engine.py", "engines/sglang/options.py",
+    "engines/sglang/collector.py", "engines/sglang/engine.py", "engines/sglang/options.py", "engines/sglang/remote.py",
     "models/export/model_card.py",
     "data/messages.py", "data/render.py", "data/tokenise.py", "data/vocabulary_report.py", "data/generators.py", "data/exact_ids.py", "data/rows.py",
     "data/conversations.py", "data/build.py", "data/prepare.py", "data/template.py", "data/regenerate.py",

@@ -31,6 +31,7 @@ COMMANDS: dict[str, str] = {
     "import_draft": "read a published draft, check it, and write it in another format",
     "acceptance": "serve a draft in vLLM and measure its acceptance length and speed",
     "vllm_command": "print how to start a vllm serve that engine vllm_remote can use",
+    "sglang_command": "print how to start an SGLang server that engine sglang_remote can use",
     "worker": "start an engine worker by hand and connect it to a running coordinator",
     "doctor": "check this machine: versions, libraries, GPU, ports, memory, the store",
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,16 @@ import torch
 from tests.engines.parts import read_record, save_tiny, spec_of
 from tests.engines.test_transformers_engine import expected, leases_of, random_samples, work_off
 from torchspec.engines.capture.requests import TOKEN_VARIABLE
-from torchspec.engines.engine import EngineConfig, Job
+from torchspec.engines.engine import Answer, EngineConfig, Job, Sampling
 from torchspec.engines.messages import Failed
 from torchspec.engines.sglang.engine import SGLangEngine
+from torchspec.engines.sglang.generator import SGLangGenerator
+from torchspec.engines.transformers.generator import TransformersGenerator
 from torchspec.engines.transformers.hidden_states import HiddenStateHooks
 from torchspec.target import TargetConfig
 from torchspec.transfer import StoreServer, open_store
 
-pytest.importorskip("sglang")
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.skipif(find_spec("sglang") is None, reason="no SGLang"), pytest.mark.slow, pytest.mark.alone]
 MAX_LENGTH = 64
 
 
@@ -62,7 +65,23 @@ def test_records_equal_transformers(family: str, server: StoreServer, tmp_path: 
             wanted = torch.cat([states[0], states[1], states[3]], dim=-1)[:rows]
             assert (record.aux - wanted).norm() / wanted.norm() < 1e-5
             assert (given - final[:rows]).norm() / final.norm() < 1e-5
+        engine._run = {**engine._run, "record": spec_of(target, (1, 2)).to_dict()}  # a start for other states than the hooks see
+        problem = asyncio.run_coroutine_threadsafe(engine._probe(), engine._loop).result()
+        assert problem == "the run wants hidden states [1, 2, 4], this SGLang was started with [0, 1, 3, 4]"
         stats = engine.stats()
         assert stats.samples == 10 and stats.tokens >= sum(map(len, samples[:8])) and stats.write_s > 0
     finally:
         engine.close()
+
+
+@pytest.mark.nightly
+def test_answers_equal_transformers(tmp_path: Path) -> None:
+    """Greedy, of prompts up to the end of the target's positions."""
+    target = TargetConfig(str(save_tiny(tmp_path, hidden=128)))
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, 96, (n,), generator=generator).tolist() for n in (3, 9, 20, 506, 40, 500, 512)]
+    found: list[dict[int, Answer]] = []
+    for made in (TransformersGenerator(target, device="cpu"), SGLangGenerator(target, batch_size=4, device="cpu")):
+        found.append({answer.index: answer for answer in made.generate(prompts, Sampling(max_new_tokens=16))})
+        made.close()
+    assert found[0] == found[1] and {answer.finish for answer in found[0].values()} == {"stop", "length"}

@@ -43,7 +43,7 @@ def test_those_that_only_answer_are_not_offered() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("nonsense", "is unknown. Fix: use one of transformers, vllm, vllm_remote, sglang, replay, or package.module:NAME"),
+        ("nonsense", "is unknown. Fix: use one of transformers, vllm, vllm_remote, sglang, sglang_remote, replay, or package.module:NAME"),
         ("no_such_package.engine:KIND", "is in a module that does not import (the package no_such_package is not installed). Fix: "),
         (f"{__name__}:MISSING", f"is not there: {__name__} has no MISSING. Fix: give the name of an object of torchspec.engines.table.EngineKind"),
         (f"{__name__}:NOT_A_KIND", "is a dict where EngineKind is expected"),
@@ -66,7 +66,8 @@ def test_an_engine_of_the_users_own_is_held_to_what_its_kind_says() -> None:
         (EngineConfig(threads=3), f"data.engines.threads=3 has no meaning for engine {name}. Fix: leave it out."),
         (
             EngineConfig(deterministic=True),
-            f"data.engines.deterministic=True has no meaning for engine {name}. Fix: leave it out, or use transformers or vllm or vllm_remote or sglang",
+            f"data.engines.deterministic=True has no meaning for engine {name}. Fix: leave it out, "
+            "or use transformers or vllm or vllm_remote or sglang or sglang_remote",
         ),
     ):
         with pytest.raises(UserError, match=re.escape(said)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -10,8 +11,7 @@ import pytest
 from tests.engines.parts import Rank, group_config, of_run, random_packs, save_tiny, spec_of, still_running, store_files
 from torchspec.engines.group import EngineGroup
 
-pytest.importorskip("sglang")
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.skipif(find_spec("sglang") is None, reason="no SGLang"), pytest.mark.slow, pytest.mark.alone]
 BUDGET = 1 << 20
 """Bytes of a few packs: there is always work that waits."""
 

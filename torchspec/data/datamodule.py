@@ -69,7 +69,7 @@ class DraftDataModule(pl.LightningDataModule):
         on_policy: the target answers the training prompts anew in the run, instead of the answers in the data. Engines
             vllm and vllm_remote, or any but replay where its ``answer_workers`` is at least 1. Its own options:
             ``--data.on_policy.help``.
-        engine: what runs the target: ``transformers``, ``vllm``, ``sglang``, ``vllm_remote`` (a vLLM server that
+        engine: what runs the target: ``transformers``, ``vllm``, ``sglang``, ``vllm_remote``, ``sglang_remote`` (a server that
             somebody else runs), ``replay``, which runs none and trains from records on disk, or one of your own,
             ``package.module:NAME`` (docs/engines.md).
         records: folder of records that ``main.py extract`` or ``tee`` wrote, for engine replay.

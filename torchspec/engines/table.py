@@ -86,6 +86,13 @@ ENGINES: dict[str, EngineKind] = {
         versions=_SGLANG,
         unused={"attn_implementation": "leave it out; SGLang's own is data.engines.engine_args: {attention_backend: ...}"},
     ),
+    "sglang_remote": EngineKind(
+        worker="torchspec.engines.sglang.remote:RemoteSGLangEngine",
+        remote=True,
+        package="sglang",
+        versions=_SGLANG,
+        unused={"attn_implementation": "leave it out; the server has its own"},
+    ),
     "replay": EngineKind(worker=None, images=True),
     ANSWERER: EngineKind(
         worker="torchspec.engines.vllm.answering:AnsweringEngine", captures=False, answers=True, package="vllm", versions=_VLLM

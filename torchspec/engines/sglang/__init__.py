@@ -2,6 +2,8 @@
 
 ================  ===================================================================================
 ``engine.py``     ``data.engine: sglang``
+``remote.py``     ``data.engine: sglang_remote``
+``generator.py``  answers for ``regenerate``
 ``options.py``    engine arguments: what TorchSpec owns, what is passed through
 ``launch.py``     SGLang's processes as children of a worker
 ``stand_ins.py``  packages that SGLang imports on a CPU and does not use there

@@ -9,6 +9,9 @@ import logging
 import multiprocessing
 import os
 import secrets
+from collections.abc import Iterator
+from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _PROBED = 16
 """Tokens of the request that asks whether states can be had."""
-_PROBE_WAIT = 60.0
-"""Seconds for the hooks' word on it."""
+_PROBE_WAIT = 20.0
+"""Seconds for the hooks' word on it, after SGLang has answered."""
 
 
 class HookedEngine(PrefillEngine):
@@ -62,7 +65,7 @@ class HookedEngine(PrefillEngine):
             await self.ask(ids, [], {PARAMETER: order.to_dict()}, key, Sampling(max_new_tokens=1))
             return (await asyncio.wait_for(report, _PROBE_WAIT)).error
         except TimeoutError:
-            return f"has no hooks of ours that can report here ({_PROBE_WAIT:.0f} s without a word): other token, other command, or no way to this worker"
+            return f"was silent for {_PROBE_WAIT:.0f} s after its answer: no hooks of ours, another token, or no way from there to {self.report_host}"
         finally:
             self._reports.pop(key, None)
 
@@ -84,11 +87,12 @@ class SGLangEngine(HookedEngine):
             importlib.import_module("torchspec.engines.sglang.stand_ins").install()
         with heavy_imports():
             import sglang
-            import sglang.srt.entrypoints.engine
+            from sglang.srt.server_args import ServerArgs
 
         ENGINES["sglang"].check_version(sglang.__version__, allow_unknown=config.allow_unknown_version)
         self.token = os.environ.setdefault(TOKEN_VARIABLE, os.urandom(16).hex())
-        arguments = server_arguments(self.target, config, aux_layers=self.spec.aux_layers, max_length=self.max_tokens, device=device)
+        own_capture = "enable_return_aux_hidden_states" in signature(ServerArgs).parameters
+        arguments = server_arguments(self.target, config, aux_layers=self.spec.aux_layers, max_length=self.max_tokens, device=device, own_capture=own_capture)
         arguments["tp_size"] = tp_size
         before = set(multiprocessing.active_children())
         with overheard("sglang") as heard:
@@ -130,3 +134,17 @@ class SGLangEngine(HookedEngine):
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.shutdown()
+            for path in _left_by(engine):
+                path.unlink(missing_ok=True)
+
+
+def _left_by(engine: Any) -> Iterator[Path]:
+    """Files that an SGLang leaves behind: its processes are killed, and unlink nothing."""
+    from sglang.srt.managers.load_snapshot import shm_path_for
+
+    ports = engine.port_args
+    yield Path(shm_path_for(ports.instance_id))
+    for name in ("tokenizer_ipc_name", "scheduler_input_ipc_name", "detokenizer_ipc_name", "rpc_ipc_name", "metrics_ipc_name"):
+        address = str(getattr(ports, name, ""))
+        if address.startswith("ipc://"):
+            yield Path(address.removeprefix("ipc://"))

@@ -48,11 +48,29 @@ OWNED = {
 }
 """Arguments that are refused in ``data.engines.engine_args``, each with the reason."""
 
-_MARGIN = 8
-"""SGLang takes prompts of up to 7 tokens less than its context."""
+GENERATES = {
+    name: OWNED[name]
+    for name in (
+        "model_path",
+        "tokenizer_path",
+        "skip_tokenizer_init",
+        "revision",
+        "dtype",
+        "trust_remote_code",
+        "device",
+        "quantization",
+        "json_model_override_args",
+    )
+}
+"""Of these, what is refused where SGLang only generates."""
+
+MARGIN = 7
+"""Tokens of SGLang's context that a prompt may not fill."""
 
 
-def server_arguments(target: Target, config: EngineConfig, *, aux_layers: tuple[int, ...], max_length: int, device: str) -> dict[str, Any]:
+def server_arguments(
+    target: Target, config: EngineConfig, *, aux_layers: tuple[int, ...], max_length: int, device: str, own_capture: bool = True
+) -> dict[str, Any]:
     """Arguments of an SGLang that captures for us.
 
     Args:
@@ -61,9 +79,25 @@ def server_arguments(target: Target, config: EngineConfig, *, aux_layers: tuple[
         aux_layers: states fed to the draft.
         max_length: tokens of a request, at most.
         device: torch device of the worker.
+        own_capture: as of :func:`capture_arguments`.
     """
     on_cpu = device == "cpu"
     arguments: dict[str, Any] = {
+        **generating_arguments(target, config, device=device),
+        "context_length": max_length + MARGIN + 1,
+        **capture_arguments(target, aux_layers, own_capture=own_capture, allow_unknown_version=config.allow_unknown_version),
+    }
+    if on_cpu:
+        arguments.setdefault("max_total_tokens", 4 * config.batch_tokens + 4 * max_length)
+    if config.deterministic:
+        arguments |= {"prefill_max_requests": 1, "chunked_prefill_size": -1, "max_prefill_tokens": max(config.batch_tokens, max_length)}
+    return arguments
+
+
+def generating_arguments(target: Target, config: EngineConfig, *, device: str) -> dict[str, Any]:
+    """Arguments of any SGLang that runs the target for us; see :func:`server_arguments`."""
+    on_cpu = device == "cpu"
+    return {
         "chunked_prefill_size": config.batch_tokens,
         "max_prefill_tokens": config.batch_tokens,
         "max_running_requests": config.batch_samples,
@@ -78,22 +112,16 @@ def server_arguments(target: Target, config: EngineConfig, *, aux_layers: tuple[
         "skip_tokenizer_init": True,
         "dtype": str(working_dtype(target.dtype, device)).removeprefix("torch."),
         "device": "cpu" if on_cpu else "cuda",
-        "context_length": max_length + _MARGIN,
-        **capture_arguments(target, aux_layers, allow_unknown_version=config.allow_unknown_version),
     }
-    if on_cpu:
-        arguments.setdefault("max_total_tokens", 4 * config.batch_tokens + 4 * max_length)
-    if config.deterministic:
-        arguments |= {"prefill_max_requests": 1, "chunked_prefill_size": -1, "max_prefill_tokens": max(config.batch_tokens, max_length)}
-    return arguments
 
 
-def capture_arguments(target: Target, aux_layers: tuple[int, ...], **facts: Any) -> dict[str, Any]:
+def capture_arguments(target: Target, aux_layers: tuple[int, ...], *, own_capture: bool = True, **facts: Any) -> dict[str, Any]:
     """Arguments that make SGLang call our hooks.
 
     Args:
         target: the model.
         aux_layers: states fed to the draft.
+        own_capture: whether the release has the arguments that make a model capture states itself (0.5.23 does).
         facts: of ``hooks.hook_entries``.
     """
     layer_ids = tuple(sorted({*aux_layers, target.num_layers}))
@@ -102,7 +130,7 @@ def capture_arguments(target: Target, aux_layers: tuple[int, ...], **facts: Any)
         "disable_radix_cache": True,
         "disable_cuda_graph": True,
     }
-    if captured := captured_ids(layer_ids):
+    if (captured := captured_ids(layer_ids)) and own_capture:
         arguments |= {
             "enable_return_aux_hidden_states": True,
             "speculative_algorithm": "EAGLE3",  # names how blocks are counted; no draft is loaded

@@ -55,7 +55,7 @@ class RemoteVLLMEngine(PrefillEngine):
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)  # the server closes after 5
-        self._client = httpx.AsyncClient(base_url=url, timeout=_ANSWERS, limits=limits, headers=headers, **_way(url))
+        self._client = httpx.AsyncClient(base_url=url, timeout=_ANSWERS, limits=limits, headers=headers, **http_options(url))
         model, version = self._facts(url, headers)
         self._model = str(model["id"])
         self.max_tokens = min(self.max_tokens, int(model.get("max_model_len") or self.max_tokens))
@@ -74,7 +74,7 @@ class RemoteVLLMEngine(PrefillEngine):
         deadline = time.monotonic() + self.job.config.start_timeout / 2
         while True:
             try:
-                with httpx.Client(base_url=url, timeout=10.0, headers=headers, **_way(url)) as client:
+                with httpx.Client(base_url=url, timeout=10.0, headers=headers, **http_options(url)) as client:
                     models = client.get("/v1/models").raise_for_status().json()["data"]
                     return models[0], str(client.get("/version").raise_for_status().json()["version"])
             except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
@@ -137,7 +137,7 @@ class RemoteVLLMEngine(PrefillEngine):
             asyncio.run_coroutine_threadsafe(client.aclose(), self._loop).result(5.0)
 
 
-def _way(url: str) -> dict[str, Any]:
+def http_options(url: str) -> dict[str, Any]:
     """Options of an httpx client: the proxy by our rule, certificates as the environment says."""
     import httpx
 
