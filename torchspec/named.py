@@ -39,6 +39,18 @@ def find_named(name: str, table: Mapping[str, T], kind: type[T], *, field: str, 
         fix = "mend it, or install its package (or put its folder on PYTHONPATH) wherever this runs"
         raise UserError(field, name, f"is in a module that does not import ({reason_of(error)})", fix) from error
     if not isinstance(found, kind):
-        problem = f"is a {type(found).__name__} where {kind.__name__} is expected" if found is not None else f"is not there: {module} has no {attribute}"
-        raise UserError(field, name, problem, f"give the name of an object of {kind.__module__}.{kind.__name__}")
+        fix = f"give the name of an object of {kind.__module__}.{kind.__name__}"
+        if found is None:
+            raise UserError(field, name, f"is not there: {module} has no {attribute}", fix)
+        lacking = [member for member in _members(kind) if not hasattr(found, member)]
+        raise UserError(
+            field, name, f"is a {type(found).__name__} where {kind.__name__} is expected" + (f": it lacks {', '.join(lacking)}" if lacking else ""), fix
+        )
     return found
+
+
+def _members(kind: type) -> list[str]:
+    """What an object needs for a protocol; nothing for a class, of which it has to be."""
+    if not getattr(kind, "_is_protocol", False):
+        return []
+    return sorted(name for name in {*kind.__annotations__, *vars(kind)} if not name.startswith("_"))
