@@ -15,6 +15,7 @@ import torch
 
 from tests.engines.parts import read_record, save_tiny
 from tests.engines.test_vllm_parts import Inbox, inbox
+from torchspec.engines.arguments import check_arguments
 from torchspec.engines.capture.requests import TOKEN_VARIABLE, CaptureRequest, Destination, ids_digest
 from torchspec.engines.engine import EngineConfig
 from torchspec.engines.sglang.checks import family_of, wrong_arguments
@@ -22,7 +23,6 @@ from torchspec.engines.sglang.collector import PREFIX, PROBE, Collector, Facts
 from torchspec.engines.sglang.families import FAMILIES
 from torchspec.engines.sglang.options import OWNED, serve_command, server_arguments
 from torchspec.engines.table import ENGINES
-from torchspec.engines.vllm.options import check_arguments
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
 from torchspec.transfer import StoreServer, open_store

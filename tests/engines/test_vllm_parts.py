@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engines.parts import read_record, save_tiny, spec_of, wait_until
+from torchspec.engines.arguments import check_arguments
 from torchspec.engines.capture.engine import PrefillEngine
 from torchspec.engines.capture.reports import ReportServer
 from torchspec.engines.capture.requests import (
@@ -38,7 +39,7 @@ from torchspec.engines.messages import Challenge, Failed, Finished, Lease, Wrote
 from torchspec.engines.record_writer import CapturedSample
 from torchspec.engines.table import ENGINES
 from torchspec.engines.vllm.cache import HiddenStateCache, split
-from torchspec.engines.vllm.options import OWNED, check_arguments
+from torchspec.engines.vllm.options import OWNED
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
 from torchspec.transfer import StoreServer, open_store
@@ -293,7 +294,7 @@ def test_orders_are_checked(monkeypatch: pytest.MonkeyPatch, server: StoreServer
 @pytest.mark.parametrize("name", sorted(OWNED))
 def test_owned_arguments_are_refused_with_a_reason(name: str) -> None:
     with pytest.raises(UserError, match=f"data.engines.engine_args.{name}"):
-        check_arguments(EngineConfig(engine_args={name: 1}))
+        check_arguments(EngineConfig(engine_args={name: 1}), owned=OWNED)
 
 
 def test_versions() -> None:
@@ -402,5 +403,5 @@ def test_the_secret_is_sent_to_nobody(server: StoreServer) -> None:
 
 def test_values_that_make_another_model_of_the_target_are_refused() -> None:
     with pytest.raises(UserError, match="random weights"):
-        check_arguments(EngineConfig(engine_args={"load_format": "dummy"}))
-    check_arguments(EngineConfig(engine_args={"load_format": "safetensors"}))
+        check_arguments(EngineConfig(engine_args={"load_format": "dummy"}), owned=OWNED)
+    check_arguments(EngineConfig(engine_args={"load_format": "safetensors"}), owned=OWNED)

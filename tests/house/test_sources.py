@@ -213,3 +213,15 @@ def test_the_map_names_every_module() -> None:
         if path.name != "__init__.py" and f"`{name}`" not in sections.get(f"{folder}/" if below else "torchspec/", ""):
             missing.append(str(path.relative_to(PACKAGE)))
     assert missing == []
+
+
+def test_no_engine_imports_another() -> None:
+    """What two share stands in engines/ or engines/capture/; the table alone names them."""
+    own = {path.name for path in (PACKAGE / "engines").iterdir() if path.is_dir()} - {"capture", "__pycache__"}
+    found = [
+        f"{file.relative_to(PACKAGE)} imports {name}"
+        for file in (PACKAGE / "engines").rglob("*.py")
+        for name in imports(parsed(file), module_level=False)
+        if name.split(".")[:2] == ["torchspec", "engines"] and name.split(".")[2] in own - {file.relative_to(PACKAGE / "engines").parts[0]}
+    ]
+    assert found == []

@@ -12,14 +12,15 @@ import time
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from torchspec.engines.arguments import check_arguments
 from torchspec.engines.asynchronous import AsynchronousEngine
 from torchspec.engines.capture.reports import ReportServer
 from torchspec.engines.capture.requests import PARAMETER, CaptureRequest, Destination, ids_digest
 from torchspec.engines.engine import EngineStats, Job, Sampling
 from torchspec.engines.messages import Failed, Finished, Lease, Wrote, result_of
-from torchspec.engines.vllm.options import OWNED, check_arguments
 from torchspec.errors import UserError
 from torchspec.images import BadImage, read_picture, unexpanded
 from torchspec.transfer import StoreError, open_store
@@ -47,7 +48,7 @@ class PrefillEngine(AsynchronousEngine[Finished]):
     known_arguments: tuple[str, ...] | None = None
     """Names in ``engine_args``; None for all of the library's that TorchSpec does not own."""
 
-    owned: Mapping[str, str] = OWNED
+    owned: Mapping[str, str] = MappingProxyType({})
     """Names that are refused there, with reasons."""
 
     def __init__(self, job: Job) -> None:

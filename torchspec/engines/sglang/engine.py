@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchspec.engines.arguments import own_devices
 from torchspec.engines.capture.engine import PrefillEngine
 from torchspec.engines.capture.requests import PARAMETER, TOKEN_VARIABLE, CaptureRequest
 from torchspec.engines.engine import Sampling
@@ -24,7 +25,6 @@ from torchspec.engines.sglang.checks import family_of
 from torchspec.engines.sglang.collector import PREFIX, PROBE
 from torchspec.engines.sglang.options import OWNED, server_arguments, set_environment
 from torchspec.engines.table import ENGINES
-from torchspec.engines.vllm.options import own_devices
 from torchspec.errors import UserError
 from torchspec.imports import heavy_imports
 from torchspec.reasons import overheard, reason_of

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from torchspec.engines.arguments import check_arguments, own_devices
 from torchspec.engines.asynchronous import AsynchronousEngine
 from torchspec.engines.engine import EngineStats, Job
 from torchspec.engines.messages import Answered, Failed, Lease
@@ -20,9 +21,7 @@ from torchspec.engines.table import ANSWERER, ENGINES
 from torchspec.engines.vllm.draft_weights import EXTENSION
 from torchspec.engines.vllm.options import (
     ANSWERS,
-    check_arguments,
     model_arguments,
-    own_devices,
     refuse_random_on_cpu,
     sampling_params,
     set_environment,

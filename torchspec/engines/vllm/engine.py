@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchspec.engines.arguments import own_devices
 from torchspec.engines.capture.engine import PrefillEngine
 from torchspec.engines.capture.requests import TOKEN_VARIABLE
 from torchspec.engines.engine import Sampling
 from torchspec.engines.table import ENGINES
 from torchspec.engines.vllm.options import (
+    OWNED,
     capture_arguments,
     model_arguments,
-    own_devices,
     refuse_random_on_cpu,
     refuse_without_states,
     sampling_params,
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 class VLLMEngine(PrefillEngine):
     """See the module."""
 
+    owned = OWNED
     _llm: Any = None
 
     def launch(self) -> dict[str, Any]:

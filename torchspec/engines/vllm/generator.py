@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torchspec.engines.arguments import check_arguments
 from torchspec.engines.engine import Answer, EngineConfig, Sampling
-from torchspec.engines.vllm.options import GENERATES, check_arguments, model_arguments, sampling_params, set_environment
+from torchspec.engines.vllm.options import GENERATES, model_arguments, sampling_params, set_environment
 from torchspec.engines.vllm.refusals import refusals
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig

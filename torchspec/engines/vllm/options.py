@@ -53,24 +53,6 @@ ANSWERS = {
 """What is refused where it answers in a run."""
 
 
-def check_arguments(config: EngineConfig, *, field: str = "data.engines.engine_args", owned: Mapping[str, str] = OWNED) -> None:
-    """Refuse arguments that TorchSpec sets itself.
-
-    Args:
-        config: of the engines.
-        field: how the user calls the arguments.
-        owned: names that are refused, with reasons.
-
-    Raises:
-        UserError: naming the first; also of one whose value makes another model of the target.
-    """
-    for name, value in config.engine_args.items():
-        if name == "load_format" and value == "dummy":
-            raise UserError(f"{field}.load_format", value, "gives the target random weights", "leave it out")
-        if name in owned:
-            raise UserError(f"{field}.{name}", value, "is set by TorchSpec", f"leave it out: {owned[name]}")
-
-
 def layer_ids(target: Target, aux_layers: tuple[int, ...]) -> list[int]:
     """States that vLLM is to keep for each token: those fed to the draft, and the last before the final norm."""
     return sorted({*aux_layers, target.num_layers})
@@ -237,13 +219,6 @@ def refuse_random_on_cpu(temperature: float, *, device: str, field: str) -> None
     if device == "cpu" and temperature > 0.0:
         problem = "is random sampling, which vLLM's CPU build does wrongly while it speculates (docs/engines.md)"
         raise UserError(field, temperature, problem, "set it to 0 on a CPU")
-
-
-def own_devices(device: str) -> int:
-    """GPUs of this worker: those that its CUDA_VISIBLE_DEVICES lists; without it the one of ``device``, which is made the only visible one."""
-    if "CUDA_VISIBLE_DEVICES" not in os.environ:
-        os.environ["CUDA_VISIBLE_DEVICES"] = device.partition(":")[2] or "0"
-    return len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
 
 
 def set_environment(config: EngineConfig, *, device: str) -> None:
