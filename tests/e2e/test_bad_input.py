@@ -44,6 +44,7 @@ def refused(folder: Path, *words: str, expected: tuple[str, ...], file_size: int
         (("--ckpt_path", "last"), "no last*.ckpt is under"),
         (("--trainer.precision", "bf16-mixed"), "trainer.precision='bf16-mixed' is not what decides here"),
         (("--data.engines.attn_implementation", "nonsense"), "error: data.engines.attn_implementation='nonsense' is refused by Transformers (Specified"),
+        (("--data.store.shm_dir", "/nowhere"), "error: data.store.shm_dir='/nowhere' is not a directory. Fix: give a directory on"),
         (("--data.max_length", "512"), "max_length"),
         (("--data.maximum_length", "5"), "maximum_length"),
     ],
