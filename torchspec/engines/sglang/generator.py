@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from torchspec.engines.arguments import check_arguments
 from torchspec.engines.engine import Answer, EngineConfig, Sampling
 from torchspec.engines.sglang.options import GENERATES, MARGIN, generating_arguments, set_environment
 from torchspec.engines.sglang.stand_ins import install
 from torchspec.engines.table import ENGINES
-from torchspec.engines.vllm.options import check_arguments
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
 
