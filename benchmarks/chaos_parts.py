@@ -48,7 +48,7 @@ WORKER_BYTES = WORKER_SAMPLES * SPEC.nbytes(MAX_LENGTH)
 """What it may be writing at most."""
 
 
-class Conversations:
+class PackBounds:
     """So many conversations of random tokens (see ``torchspec.data.sample_source.Samples``)."""
 
     def __init__(self, count: int, seed: int) -> None:
@@ -185,9 +185,7 @@ class RankJob:
     """Chance that a read from the store hangs."""
 
 
-def run_rank(
-    job: RankJob, endpoint: Endpoint, train: Conversations, validate: Conversations, say: Callable[[dict[str, Any]], None], go: Callable[[], None]
-) -> None:
+def run_rank(job: RankJob, endpoint: Endpoint, train: PackBounds, validate: PackBounds, say: Callable[[dict[str, Any]], None], go: Callable[[], None]) -> None:
     """Train each step from ``job.step`` on, validate after each epoch: say each micro-batch, then wait for ``go`` (what a collective does in a real run)."""
     plan = train.plan(0)
     at = [job.step]
@@ -262,7 +260,7 @@ def _without_last(batch: PackedBatch) -> PackedBatch:
     return replace(batch, sample_ids=batch.sample_ids[:-1])
 
 
-def _facts(stage: str, epoch: int, batch: PackedBatch, data: Conversations) -> dict[str, Any]:
+def _facts(stage: str, epoch: int, batch: PackedBatch, data: PackBounds) -> dict[str, Any]:
     """What was trained, and whether its states are those of its samples."""
     wrong = []
     bounds = batch.cu_seqlens.tolist()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from chaos_parts import Conversations
+from chaos_parts import PackBounds
 
 
 def over_budget(folder: Path, allowed: int) -> list[str]:
@@ -40,7 +40,7 @@ def left_behind(folder: Path, token: str) -> list[str]:
 
 
 def not_exactly_once(
-    ledger: Sequence[dict[str, Any]], failed_path: Path, train: Conversations, *, validation: int, epochs: int, poison: Sequence[int]
+    ledger: Sequence[dict[str, Any]], failed_path: Path, train: PackBounds, *, validation: int, epochs: int, poison: Sequence[int]
 ) -> list[str]:
     """Every sample exactly once an epoch, in plan order, with its own states, or named as failed."""
     failed: Counter[tuple[int, int]] = Counter()

@@ -123,7 +123,7 @@ class Seed:
         self.seed, self.plant, self.folder = seed, plant, folder
         self.faults: Counter[str] = Counter()
         self.violations: list[str] = []
-        self.train, self.validate = parts.Conversations(SAMPLES, seed), parts.Conversations(VALIDATION, seed + 10**6)
+        self.train, self.validate = parts.PackBounds(SAMPLES, seed), parts.PackBounds(VALIDATION, seed + 10**6)
         self.steps = self.train.plan(0).steps
         reserve = 2 * self.validate.largest_pack
         self.budget = reserve + 4 * self.train.largest_pack

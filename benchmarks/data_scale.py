@@ -35,7 +35,7 @@ def words(generator: np.random.Generator, count: int) -> list[str]:
 
 
 def write_rows(file: Path, rows: int, *, seed: int = 0) -> None:
-    """Conversations of one question and one answer, about 60 words."""
+    """PackBounds of one question and one answer, about 60 words."""
     generator = np.random.default_rng(seed)
     vocabulary = np.array(words(generator, 4096))
     with file.open("w") as handle:

@@ -1,4 +1,4 @@
-"""Conversations that a target never repeats, for trainings that see every token once: several sampled answers to each given prompt, and answers to prompts
+"""PackBounds that a target never repeats, for trainings that see every token once: several sampled answers to each given prompt, and answers to prompts
 that the target writes itself (Xu et al. 2024, arXiv 2406.08464: an instruction-tuned model left behind the opening of a user's turn writes one).
 
 Prompts are first user turns of a conversation file. Rows are written as ids with their loss mask, so that what was generated is what is trained. vLLM runs

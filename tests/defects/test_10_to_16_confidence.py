@@ -37,7 +37,7 @@ from torchspec.engines.engine import OnPolicy
 from torchspec.models.metrics import StepSums
 from torchspec.models.ops.dense_projections import DenseAttention
 from torchspec.models.ops.norm import RMSNorm
-from torchspec.models.ops.shared_weight import Residual, linear
+from torchspec.models.ops.shared_rows import Residual, linear
 from torchspec.models.optim.schedules import WSD, Constant, Cosine, Linear
 from torchspec.models.training.parallelize import parallelize
 from torchspec.target import Target

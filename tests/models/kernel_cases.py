@@ -109,7 +109,7 @@ def advance(rows: int, number: int, width: int, dtype: torch.dtype, *, normed_re
 
 def norm_as_rounded(rows: int, width: int, dtype: torch.dtype) -> None:
     """Backward of the very forward, which rounds the fp32 weight and the unit rows to ``dtype``: by autograd in fp64, where rounding has the slope 1."""
-    from torchspec.models.ops import norms
+    from torchspec.models.ops import norm as norms
     from torchspec.models.ops.kernels import layer_input as advance_kernel
     from torchspec.models.ops.kernels import norm as kernel
 
@@ -380,7 +380,7 @@ def losses(
     logits = make(number, vocabulary, dtype=kind or dtype, seed=1, scale=2.0)
     logits[:, 3] += sure
     p = logits[:, :width].clone(memory_format=torch.contiguous_format)
-    asked = kernel.Asked(p, *target_kernel.ask(p, logits[:, width:] if pruned else None), low)
+    asked = kernel.TargetStatistics(p, *target_kernel.ask(p, logits[:, width:] if pruned else None), low)
     assert sure == 0.0 or float((asked.whole - 1).abs().max()) > 1e-3
     place = torch.randperm(states + 1, generator=torch.Generator().manual_seed(2))[:states].to(DEVICE)
     flat = lambda high, seed: torch.randint(0, high, (states + 1,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)  # noqa: E731

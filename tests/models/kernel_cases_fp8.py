@@ -56,7 +56,7 @@ def turn(rows: int, width: int, dtype: torch.dtype) -> None:
         most = torch.finfo(kind).max
         for common in (None, torch.tensor(float(other.amax()) / most if rows else 1.0, device=DEVICE), torch.tensor(1e-6, device=DEVICE)):
             whole = torch.full((width, 16 + padded + 16), 1.5, device=DEVICE).to(kind)
-            kernel.turn(x, top if common is None else other, whole[:, 16 : 16 + padded], limit=most, common=common)
+            kernel.round_transposed(x, top if common is None else other, whole[:, 16 : 16 + padded], limit=most, common=common)
             ours = whole.float()
             assert (ours[:, :16] == 1.5).all() and (ours[:, 16 + padded :] == 1.5).all() and (ours[:, 16 + rows : 16 + padded] == 0).all()
             by = torch.where(top > SMALLEST, most / top, 0.0) if common is None else torch.where(other > SMALLEST, other / most / common, 0.0)
@@ -66,7 +66,7 @@ def turn(rows: int, width: int, dtype: torch.dtype) -> None:
             assert ((ours[:, 16 : 16 + rows].double() - exact).abs() <= (exact.abs() * half + tiny) * 1.01).all()
     if rows:
         x[-1, -1] = float("nan")
-        kernel.turn(x, other, whole[:, :padded], limit=1.0, common=torch.tensor(1.0, device=DEVICE))
+        kernel.round_transposed(x, other, whole[:, :padded], limit=1.0, common=torch.tensor(1.0, device=DEVICE))
         assert torch.isnan(whole.float()[-1, rows - 1])
 
 
@@ -77,7 +77,7 @@ def round_both(rows: int, width: int, dtype: torch.dtype) -> None:
     expected = kernel.quantise(x, factor)
     whole = torch.zeros(width, 16 + -(-rows // 16) * 16, device=DEVICE).to(torch.float8_e5m2)
     wanted = whole.clone()
-    kernel.turn(x, expected.top, wanted[:, 16:], limit=torch.finfo(whole.dtype).max, common=None)
+    kernel.round_transposed(x, expected.top, wanted[:, 16:], limit=torch.finfo(whole.dtype).max, common=None)
     same_rounding(kernel.round_both(x, factor, expected.scale, expected.top, whole[:, 16:]), expected)
     assert (whole.view(torch.uint8) != wanted.view(torch.uint8)).float().mean() <= (0.0 if DEVICE.type == "cpu" else 1e-3)
     assert torch.isfinite(whole.float()).all()
@@ -135,7 +135,7 @@ def swiglu_rounded(rows: int, width: int, dtype: torch.dtype) -> None:
     wanted = [t.clone() for t in whole]
     kernel.backward_turned(gate_up, d_act, rounded.top, top, *(t[:, 16:] for t in whole))
     for values, largest, out in zip((d_gate_up, act), (rounded.top, top), wanted, strict=True):
-        rounding.turn(values, largest, out[:, 16:], limit=torch.finfo(out.dtype).max, common=None)
+        rounding.round_transposed(values, largest, out[:, 16:], limit=torch.finfo(out.dtype).max, common=None)
     for ours, exact in zip(whole, wanted, strict=True):
         assert torch.isfinite(ours.float()).all()
         assert (ours.view(torch.uint8) != exact.view(torch.uint8)).float().mean() <= (0.0 if DEVICE.type == "cpu" else 1e-3)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.models.packs import conversation, draft_config, pack, task
-from torchspec.models.ops.attention.dispatch import Conversations, Queries, UnrollMemory
+from torchspec.models.ops.attention.dispatch import PackBounds, Queries, UnrollCache
 from torchspec.models.ops.fp8 import Fp8
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -34,7 +34,7 @@ def test_flash_equals_blocked(lengths: list[int], heads: int, groups: int, size:
         tensors = [t.to(device, dtype).requires_grad_() for t in given]
         query, key, value, *later = tensors
         at, entries = rows.to(device), torch.arange(len(rows), device=device)
-        memory = UnrollMemory(key, value, Conversations.of(cu, sequence.to(device)), entries=len(rows), slots=extra)
+        memory = UnrollCache(key, value, PackBounds.of(cu, sequence.to(device)), entries=len(rows), slots=extra)
         for i in range(extra):
             memory.append(later[2 * i], later[2 * i + 1], entries)
         where = torch.full((total,), -1, device=device).index_copy(0, at, entries)

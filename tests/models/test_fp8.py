@@ -8,7 +8,8 @@ import torch
 from tests.models.packs import PlainNorm, draft_config, task
 from torchspec.errors import UserError
 from torchspec.models.ops import fp8
-from torchspec.models.ops.shared_weight import Addend, Residual, SharedRows, Weight, linear
+from torchspec.models.ops.shared_rows import Addend, Residual, SharedRows, linear
+from torchspec.models.ops.shared_weight import Weight
 from torchspec.models.target_head import TargetHead
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)

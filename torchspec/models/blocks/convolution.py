@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchspec.models.ops.shared_weight import Weight, linear, wide
+from torchspec.models.ops.shared_rows import linear
+from torchspec.models.ops.shared_weight import Weight, wide
 
 
 class GroupedConvolution(nn.Module):

@@ -34,7 +34,8 @@ from torchspec.models.ops.dense_projections import DenseAttention, DenseProjecti
 from torchspec.models.ops.mlp import MLP, mlp_block, swiglu
 from torchspec.models.ops.norm import RMSNorm
 from torchspec.models.ops.rope import check_reach, frequencies, tables
-from torchspec.models.ops.shared_weight import Residual, Weight, linear, wide
+from torchspec.models.ops.shared_rows import Residual, linear
+from torchspec.models.ops.shared_weight import Weight, wide
 
 Rotation = tuple[Tensor, Tensor]
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from torchspec.models.ops.embedding import lookup
-from torchspec.models.ops.shared_weight import Weight, linear, wide
+from torchspec.models.ops.shared_rows import linear
+from torchspec.models.ops.shared_weight import Weight, wide
 
 
 class CandidateSelector(nn.Module):

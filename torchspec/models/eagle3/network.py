@@ -23,17 +23,18 @@ from torch import Tensor, nn
 
 from torchspec.batch import PackedBatch
 from torchspec.models.eagle3.config import DraftConfig
-from torchspec.models.ops.attention.dispatch import Conversations, Queries, UnrollMemory
-from torchspec.models.ops.attention.fused import FusedMemory, remember
-from torchspec.models.ops.dense_projections import DenseAttention, Projections, Turn
+from torchspec.models.ops.attention.dispatch import PackBounds, Queries, UnrollCache
+from torchspec.models.ops.attention.fused import FusedCache, remember
+from torchspec.models.ops.dense_projections import DenseAttention, Projections, Rotation
 from torchspec.models.ops.embedding import lookup
 from torchspec.models.ops.fp8 import Fp8
 from torchspec.models.ops.latent_projections import LatentAttention, softmax_scale
-from torchspec.models.ops.layer_input import Entered, Entrance
+from torchspec.models.ops.layer_input import LayerInput, LayerInputs
 from torchspec.models.ops.mlp import MLP, mlp_block
 from torchspec.models.ops.norm import Norm, RMSNorm
 from torchspec.models.ops.rope import check_reach, frequencies, tables
-from torchspec.models.ops.shared_weight import Addend, Residual, SharedRows, Weight, linear, take
+from torchspec.models.ops.shared_rows import Addend, Residual, SharedRows, linear, take
+from torchspec.models.ops.shared_weight import Weight
 from torchspec.supervision import as_unroll
 
 
@@ -68,14 +69,14 @@ class _Layer:
     def __init__(self, layer: DraftLayer, dtype: torch.dtype, *, normed_residual: bool, fp8: Fp8) -> None:
         first = hasattr(layer, "hidden_norm")
         self.norm, self.mlp_norm = layer.input_layernorm.cast(), layer.post_attention_layernorm.cast()
-        self.entrance = Entrance(layer.hidden_norm.cast() if first else self.norm, normed_residual=first and normed_residual)
+        self.entrance = LayerInput(layer.hidden_norm.cast() if first else self.norm, normed_residual=first and normed_residual)
         self.attention: Projections = layer.self_attn.cast(dtype)
         self.gate_up = Weight.of([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight], dtype, fp8=fp8)
         self.down = Weight.of([layer.mlp.down_proj.weight], dtype, fp8=fp8, slim_out=True)
         if fp8:  # the embedding's half serves every step with one product, which stays as it is
             width = self.gate_up.store.shape[1]
             self.attention.round(slice(width, None) if first else slice(None), gradient=fp8 == Fp8.ALL)
-        self.memory: UnrollMemory | FusedMemory | None = None
+        self.memory: UnrollCache | FusedCache | None = None
 
 
 _NEARLY_ALL = 7 / 8
@@ -108,11 +109,11 @@ class _Embedded:
 
 
 @dataclass(frozen=True)
-class _Asking:
+class StepQueries:
     """The rows that a step computes."""
 
     queries: Queries
-    turn: Turn
+    rotation: Rotation
 
 
 class Eagle3Draft(nn.Module):
@@ -184,7 +185,7 @@ class Eagle3Draft(nn.Module):
         hidden = self._project_aux(batch.aux)
         embedded = self._embed(batch, layers[0])
         final = self.norm.cast() if final is None else final
-        asking = self._asking(batch)
+        asking = self._step_queries(batch)
         outputs: list[Tensor] = []
         for step in range(rows.steps):
             if step == 0:
@@ -231,30 +232,30 @@ class Eagle3Draft(nn.Module):
             return linear(x, attention.inputs.part(rows=part), bias=None if attention.bias is None else attention.bias[part])
         return linear(x, attention.inputs.part(rows=part, columns=slice(self.config.hidden_size, None)), addends=addends)
 
-    def _turn(self, position: Tensor) -> Turn:
+    def _rotation(self, position: Tensor) -> Rotation:
         """cos and sin of RoPE positions [R]."""
         inverse = self.inverse_frequencies
         wide = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
         return tables(inverse.to(wide), self.rope_factor, position, wide)
 
-    def _asking(self, batch: PackedBatch) -> list[_Asking]:
+    def _step_queries(self, batch: PackedBatch) -> list[StepQueries]:
         """The rows of each step, their angles in one go."""
         rows = as_unroll(batch.rows)
         sizes = [entries.shape[0] for entries in rows.index]
-        cos, sin = (table.split(sizes) for table in self._turn(batch.position[rows.at] + rows.step))
+        cos, sin = (table.split(sizes) for table in self._rotation(batch.position[rows.at] + rows.step))
         steps = zip(rows.at.split(sizes), rows.index, rows.where, [*rows.onto[1:], None], cos, sin, strict=True)
-        return [_Asking(Queries(at, entries, where, onto), (c, s)) for at, entries, where, onto, c, s in steps]
+        return [StepQueries(Queries(at, entries, where, onto), (c, s)) for at, entries, where, onto, c, s in steps]
 
     def _finish(self, layer: _Layer, attended: Tensor, residual: Residual) -> Tensor:
         """Output projection, residual, MLP."""
         hidden = layer.attention.output(attended, residual)
         return mlp_block(hidden, layer.mlp_norm.weight, layer.gate_up, layer.down, eps=layer.mlp_norm.eps, recompute=self.recompute)
 
-    def _first_step(self, hidden: Tensor, embedded: _Embedded, batch: PackedBatch, layers: list[_Layer], asking: _Asking) -> Tensor:
+    def _first_step(self, hidden: Tensor, embedded: _Embedded, batch: PackedBatch, layers: list[_Layer], asking: StepQueries) -> Tensor:
         """Step 0: keys and values of all rows in every layer; the last layer's queries and MLP for supervised rows alone."""
         rows = as_unroll(batch.rows)
-        turn = self._turn(batch.position)
-        conversations = Conversations.of(batch.cu_seqlens, batch.sequence)
+        rotation = self._rotation(batch.position)
+        conversations = PackBounds.of(batch.cu_seqlens, batch.sequence)
         for index, layer in enumerate(layers):
             attention = layer.attention
             query, key_value = slice(0, attention.query_size), slice(attention.query_size, None)
@@ -268,13 +269,13 @@ class Eagle3Draft(nn.Module):
                 every = torch.arange(batch.num_tokens, device=hidden.device)
             assert every_x is not None
             flat = self._project(index, attention, every_x, key_value, [embedded.first_key_value()])
-            layer.memory = remember(attention, flat, turn, conversations, entries=rows.base.shape[0], slots=rows.steps - 1)
-            asks = asking if last else _Asking(Queries(every, every, every), turn)
+            layer.memory = remember(attention, flat, rotation, conversations, entries=rows.base.shape[0], slots=rows.steps - 1)
+            asks = asking if last else StepQueries(Queries(every, every, every), rotation)
             flat = self._project(index, attention, x, query, [embedded.first_query(rows.base if last else None)])
-            hidden = self._finish(layer, layer.memory.first(attention, flat, asks.turn, asks.queries), residual)
+            hidden = self._finish(layer, layer.memory.first(attention, flat, asks.rotation, asks.queries), residual)
         return hidden
 
-    def _later_step(self, entered: Entered, embedded: _Embedded, layers: list[_Layer], asking: _Asking, step: int) -> Tensor:
+    def _later_step(self, entered: LayerInputs, embedded: _Embedded, layers: list[_Layer], asking: StepQueries, step: int) -> Tensor:
         """Step k >= 1 on the rows that it supervises, R_k of them, entered into the first layer."""
         addends = embedded.later(asking.queries, step)
         hidden = entered.state
@@ -282,5 +283,5 @@ class Eagle3Draft(nn.Module):
             x, residual = (layer.entrance.norm(hidden), Residual(hidden)) if index else (entered.normed, entered.residual)
             assert layer.memory is not None
             flat = self._project(index, layer.attention, x, slice(None), addends)
-            hidden = self._finish(layer, layer.memory.later(layer.attention, flat, asking.turn, asking.queries), residual)
+            hidden = self._finish(layer, layer.memory.later(layer.attention, flat, asking.rotation, asking.queries), residual)
         return hidden

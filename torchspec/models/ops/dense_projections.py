@@ -16,9 +16,10 @@ from torchspec.models.ops import kernels
 from torchspec.models.ops.fp8 import MULTIPLE
 from torchspec.models.ops.norm import RMSNorm
 from torchspec.models.ops.rope import rotate
-from torchspec.models.ops.shared_weight import Residual, Weight, linear, wide
+from torchspec.models.ops.shared_rows import Residual, linear
+from torchspec.models.ops.shared_weight import Weight, wide
 
-Turn = tuple[Tensor, Tensor]
+Rotation = tuple[Tensor, Tensor]
 """cos and sin of the rows, [R, 1, d/2] in fp32 (fp64 where the draft computes in it); see ``rope.tables``."""
 
 
@@ -35,7 +36,7 @@ class Projections(Protocol):
     """Of ``inputs``, in the type that sums are kept in: so autograd sums its gradients over the steps."""
     query_size: int
     """Rows of the query part."""
-    only_turned: bool
+    only_rotated: bool
     """Whether flat is the heads of queries, keys and values side by side, and RoPE by halves all that happens to them."""
     head_size: int
     """d."""
@@ -44,13 +45,13 @@ class Projections(Protocol):
         """Make products 8-bit ones where that is known to pay: with these columns of ``inputs``, and the output's; with ``gradient`` also their weight
         gradients."""
 
-    def queries(self, flat: Tensor, turn: Turn) -> Tensor:
+    def queries(self, flat: Tensor, rotation: Rotation) -> Tensor:
         """From the query part: [R, h, d], scaled so that the softmax of q.k / sqrt(d) is the layer's own."""
 
-    def keys_values(self, flat: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+    def keys_values(self, flat: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """From the key-value part: key and value, [R, g, d] each."""
 
-    def all(self, flat: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+    def all(self, flat: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of the same rows."""
 
     def output(self, attended: Tensor, residual: Residual) -> Tensor:
@@ -98,7 +99,7 @@ class DenseProjections:
         self.o = Weight.of([attention.o_proj.weight], dtype)
         self.o_bias = None if attention.o_proj.bias is None else attention.o_proj.bias.to(wide(dtype))
         self.norms = [attention.q_norm.cast(), attention.k_norm.cast()] if hasattr(attention, "q_norm") else [None, None]
-        self.only_turned, self.head_size = self.norms == [None, None], attention.head_dim
+        self.only_rotated, self.head_size = self.norms == [None, None], attention.head_dim
 
     def round(self, columns: slice, *, gradient: bool) -> None:
         sides = (self.query_size, self.inputs.data.shape[0] - self.query_size, *self.o.data.shape, self.inputs.data[:, columns].shape[1])
@@ -106,39 +107,39 @@ class DenseProjections:
             self.inputs.store.round_columns(columns, gradient=gradient)
             self.o.store.round_columns(slice(None), gradient=gradient)
 
-    def queries(self, flat: Tensor, turn: Turn) -> Tensor:
-        return self._heads(flat, (flat.shape[1],), turn)[0]
+    def queries(self, flat: Tensor, rotation: Rotation) -> Tensor:
+        return self._heads(flat, (flat.shape[1],), rotation)[0]
 
-    def keys_values(self, flat: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
-        key, value = self._heads(flat, (0, flat.shape[1] // 2, flat.shape[1] // 2), turn)[1:]
+    def keys_values(self, flat: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        key, value = self._heads(flat, (0, flat.shape[1] // 2, flat.shape[1] // 2), rotation)[1:]
         return key, value
 
-    def all(self, flat: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+    def all(self, flat: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         side = (flat.shape[1] - self.query_size) // 2
-        query, key, value = self._heads(flat, (self.query_size, side, side), turn)
+        query, key, value = self._heads(flat, (self.query_size, side, side), rotation)
         return query, key, value
 
     def output(self, attended: Tensor, residual: Residual) -> Tensor:
         return linear(attended.flatten(1), self.o, bias=self.o_bias, residual=residual)
 
-    def _heads(self, flat: Tensor, sizes: tuple[int, ...], turn: Turn) -> list[Tensor]:
+    def _heads(self, flat: Tensor, sizes: tuple[int, ...], rotation: Rotation) -> list[Tensor]:
         """Query, key and value parts, as far as there are any, as heads [R, heads, d]; the first two after norm (Qwen3 style) and RoPE."""
         size = self.attention.head_dim
-        if kernels.usable(flat) and self.only_turned:
-            return list(_Heads.apply(flat, sizes, size, *turn))
+        if kernels.usable(flat) and self.only_rotated:
+            return list(_Heads.apply(flat, sizes, size, *rotation))
         heads = [part.unflatten(-1, (-1, size)) for part in flat.split(sizes, dim=-1)]
         for i, norm in enumerate(self.norms[: len(heads)]):
             if sizes[i]:
-                heads[i] = turned(heads[i] if norm is None else norm(heads[i]), turn)
+                heads[i] = rotated(heads[i] if norm is None else norm(heads[i]), rotation)
         return heads
 
 
-def turned(x: Tensor, turn: Turn) -> Tensor:
+def rotated(x: Tensor, rotation: Rotation) -> Tensor:
     """Heads [R, heads, d] rotated in the width of the tables."""
     if kernels.usable(x):
-        turned_heads: Tensor = _Heads.apply(x.flatten(1), (x.shape[1] * x.shape[2],), x.shape[2], *turn)[0]
-        return turned_heads
-    return rotate(x.to(turn[0].dtype), *turn).to(x.dtype)
+        rotated_heads: Tensor = _Heads.apply(x.flatten(1), (x.shape[1] * x.shape[2],), x.shape[2], *rotation)[0]
+        return rotated_heads
+    return rotate(x.to(rotation[0].dtype), *rotation).to(x.dtype)
 
 
 class _Heads(torch.autograd.Function):

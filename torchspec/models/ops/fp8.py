@@ -140,7 +140,7 @@ class Fp8Weight:
         self.rounded, self.data, self.scale = rounded, rounded.data, rounded.scale
 
     @cached_property
-    def _turned(self) -> Tensor:
+    def _transposed_data(self) -> Tensor:
         return _transposed(self.data)
 
     @cached_property
@@ -169,10 +169,10 @@ class Fp8Weight:
         # Fast accumulation keeps sums in the tensor core's registers, which hold about 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2): its error is
         # bounded by the number of terms, whatever they are. So a sum over N that is no longer than the forward's over K errs no more than that.
         fast = self.data.shape[0] <= self.data.shape[1]
-        return torch._scaled_mm(d_y.data, self._turned.t(), scale_a=d_y.scale, scale_b=self._one, out_dtype=dtype, use_fast_accum=fast)
+        return torch._scaled_mm(d_y.data, self._transposed_data.t(), scale_a=d_y.scale, scale_b=self._one, out_dtype=dtype, use_fast_accum=fast)
 
 
-def turn(x: Tensor, top: Tensor, out: Tensor, *, limit: float, common: Tensor | None = None) -> None:
+def round_transposed(x: Tensor, top: Tensor, out: Tensor, *, limit: float, common: Tensor | None = None) -> None:
     """Write x, each row times a number, in 8 bits and turned: out_cr = round(x_rc by_r), no further than the type reaches.
 
     Args:
@@ -185,7 +185,7 @@ def turn(x: Tensor, top: Tensor, out: Tensor, *, limit: float, common: Tensor | 
     if kernels.usable(x):
         from torchspec.models.ops.kernels import fp8
 
-        fp8.turn(x, top, out, limit=limit, common=common)
+        fp8.round_transposed(x, top, out, limit=limit, common=common)
         return
     by = torch.where(top > SMALLEST, limit / top if common is None else top / limit / common, 0.0)
     most = torch.finfo(out.dtype).max
@@ -240,12 +240,12 @@ class Fp8Gradient:
             d_y_top, x_top: [R] fp32, the largest magnitude of each row.
         """
         if self._d_y_is_wide:
-            turn(d_y, d_y_top, self.place(d_y.shape[1], x, d_y_top, x_top), limit=limit_of(self._wide_kind))
+            round_transposed(d_y, d_y_top, self.place(d_y.shape[1], x, d_y_top, x_top), limit=limit_of(self._wide_kind))
         else:
-            turn(x, x_top, self.place(x.shape[1], d_y, x_top, d_y_top), limit=limit_of(self._wide_kind))
+            round_transposed(x, x_top, self.place(x.shape[1], d_y, x_top, d_y_top), limit=limit_of(self._wide_kind))
 
     def place(self, width: int, slim: Tensor, wide_top: Tensor, slim_top: Tensor) -> Tensor:
-        """:meth:`add`, but the caller writes the wide operand: :func:`turn` says how, with ``wide_top`` and the largest number of the result's type.
+        """:meth:`add`, but the caller writes the wide operand: :func:`round_transposed` says how, with ``wide_top`` and the largest of the result's type.
 
         Args:
             width: columns of the wide operand, C.
@@ -279,7 +279,7 @@ class Fp8Gradient:
         first = 0
         for values, wide_top, _ in self._slim:
             need = _whole(values.shape[0])
-            turn(values, wide_top, slim[:, first : first + need], limit=limit, common=common)
+            round_transposed(values, wide_top, slim[:, first : first + need], limit=limit, common=common)
             first += need
         wide = self._buffer[:, : self._used]
         self._buffer, self._slim, self._used = None, [], 0

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchspec.models.ops import kernels
 from torchspec.models.ops.fp8 import Fp8
 from torchspec.models.ops.loss_formulas import LossWeights, RowTargets, row_losses
-from torchspec.models.ops.norms import rms_backward, rms_forward
+from torchspec.models.ops.norm import rms_backward, rms_forward
 from torchspec.models.ops.shared_weight import wide
 from torchspec.models.target_head import TargetHead
 

@@ -81,7 +81,7 @@ class FusedLoss(torch.autograd.Function):
         for low, high, first, end in cut:
             p, rest = plan.head.parts(normed[low:high], rounded=bool(plan.fp8) and plan.train)
             p = p if p.dtype == dtype == torch.bfloat16 else p.float()  # other types would lose small ones, or what the draft's logits still show
-            asked = kernel.Asked(p, *target_kernel.ask(p, rest), low)
+            asked = kernel.TargetStatistics(p, *target_kernel.ask(p, rest), low)
             place = order[first:end]
             x: Tensor | None
             if store.narrow is None:

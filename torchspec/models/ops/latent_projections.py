@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchspec.errors import UserError
-from torchspec.models.ops.dense_projections import Projections, Turn
+from torchspec.models.ops.dense_projections import Projections, Rotation
 from torchspec.models.ops.norm import RMSNorm
 from torchspec.models.ops.rope import rotate_pairs
-from torchspec.models.ops.shared_weight import Residual, Weight, linear
+from torchspec.models.ops.shared_rows import Residual, linear
+from torchspec.models.ops.shared_weight import Weight
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,11 @@ class LatentProjections:
         sizes = attention.sizes
         self.qk = sizes.qk_nope_head_dim + sizes.qk_rope_head_dim
         self.width = max(self.qk, sizes.v_head_dim)
-        self.only_turned, self.head_size = False, self.width
+        self.only_rotated, self.head_size = False, self.width
 
-    def all(self, flat: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+    def all(self, flat: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         low_query, low_key = flat.split([self.query_size, flat.shape[1] - self.query_size], dim=-1)
-        return self.queries(low_query, turn), *self.keys_values(low_key, turn)
+        return self.queries(low_query, rotation), *self.keys_values(low_key, rotation)
 
     def round(self, columns: slice, *, gradient: bool) -> None:
         """Nothing: these products stay as they are."""
@@ -111,19 +112,19 @@ class LatentProjections:
     def output(self, attended: Tensor, residual: Residual) -> Tensor:
         return linear(attended[..., : self.attention.sizes.v_head_dim].flatten(1), self.o, residual=residual)
 
-    def queries(self, flat: Tensor, turn: Turn) -> Tensor:
+    def queries(self, flat: Tensor, rotation: Rotation) -> Tensor:
         sizes = self.attention.sizes
         heads = linear(self.query_norm(flat), self.q_b).unflatten(-1, (self.attention.heads, -1))
         plain, turned = heads.split([sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], dim=-1)
-        query = torch.cat([plain, _turned(turned, turn)], dim=-1) * (self.attention.scale * math.sqrt(self.width))
+        query = torch.cat([plain, _rotated(turned, rotation)], dim=-1) * (self.attention.scale * math.sqrt(self.width))
         return F.pad(query, (0, self.width - self.qk))
 
-    def keys_values(self, flat: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+    def keys_values(self, flat: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         sizes, heads = self.attention.sizes, self.attention.heads
         latent, shared = flat.split([sizes.kv_lora_rank, sizes.qk_rope_head_dim], dim=-1)
         both = linear(self.key_norm(latent), self.kv_b).unflatten(-1, (heads, -1))
         plain, value = both.split([sizes.qk_nope_head_dim, sizes.v_head_dim], dim=-1)
-        key = torch.cat([plain, _turned(shared[:, None], turn).expand(-1, heads, -1)], dim=-1)
+        key = torch.cat([plain, _rotated(shared[:, None], rotation).expand(-1, heads, -1)], dim=-1)
         return F.pad(key, (0, self.width - self.qk)), F.pad(value, (0, self.width - sizes.v_head_dim))
 
 
@@ -135,5 +136,5 @@ def softmax_scale(sizes: LatentSizes, rope: Mapping[str, Any]) -> float:
     return scale
 
 
-def _turned(x: Tensor, turn: Turn) -> Tensor:
-    return rotate_pairs(x.to(turn[0].dtype), *turn).to(x.dtype)
+def _rotated(x: Tensor, rotation: Rotation) -> Tensor:
+    return rotate_pairs(x.to(rotation[0].dtype), *rotation).to(x.dtype)

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from torchspec.models.ops import kernels
 from torchspec.models.ops.norm import Norm
-from torchspec.models.ops.shared_weight import Residual, take
+from torchspec.models.ops.shared_rows import Residual, take
 
 
 @dataclass(frozen=True)
-class Entered:
+class LayerInputs:
     """What a layer goes on with."""
 
     state: Tensor
@@ -99,7 +99,7 @@ class _Enter(torch.autograd.Function):
         return d_x, None, None, None, None, None, None, None, None
 
 
-class Entrance:
+class LayerInput:
     """A layer's entrance during one forward pass.
 
     Args:
@@ -112,7 +112,7 @@ class Entrance:
         self._sum = _Sum()
         self._token: Tensor | None = None
 
-    def __call__(self, x: Tensor, place: Tensor, to: Tensor, *, every: bool = False) -> Entered:
+    def __call__(self, x: Tensor, place: Tensor, to: Tensor, *, every: bool = False) -> LayerInputs:
         """Enter.
 
         Args:
@@ -125,14 +125,14 @@ class Entrance:
             if every:
                 whole = self.norm(x)
                 normed = take(whole, place)
-                return Entered(x, normed, Residual(normed if self.normed_residual else take(x, place)), whole)
+                return LayerInputs(x, normed, Residual(normed if self.normed_residual else take(x, place)), whole)
             taken = take(x, place)
             normed = self.norm(taken)
-            return Entered(x, normed, Residual(normed if self.normed_residual else taken), None)
+            return LayerInputs(x, normed, Residual(normed if self.normed_residual else taken), None)
         weight = self.norm.weight
         if self._token is None:
             self._token = _Hold.apply(self._sum, weight)
         state, normed, residual, whole = _Enter.apply(
             x.contiguous(), self._token, weight.detach(), self._sum, to, place.shape[0], self.norm.eps, self.normed_residual, every
         )
-        return Entered(state, normed, Residual(residual, spare=True), whole if every else None)
+        return LayerInputs(state, normed, Residual(residual, spare=True), whole if every else None)

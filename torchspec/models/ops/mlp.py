@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchspec.models.ops import kernels
-from torchspec.models.ops.fp8 import Rounded, limit_of, quantise, turn
-from torchspec.models.ops.norms import rms_backward, rms_forward, rms_forward_rounded
+from torchspec.models.ops.fp8 import Rounded, limit_of, quantise, round_transposed
+from torchspec.models.ops.norm import rms_backward, rms_forward, rms_forward_rounded
 from torchspec.models.ops.shared_weight import Weight
 
 _SLICE = 2**14
@@ -102,8 +102,8 @@ def swiglu_backward_turned(gate_up: Tensor, d_act: Tensor, top: Tensor, act_top:
         kernel.backward_turned(gate_up, d_act, top, act_top, d_out, act_out)
         return
     act, d_gate_up = swiglu_backward(gate_up, d_act)
-    turn(d_gate_up, top, d_out, limit=limit_of(d_out.dtype))
-    turn(act, act_top, act_out, limit=limit_of(act_out.dtype))
+    round_transposed(d_gate_up, top, d_out, limit=limit_of(d_out.dtype))
+    round_transposed(act, act_top, act_out, limit=limit_of(act_out.dtype))
 
 
 class _Block(torch.autograd.Function):

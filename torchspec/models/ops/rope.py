@@ -78,12 +78,12 @@ def tables(inverse: Tensor, factor: float, positions: Tensor, dtype: torch.dtype
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn [N, heads, d] by the tables of its rows, in halves."""
+    """Rotation [N, heads, d] by the tables of its rows, in halves."""
     low, high = x.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn [N, heads, d] by the tables of its rows, neighbours together. The result is in the order of halves, which products of two of them ignore."""
+    """Rotation [N, heads, d] by the tables of its rows, neighbours together. The result is in the order of halves, which products of two of them ignore."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1)

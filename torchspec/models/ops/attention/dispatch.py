@@ -25,7 +25,7 @@ from torch import Tensor
 
 from torchspec.models.ops import kernels
 from torchspec.models.ops.attention import torch as attention_torch
-from torchspec.models.ops.dense_projections import Projections, Turn
+from torchspec.models.ops.dense_projections import Projections, Rotation
 from torchspec.models.ops.shared_weight import wide
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Queries:
 
 
 @dataclass(frozen=True)
-class Conversations:
+class PackBounds:
     """Where they begin and end."""
 
     bounds: Tensor
@@ -58,13 +58,13 @@ class Conversations:
     """Tokens."""
 
     @classmethod
-    def of(cls, bounds: Tensor, sequence: Tensor) -> Conversations:
+    def of(cls, bounds: Tensor, sequence: Tensor) -> PackBounds:
         """From the host's bounds and the device's ``sequence`` [N] (conversation of each row), so that nothing is copied from the host."""
         number = torch.arange(bounds.shape[0], device=sequence.device)
         return cls(bounds, torch.searchsorted(sequence, number).int(), int(bounds.diff().max()) if bounds.shape[0] > 1 else 0)
 
 
-class Store:
+class KeyValueCache:
     """Keys and values of one layer and the sums of their gradients.
 
     Args:
@@ -75,7 +75,7 @@ class Store:
         slots: E.
     """
 
-    def __init__(self, like: Tensor, conversations: Conversations, *, total: int, entries: int, slots: int) -> None:
+    def __init__(self, like: Tensor, conversations: PackBounds, *, total: int, entries: int, slots: int) -> None:
         self.conversations, self.total, self.count = conversations, total, 0
         self.causal = _causal(like, conversations, total)
         """The flash kernel, where it serves."""
@@ -157,7 +157,7 @@ class Store:
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, store: Store, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, store: KeyValueCache, key: Tensor, value: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.store, ctx.shape, ctx.kind = store, key.shape, key.dtype
         more = (0, 0, 0, 0, 0, store.rows - key.shape[0])
@@ -176,7 +176,7 @@ class _Append(torch.autograd.Function):
     """Fill the next slot. Autograd comes back here when every later step has added to the slot's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, store: Store, token: Tensor, key: Tensor, value: Tensor, entries: Tensor) -> Tensor:
+    def forward(ctx: Any, store: KeyValueCache, token: Tensor, key: Tensor, value: Tensor, entries: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.store, ctx.slot = store, store.count
         ctx.save_for_backward(entries)
@@ -195,7 +195,7 @@ class _Append(torch.autograd.Function):
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, store: Store, token: Tensor, query: Tensor, queries: Queries) -> Tensor:
+    def forward(ctx: Any, store: KeyValueCache, token: Tensor, query: Tensor, queries: Queries) -> Tensor:
         query, scale = query.contiguous(), query.shape[-1] ** -0.5
         ctx.store, ctx.queries, ctx.count = store, queries, store.count
         if store.causal is not None:
@@ -228,7 +228,7 @@ class _Attend(torch.autograd.Function):
         return None, None, d_query.to(query.dtype), None
 
 
-def _causal(like: Tensor, conversations: Conversations, total: int) -> Causal | None:
+def _causal(like: Tensor, conversations: PackBounds, total: int) -> Causal | None:
     if not kernels.usable(like):
         return None
     from torchspec.models.ops.attention import flash as attention_flash
@@ -238,7 +238,7 @@ def _causal(like: Tensor, conversations: Conversations, total: int) -> Causal | 
     return attention_flash.Causal(like, total=total, bounds=conversations.on_device, longest=conversations.longest)
 
 
-class UnrollMemory:
+class UnrollCache:
     """Keys and values that the queries of one layer see over the unroll.
 
     Args:
@@ -248,8 +248,8 @@ class UnrollMemory:
         slots: later steps that will append, K - 1.
     """
 
-    def __init__(self, key: Tensor, value: Tensor, conversations: Conversations, *, entries: int, slots: int) -> None:
-        self._store = Store(key.detach(), conversations, total=key.shape[0], entries=entries, slots=slots)
+    def __init__(self, key: Tensor, value: Tensor, conversations: PackBounds, *, entries: int, slots: int) -> None:
+        self._store = KeyValueCache(key.detach(), conversations, total=key.shape[0], entries=entries, slots=slots)
         self._token: Tensor = _Start.apply(self._store, key, value)
 
     def append(self, key: Tensor, value: Tensor, entries: Tensor) -> None:
@@ -261,12 +261,12 @@ class UnrollMemory:
         attended: Tensor = _Attend.apply(self._store, self._token, query, queries)
         return attended
 
-    def first(self, attention: Projections, flat: Tensor, turn: Turn, queries: Queries) -> Tensor:
+    def first(self, attention: Projections, flat: Tensor, rotation: Rotation, queries: Queries) -> Tensor:
         """Step 0: [R, h, d] for the projection's query part."""
-        return self.attend(attention.queries(flat, turn), queries)
+        return self.attend(attention.queries(flat, rotation), queries)
 
-    def later(self, attention: Projections, flat: Tensor, turn: Turn, queries: Queries) -> Tensor:
+    def later(self, attention: Projections, flat: Tensor, rotation: Rotation, queries: Queries) -> Tensor:
         """A later step: [R, h, d] for the whole projection, whose keys and values are appended."""
-        query, key, value = attention.all(flat, turn)
+        query, key, value = attention.all(flat, rotation)
         self.append(key, value, queries.entries)
         return self.attend(query, queries)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from torchspec.models.ops import kernels
-from torchspec.models.ops.attention.dispatch import Conversations, Queries, Store, UnrollMemory
-from torchspec.models.ops.dense_projections import Projections, Turn
+from torchspec.models.ops.attention.dispatch import KeyValueCache, PackBounds, Queries, UnrollCache
+from torchspec.models.ops.dense_projections import Projections, Rotation
 
 _SPREAD = 8 / 7
 """Queries are kept for the backward as they are spread over the pack's rows where that takes at most so many times their own memory."""
@@ -25,7 +25,7 @@ class _Begin(torch.autograd.Function):
     """Step 0's keys and values to the token of their store."""
 
     @staticmethod
-    def forward(ctx: Any, store: Store, flat: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, store: KeyValueCache, flat: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         from torchspec.models.ops.kernels import heads
 
         store.key, store.value = (flat.new_empty(store.rows, *store.extra_key.shape[2:]) for _ in range(2))
@@ -52,7 +52,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, store: Store, token: Tensor, flat: Tensor, cos: Tensor, sin: Tensor, queries: Queries, size: int, later: bool
+        ctx: Any, store: KeyValueCache, token: Tensor, flat: Tensor, cos: Tensor, sin: Tensor, queries: Queries, size: int, later: bool
     ) -> tuple[Tensor, Tensor]:
         from torchspec.models.ops.kernels import heads
 
@@ -82,42 +82,42 @@ class _Step(torch.autograd.Function):
         return None, None, d_flat, None, None, None, None, None
 
 
-class FusedMemory:
-    """:class:`~torchspec.models.ops.attention.dispatch.UnrollMemory` that takes the projection's results as they are."""
+class FusedCache:
+    """:class:`~torchspec.models.ops.attention.dispatch.UnrollCache` that takes the projection's results as they are."""
 
-    def __init__(self, store: Store, flat: Tensor, turn: Turn) -> None:
+    def __init__(self, store: KeyValueCache, flat: Tensor, rotation: Rotation) -> None:
         self._store = store
-        self._token: Tensor = _Begin.apply(store, flat, *turn)
+        self._token: Tensor = _Begin.apply(store, flat, *rotation)
 
-    def first(self, attention: Projections, flat: Tensor, turn: Turn, queries: Queries) -> Tensor:
+    def first(self, attention: Projections, flat: Tensor, rotation: Rotation, queries: Queries) -> Tensor:
         """As there."""
-        return self._attend(flat, turn, queries, later=False)
+        return self._attend(flat, rotation, queries, later=False)
 
-    def later(self, attention: Projections, flat: Tensor, turn: Turn, queries: Queries) -> Tensor:
+    def later(self, attention: Projections, flat: Tensor, rotation: Rotation, queries: Queries) -> Tensor:
         """As there."""
-        return self._attend(flat, turn, queries, later=True)
+        return self._attend(flat, rotation, queries, later=True)
 
-    def _attend(self, flat: Tensor, turn: Turn, queries: Queries, *, later: bool) -> Tensor:
-        attended, self._token = _Step.apply(self._store, self._token, flat, *turn, queries, self._store.extra_key.shape[-1], later)
+    def _attend(self, flat: Tensor, rotation: Rotation, queries: Queries, *, later: bool) -> Tensor:
+        attended, self._token = _Step.apply(self._store, self._token, flat, *rotation, queries, self._store.extra_key.shape[-1], later)
         return attended
 
 
-def remember(attention: Projections, flat: Tensor, turn: Turn, conversations: Conversations, *, entries: int, slots: int) -> UnrollMemory | FusedMemory:
+def remember(attention: Projections, flat: Tensor, rotation: Rotation, conversations: PackBounds, *, entries: int, slots: int) -> UnrollCache | FusedCache:
     """What the queries of one layer see over the unroll, with step 0's keys and values in it.
 
     Args:
         attention: the layer's projections.
         flat: [N, key-value part].
-        turn: of the N rows.
+        rotation: of the N rows.
         conversations: of the pack.
         entries: M.
         slots: later steps, K - 1.
     """
-    if attention.only_turned and kernels.usable(flat):
+    if attention.only_rotated and kernels.usable(flat):
         from torchspec.models.ops.attention import flash as attention_flash
 
         like = flat.detach().view(flat.shape[0], -1, attention.head_size)[:, : flat.shape[1] // (2 * attention.head_size)]
         if attention_flash.serves(like):
-            return FusedMemory(Store(like, conversations, total=flat.shape[0], entries=entries, slots=slots), flat, turn)
-    key, value = attention.keys_values(flat, turn)
-    return UnrollMemory(key, value, conversations, entries=entries, slots=slots)
+            return FusedCache(KeyValueCache(like, conversations, total=flat.shape[0], entries=entries, slots=slots), flat, rotation)
+    key, value = attention.keys_values(flat, rotation)
+    return UnrollCache(key, value, conversations, entries=entries, slots=slots)

@@ -1,7 +1,7 @@
 """Rows of a matrix to 8-bit floats, each with a scale of its own, and matrices turned on the way to them; twins: ``models/ops/fp8.py``.
 
     quantise   s_r = max_c |x_rc f_c| / 448      y_rc = round(x_rc f_c / s_r)       (f: optional factors by column)
-    turn       y_cr = round(x_rc by_r)           by_r = limit / top_r, or top_r / (limit common)
+    round_transposed  y_cr = round(x_rc by_r)           by_r = limit / top_r, or top_r / (limit common)
     transpose  y_cr = x_rc
 
 Rows that fit into a block are read once; of longer ones the second pass reads them from a cache. Values beyond the type's largest are made that one here,
@@ -21,7 +21,7 @@ from torchspec.models.ops.kernels.rounding import factor_of, scale_of
 _SMALLEST = tl.constexpr(SMALLEST)
 _BLOCK = 8192
 _ROWS, _COLUMNS = 128, 64
-"""A tile of ``turn``: what it reads of a row and what it writes of a column are 128 bytes each, for two-byte numbers."""
+"""A tile of ``round_transposed``: what it reads of a row and what it writes of a column are 128 bytes each, for two-byte numbers."""
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def quantise(x: Tensor, factor: Tensor | None, *, into: Rounded | None = None) -
     return y
 
 
-def turn(x: Tensor, top: Tensor, out: Tensor, *, limit: float, common: Tensor | None) -> None:
+def round_transposed(x: Tensor, top: Tensor, out: Tensor, *, limit: float, common: Tensor | None) -> None:
     """Write the columns of ``x`` as rows of ``out``.
 
     Args:
@@ -147,13 +147,13 @@ def turn(x: Tensor, top: Tensor, out: Tensor, *, limit: float, common: Tensor | 
 
 
 def round_both(x: Tensor, factor: Tensor, scale: Tensor, top: Tensor, out: Tensor) -> Rounded:
-    """:func:`quantise` and :func:`turn` (without ``common``, to the type's largest number) where the rows' sizes are known.
+    """:func:`quantise` and :func:`round_transposed` (without ``common``, to the type's largest number) where the rows' sizes are known.
 
     Args:
         x: [R, C], contiguous.
         factor: [C] fp32.
         scale, top: [R, 1] and [R], what :func:`quantise` would find.
-        out: [C, R or more], as :func:`turn` takes it.
+        out: [C, R or more], as :func:`round_transposed` takes it.
     """
     rows, width = x.shape
     y = Rounded(torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device), scale, top)

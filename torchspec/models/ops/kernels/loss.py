@@ -145,7 +145,7 @@ def _losses(
 
 
 @dataclass(frozen=True)
-class Asked:
+class TargetStatistics:
     """The target at the rows of a chunk, as ``kernels.target.ask`` leaves and returns it."""
 
     p: Tensor
@@ -180,7 +180,7 @@ class Rows:
 
 
 def losses(
-    z: Tensor, place: Tensor, asked: Asked, rows: Rows, weights: dict[str, float], *, gradient: bool, measure: bool, factor: Tensor | None = None
+    z: Tensor, place: Tensor, asked: TargetStatistics, rows: Rows, weights: dict[str, float], *, gradient: bool, measure: bool, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """Losses of a chunk.
 

@@ -1,4 +1,4 @@
-"""RMSNorm of rows, forward and backward; twin: ``models/ops/norms.py``.
+"""RMSNorm of rows, forward and backward; twin: ``models/ops/norm.py``.
 
     inverse = 1 / sqrt(mean(x^2) + eps)       y = round(x inverse) round(w)
     d_x = inverse (u - x^ mean(u x^)),  u = d_y round(w),  x^ = x inverse;        d_w = sum over rows of d_y round(x^)

@@ -189,7 +189,7 @@ def backward_rounded(gate_up: Tensor, d_act: Tensor, factor: Tensor, *, plain: b
 
 
 def backward_turned(gate_up: Tensor, d_act: Tensor, top: Tensor, act_top: Tensor, d_out: Tensor, act_out: Tensor) -> None:
-    """What :func:`backward` returns, in 8 bits and turned, as ``fp8.turn`` does it with the largest numbers of the types as limits.
+    """What :func:`backward` returns, in 8 bits and turned, as ``fp8.round_transposed`` does it with the largest numbers of the types as limits.
 
     Args:
         gate_up, d_act: [R, 2I] and [R, I], contiguous.
