@@ -25,7 +25,7 @@ from tests.models.packs import conversation, draft_config, pack, task
 from torchspec.models.ops import head_loss_fused, kernels
 from torchspec.models.ops.attention import flash as attention_flash
 from torchspec.models.ops.fp8 import Fp8
-from torchspec.models.ops.kernels import layer_input as advance
+from torchspec.models.ops.kernels import layer_input
 from torchspec.models.ops.kernels import norm
 
 STEPS = 3
@@ -130,8 +130,8 @@ def registers(patch: pytest.MonkeyPatch, width: int) -> list[tuple[str, int, int
     norm.backward(x, x, weight, inverse, more=x)
     norm.backward(x, x, weight, inverse, place=torch.arange(4), out=x)
     for every, state in ((None, x), (x, None)):
-        to, partial = torch.arange(4, dtype=torch.int32), advance.sums(width, x.device)
-        advance.backward(x, x, every, state, x, weight, to, inverse[:, 0], partial, normed_residual=every is not None)
+        to, partial = torch.arange(4, dtype=torch.int32), layer_input.sums(width, x.device)
+        layer_input.backward(x, x, every, state, x, weight, to, inverse[:, 0], partial, normed_residual=every is not None)
     return found
 
 

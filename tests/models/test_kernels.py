@@ -31,7 +31,7 @@ def test_kernels_compile_for_an_h100() -> None:
     done = subprocess.run(command, cwd=GRID.parents[2], env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
     names = {line.split()[0] for line in done.stdout.splitlines()}
-    both_ways = {f"{file}.{way}" for file in ("advance", "merge", "norm", "swiglu") for way in ("_forward", "_backward")}
+    both_ways = {f"{file}.{way}" for file in ("layer_input", "merge", "norm", "swiglu") for way in ("_forward", "_backward")}
     others = {"heads._split", "heads._join", "loss._losses", "target._ask"}
     assert both_ways | others | {f"rows.{name}" for name in ("_spread", "_beside", "_add", "_gather", "_scale")} <= names
     narrow = {f"fp8.{name}" for name in ("_quantise", "_round_both", "_transpose", "_turn")}
