@@ -25,8 +25,7 @@ from tests.models.packs import conversation, draft_config, pack, task
 from torchspec.models.ops import head_loss_fused, kernels
 from torchspec.models.ops.attention import flash as attention_flash
 from torchspec.models.ops.fp8 import Fp8
-from torchspec.models.ops.kernels import layer_input
-from torchspec.models.ops.kernels import norm
+from torchspec.models.ops.kernels import layer_input, norm
 
 STEPS = 3
 TARGET = GPUTarget("cuda", 90, 32)
