@@ -237,7 +237,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_this_machine_is_asked_without_the_proxy(host: str, variable: str, proxy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import httpx
 
-    from torchspec.engines.vllm.remote import http_options
+    from torchspec.engines.capture.server import http_options
 
     server = serve("127.0.0.1" if host == "localhost" else host)
     monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody
@@ -256,7 +256,7 @@ def test_this_machine_is_asked_without_the_proxy(host: str, variable: str, proxy
 def test_another_host_is_asked_through_the_proxy_which_an_error_names(variable: str, proxy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import httpx
 
-    from torchspec.engines.vllm.remote import http_options
+    from torchspec.engines.capture.server import http_options
 
     monkeypatch.setenv(variable, proxy.url)
     ServerAnswerer("http://node-7.invalid:8000/v1", model="m", concurrency=1)

@@ -21,9 +21,9 @@ from tests.engines.parts import read_record, spec_of
 from tests.engines.test_transformers_engine import expected, leases_of, random_samples, work_off
 from tests.tiny import save_target
 from torchspec.commands.sglang_command import sglang_command
+from torchspec.engines.capture.server import SERVER_TOKEN_VARIABLE as TOKEN_VARIABLE
 from torchspec.engines.engine import EngineConfig, Job
 from torchspec.engines.sglang.remote import RemoteSGLangEngine
-from torchspec.engines.vllm.remote import TOKEN_VARIABLE
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
 from torchspec.transfer import StoreServer, open_store

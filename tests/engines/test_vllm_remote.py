@@ -22,9 +22,10 @@ from tests.engines.parts import read_record, spec_of
 from tests.engines.test_transformers_engine import expected, leases_of, work_off
 from tests.tiny import save_target
 from torchspec.cli import main
+from torchspec.engines.capture.server import SERVER_TOKEN_VARIABLE as TOKEN_VARIABLE
 from torchspec.engines.engine import EngineConfig, Job, OnPolicy
 from torchspec.engines.messages import PartialAnswer
-from torchspec.engines.vllm.remote import TOKEN_VARIABLE, RemoteVLLMEngine
+from torchspec.engines.vllm.remote import RemoteVLLMEngine
 from torchspec.errors import UserError
 from torchspec.target import TargetConfig
 from torchspec.transfer import StoreServer, open_store

@@ -13,12 +13,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from torchspec.engines.capture.requests import PARAMETER
+from torchspec.engines.capture.server import SERVER_TOKEN_VARIABLE, http_options
 from torchspec.engines.engine import Sampling
 from torchspec.engines.sglang.collector import PREFIX
 from torchspec.engines.sglang.engine import HookedEngine
 from torchspec.engines.sglang.options import MARGIN
 from torchspec.engines.table import ENGINES
-from torchspec.engines.vllm.remote import TOKEN_VARIABLE, http_options
 from torchspec.errors import UserError
 from torchspec.network import bare, check_url, route_to
 from torchspec.proxies import around, through
@@ -50,9 +50,9 @@ class RemoteSGLangEngine(HookedEngine):
         config = self.job.config
         url = str(config.engine_args.get("url", ""))
         parts = check_url(url, field="data.engines.engine_args.url", example="http://HOST:30000")
-        self.token = os.environ.get(TOKEN_VARIABLE, "")
+        self.token = os.environ.get(SERVER_TOKEN_VARIABLE, "")
         if not self.token:
-            raise UserError(TOKEN_VARIABLE, None, "is not set", "export the secret that the server was started with (its TORCHSPEC_TOKEN)")
+            raise UserError(SERVER_TOKEN_VARIABLE, None, "is not set", "export the secret that the server was started with (its TORCHSPEC_TOKEN)")
         self.report_host = bare(str(config.engine_args.get("report_host") or "")) or str(route_to(str(parts.hostname), parts.port or 80))
         key = os.environ.get("SGLANG_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}

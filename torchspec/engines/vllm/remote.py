@@ -13,17 +13,17 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from torchspec.engines.capture.engine import PrefillEngine
+from torchspec.engines.capture.server import SERVER_TOKEN_VARIABLE, http_options
 from torchspec.engines.engine import Sampling
 from torchspec.engines.vllm.options import answer_values
 from torchspec.errors import UserError
 from torchspec.network import bare, check_url, route_to
-from torchspec.proxies import around, proxy_of, through
+from torchspec.proxies import around, through
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 log = logging.getLogger(__name__)
-TOKEN_VARIABLE = "TORCHSPEC_ENGINE_TOKEN"
 _ANSWERS = 600.0
 """Seconds for one request."""
 _HEALTH = 10.0
@@ -48,9 +48,9 @@ class RemoteVLLMEngine(PrefillEngine):
         arguments = self.job.config.engine_args
         url = str(arguments.get("url", ""))
         parts = check_url(url, field="data.engines.engine_args.url", example="http://HOST:8000")
-        self.token = os.environ.get(TOKEN_VARIABLE, "")
+        self.token = os.environ.get(SERVER_TOKEN_VARIABLE, "")
         if not self.token:
-            raise UserError(TOKEN_VARIABLE, None, "is not set", "export the secret that the server was started with (its TORCHSPEC_TOKEN)")
+            raise UserError(SERVER_TOKEN_VARIABLE, None, "is not set", "export the secret that the server was started with (its TORCHSPEC_TOKEN)")
         self.report_host = bare(str(arguments.get("report_host") or "")) or str(route_to(str(parts.hostname), parts.port or 80))
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -135,12 +135,3 @@ class RemoteVLLMEngine(PrefillEngine):
         client, self._client = self._client, None
         if client is not None and self._thread.is_alive():
             asyncio.run_coroutine_threadsafe(client.aclose(), self._loop).result(5.0)
-
-
-def http_options(url: str) -> dict[str, Any]:
-    """Options of an httpx client: the proxy by our rule, certificates as the environment says."""
-    import httpx
-
-    proxy = proxy_of(url)
-    certificates = {"verify": httpx.create_ssl_context()} if url.startswith("https:") else {}
-    return {"trust_env": False, "proxy": None if proxy is None else proxy.address, **certificates}
