@@ -83,6 +83,21 @@ def test_a_second_writer_goes_on_and_writes_nothing_twice(tmp_path: Path) -> Non
     assert [file.name for file in reader.files][: len(before)] == before and not list((tmp_path / "r").glob("records-other*"))
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_records_without_aux_layers(tmp_path: Path, fp8: bool) -> None:
+    """Of drafts that are fed the last hidden state alone."""
+    spec = replace(SPEC, aux_layers=())
+    _, made = record(3, 40, 39, spec)
+    writer = ShardWriter(tmp_path / "r", spec, fp8=fp8)
+    writer.add(made, 7)
+    writer.close()
+    reader = ShardReader(tmp_path / "r")
+    out = torch.empty(spec.nbytes(40), dtype=torch.uint8)
+    again = open_record(out[: reader.read(int(reader.find(np.array([7], dtype=np.uint64))[0]), out)], spec)
+    assert again.aux.shape == made.aux.shape == (39, 0) and torch.equal(again.input_ids, made.input_ids)
+    assert torch.equal(again.last, made.last) or (fp8 and torch.allclose(again.last, made.last, rtol=0.1, atol=0.05))
+
+
 def test_fp8_states_its_error(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "r", SPEC, fp8=True)
     made = [record(i, *size)[1] for i, size in enumerate(SIZES)]
