@@ -111,7 +111,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "longrope": ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act=gelu"),
     "a sliding window": ({"layer_types": ["sliding_attention"]}, "sliding window"),
-    "another architecture": ({"architectures": ["DFlashDraftModel"]}, "DFlashDraftModel"),
+    "another architecture": ({"architectures": ["MedusaModel"]}, "MedusaModel"),
     "EAGLE-1": ({"eagle_config": {"use_aux_hidden_state": False}}, "EAGLE-1"),
     "another target": ({"vocab_size": 41}, "vocab_size 41"),
     "another count of layers": ({"num_aux_hidden_states": 4}, "4 aux states"),
