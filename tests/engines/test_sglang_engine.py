@@ -84,4 +84,8 @@ def test_answers_equal_transformers(tmp_path: Path) -> None:
     for made in (TransformersGenerator(target, device="cpu"), SGLangGenerator(target, batch_size=4, device="cpu")):
         found.append({answer.index: answer for answer in made.generate(prompts, Sampling(max_new_tokens=16))})
         made.close()
-    assert found[0] == found[1] and {answer.finish for answer in found[0].values()} == {"stop", "length"}
+    theirs, ours = found
+    for i, prompt in enumerate(prompts):  # SGLang, as vLLM, ends where the target's positions end
+        room = 512 - len(prompt)
+        assert ours[i].ids == theirs[i].ids[:room] and ours[i].finish == (theirs[i].finish if len(theirs[i].ids) <= room else "length"), i
+    assert {answer.finish for answer in ours.values()} == {"stop", "length"}
