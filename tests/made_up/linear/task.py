@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +12,9 @@ from torchspec.errors import UserError
 from torchspec.hardware import working_dtype
 from torchspec.models.family import Build
 from torchspec.models.metrics import StepOutput
-from torchspec.models.ops.head_loss import head_loss, target_distribution
+from torchspec.models.ops.head_loss import HeadPlan, head_loss
 from torchspec.models.ops.loss_formulas import LossWeights, mixing
+from torchspec.models.ops.shared_weight import wide
 from torchspec.models.target_head import TargetHead
 
 
@@ -72,26 +71,29 @@ class LinearTask(nn.Module):
             zero = torch.stack([parameter.float().sum() for parameter in self.parameters() if parameter.requires_grad]).sum() * 0.0
             names = ["rows", "correct", "correct_so_far", *(["alpha", "alpha_so_far"] if alpha_asked else []), "loss", "objective", "normaliser"]
             return StepOutput(zero, {name: zero.detach()[None] for name in names}, base, base)
-        target = target_distribution(self.target_head, batch.last[base + 1], dtype=self.dtype, mass=alpha_asked)
-        rules: dict[str, Any] = {"weights": self.loss, "mixing": mixing(self.mean_alpha), "measure": measure}
-        found = head_loss(
-            [batch.aux[base].to(self.dtype)],
-            draft.input_norm.weight,
-            draft.head.weight,
-            target,
-            (torch.arange(base.numel(), device=base.device),),
+        rows = torch.arange(base.numel(), device=base.device)
+        plan = HeadPlan(
+            self.target_head,
+            batch.last[base + 1],
+            target=rows,  # each state's target is the row of its own
+            uses=torch.ones_like(batch.rows.depth),
+            group=torch.zeros_like(rows),  # one step
+            scale=1.0 / batch.counts[:1].to(wide(self.dtype)).clamp(min=1.0),
+            mixing=mixing(self.mean_alpha),
+            weights=self.loss,
             eps=draft.config.eps,
-            scale=1.0 / batch.counts[:1].to(target.whole.dtype).clamp(min=1.0),
-            **rules,
+            measure=measure,
+            train=torch.is_grad_enabled(),
         )
-        (hit,), kind = found.hit, found.loss_sum.dtype
-        right = hit.sum()[None].to(kind)
+        found = head_loss(plan, [batch.aux[base].to(self.dtype)], draft.input_norm.weight, draft.head.weight)
+        loss_sum = found.per_row.sum()[None]
+        right = found.hit.sum()[None].to(loss_sum.dtype)
         sums = {"rows": torch.full_like(right, base.numel()), "correct": right, "correct_so_far": right}
         if found.alpha is not None:
-            sums |= {"alpha": found.alpha[0].sum()[None], "alpha_so_far": found.alpha[0].sum()[None]}
+            sums |= {"alpha": found.alpha.sum()[None], "alpha_so_far": found.alpha.sum()[None]}
         followed = base.new_zeros(0)
         if found.chosen is not None:
             token = found.chosen if self.target_head.order is None else self.target_head.order[found.chosen]
             followed = (token == batch.input_ids[base + 2]).long()
-        sums |= {"loss": found.loss_sum, "objective": found.loss_sum, "normaliser": sums["rows"]}  # the one step weighs 1
-        return StepOutput(found.loss, sums, hit.long(), followed)
+        sums |= {"loss": loss_sum, "objective": loss_sum, "normaliser": sums["rows"]}  # the one step weighs 1
+        return StepOutput(found.loss, sums, found.hit.long(), followed)
