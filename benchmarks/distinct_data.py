@@ -78,11 +78,11 @@ def main() -> None:
     prompts = [ids_of(text) for text in first_prompts(given.prompts)[part - 1 :: parts]]
     asked = [prompt for prompt in prompts for _ in range(given.answers)]
     if given.own:
-        opening = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False).split(_MARK)[0]
+        opening = str(tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)).split(_MARK)[0]
         start = list(tokenizer.encode(opening, add_special_tokens=False))
         share = len(range(part - 1, given.own, parts))
         written = [ids for _, ids in sample([start] * share, temperature=1.0, length=200)]
-        texts = {tokenizer.decode(ids[:-1]).strip() for ids in written if ids and ids[-1] in ends}
+        texts = {str(tokenizer.decode(ids[:-1])).strip() for ids in written if ids and ids[-1] in ends}
         asked += [ids_of(text) for text in sorted(texts) if len(text) > 8]
     random.Random(given.seed).shuffle(asked)
     rows = tokens = 0
