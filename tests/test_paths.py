@@ -154,6 +154,9 @@ AT_HOME = {
 }
 """Options that name a file or a folder, of what may be built from Python. The test below finds them by name and help."""
 NO_PATHS = {
+    "engine",
+    "family",
+    "options",
     "walk",
     "messages_key",
     "revision",

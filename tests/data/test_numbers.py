@@ -65,7 +65,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         ("min_supervised_tokens", -5, "data.min_supervised_tokens=-5 is below 1"),
         ("num_proc", -3, "data.num_proc=-3 is below 1"),
         ("seed", -1, "data.seed=-1 is negative"),
-        ("engine", "sglang", "data.engine='sglang' is unknown. Fix: use one of transformers, vllm, vllm_remote, replay, or package.module:NAME."),
+        ("engine", "lightllm", "data.engine='lightllm' is unknown. Fix: use one of "),
     ],
 )
 def test_settings_of_the_data(world: tuple[str, str], name: str, value: Any, said: str) -> None:

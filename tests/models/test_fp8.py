@@ -229,6 +229,6 @@ def test_levels() -> None:
 def test_sizes_that_the_products_do_not_take_are_refused(field: str, size: int) -> None:
     fine = {"hidden_size": 32, "intermediate_size": 64, "draft_vocab_size": 32}
     with pytest.raises(UserError, match=rf"model\.matmul='?fp8.*draft\.{field} is {size}"):
-        fp8.check(torch.device("cuda"), draft_config(**{**fine, field: size}), fp8.Fp8.ROWS)
+        fp8.check(torch.device("cuda"), fp8.Fp8.ROWS, {**fine, field: size})
     with pytest.raises(UserError, match="fp8_all.*needs a GPU"):
-        fp8.check(torch.device("cpu"), draft_config(**fine), fp8.Fp8.ALL)
+        fp8.check(torch.device("cpu"), fp8.Fp8.ALL, fine)
