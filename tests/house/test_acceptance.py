@@ -21,10 +21,10 @@ from tests.e2e.runs import wait_for
 from tests.house.random_draft import save_random_draft
 from tests.tiny import save_conversations, save_target
 from tests.tiny_vl import save_vl_target
+from torchspec import acceptance
 from torchspec.acceptance import acceptance as measure
 from torchspec.acceptance import table, warn_of_depth
 from torchspec.acceptance_requests import read_requests
-from torchspec.commands import acceptance
 from torchspec.errors import UserError
 from torchspec.target import Target, TargetConfig
 
