@@ -153,7 +153,8 @@ def _sealed(staged: StagedRecord, spec: RecordSpec, producer: str) -> Tensor | s
     try:
         if staged.copied is not None:
             staged.copied.synchronize()
-        return seal(staged.record, spec, staged.sample.ids.numel(), staged.sample.rows, producer=producer)
+        with torch.inference_mode():  # an engine that runs in it owns the buffer
+            return seal(staged.record, spec, staged.sample.ids.numel(), staged.sample.rows, producer=producer)
     except Exception as error:
         return one_line(error)
 
