@@ -63,6 +63,7 @@ def kernels(rng: random.Random) -> dict[str, Callable[[], None]]:
     import torch
 
     from tests.models import kernel_cases as cases
+    from tests.models import kernel_cases_blocks as blocks
     from tests.models import kernel_cases_fp8 as narrow
 
     real = cases.DEVICE.type == "cuda"
@@ -75,6 +76,9 @@ def kernels(rng: random.Random) -> dict[str, Callable[[], None]]:
     few = min(rows, 65)
     weights = {name: rng.random() + 0.1 for name in rng.sample(["forward_kl", "cross_entropy", "reverse_kl", "jsd", "tv", "lk_lambda"], 2)}
     flags = [rng.random() < 0.5 for _ in range(3)]
+    slots, window = rng.choice((4, 7, 8, 16)), rng.choice((None, 5, 33))
+    length = near(rng, 513 if real else 17, low=9)
+    drawn = blocks.drawn([length, 9, length], [rng.randint(0, length // 2), 0, 1], slots, seed=rng.randint(0, 99))
     found: dict[str, Callable[[], None]] = {
         f"norm {rows}x{width}": lambda: cases.norm(rows, width, dtype, placed=flags[0]),
         f"advance {rows}x{width}": lambda: cases.advance(rows, rows - rows // 3, width, dtype, normed_residual=flags[0], every=flags[1], state=flags[2]),
@@ -84,6 +88,9 @@ def kernels(rng: random.Random) -> dict[str, Callable[[], None]]:
         f"heads {rows}x{heads}x{groups}x{size}": lambda: cases.heads(rows, heads, groups, size, dtype),
         f"merge {rows}x{heads}x{groups}x{size}": lambda: cases.merge(rows, heads, groups, size, 3, rng.randint(0, 3), dtype),
         f"target {few}x{vocabulary}": lambda: cases.target(few, vocabulary, vocabulary - vocabulary // 3, dtype),
+        f"block attention {length}x{heads}x{groups}x{size}, {slots} slots, window {window}": lambda: blocks.attention(
+            drawn, 2 * length + 9, heads, groups, size, torch.bfloat16 if real else torch.float32, causal=flags[0], window=window, strided=flags[1]
+        ),
         f"losses {few}x{vocabulary}": lambda: cases.losses(few, vocabulary, weights, dtype, pruned=flags[0], measure=flags[1]),
     }
     if not real or torch.cuda.get_device_capability() >= (9, 0):

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from tests.models.blocks.anchors import drawn
 from tests.models.packs import conversation, draft_config, pack, task
 from torchspec.models.ops import head_loss_fused, kernels
 from torchspec.models.ops.attention import flash as attention_flash
@@ -28,6 +29,8 @@ from torchspec.models.ops.fp8 import Fp8
 from torchspec.models.ops.kernels import layer_input, norm
 
 STEPS = 3
+MEMORY = 227 * 2**10
+"""Bytes of shared memory that a program may have."""
 TARGET = GPUTarget("cuda", 90, 32)
 FIRST = [[[0, 0, 1, 1, 1, 1, 1, 1]], [[1] * 120, [0, 1, 1, 1, 1]]]
 """Masks of packs of which few and nearly all rows are supervised: with them everything is compiled."""
@@ -108,6 +111,33 @@ def compiled(patch: pytest.MonkeyPatch, level: Fp8, *, train_head: bool = True, 
     return found
 
 
+def compiled_for_blocks(patch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
+    """(kernel, hash) of each that the attention of block drafts compiles, at sizes of models."""
+    from torchspec.models.blocks import attention_triton
+
+    found: set[tuple[str, str]] = set()
+    run = JITFunction.run
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **more: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **more)
+        assert kernel.metadata.shared <= MEMORY, (self.fn.__name__, kernel.metadata.shared)
+        found.add((f"block_attention.{self.fn.__name__}", kernel.hash))
+        return kernel
+
+    patch.setattr(JITFunction, "run", only_compile)
+    for slots, heads, groups, size, causal, window in ((16, 32, 8, 128, True, None), (7, 9, 3, 64, False, 512), (16, 8, 4, 256, True, None)):
+        sizes = attention_triton.kernel.Sizes(slots, heads, groups, size, causal, window)
+        known: frozenset[tuple[str, str]] = frozenset()
+        for number in (1, 5):
+            rows = drawn([40, 9], [number, 2], slots, seed=1)
+            shapes = [(rows.base.shape[0] * slots, heads), *[(rows.base.shape[0] * slots, groups)] * 2, *[(49, groups)] * 2]
+            given = [torch.zeros(*shape, size, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+            attention_triton.attend(attention_triton.Plan(rows, sizes), *given).sum().backward()
+            assert not known or not found - known, "compiled again for packs of other sizes"
+            known = frozenset(found)
+    return found
+
+
 def registers(patch: pytest.MonkeyPatch, width: int) -> list[tuple[str, int, int]]:
     """(kernel, registers a thread, warps) of the norms' backward variants for bf16 rows of a width."""
     found: list[tuple[str, int, int]] = []
@@ -142,6 +172,9 @@ def main() -> None:
                 resident = 65536 // (-(-used // 8) * 8 * 32 * warps) * 132
                 assert resident >= norm.programs(width), (name, width, used, warps)
                 print(f"{name} of {width} in {used} registers and {warps} warps: {resident} programs at a time, of {norm.programs(width)}", flush=True)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, which in sorted(compiled_for_blocks(patch)):
+            print(f"{name} {which[:12]} for sm_{TARGET.arch} by Triton {triton.__version__}", flush=True)
     two: dict[str, Any] = {"norm_before_residual": True, "num_layers": 2}
     frozen: dict[str, Any] = {"train_head": False}
     cases = [(Fp8.NONE, {}), (Fp8.NONE, two), (Fp8.NONE, {"qk_norm": True}), (Fp8.ROWS, two), (Fp8.ALL, {}), *((level, frozen) for level in Fp8)]

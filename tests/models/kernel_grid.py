@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.models import kernel_cases as cases
+from tests.models import kernel_cases_blocks as block_cases
 from tests.models import kernel_cases_fp8 as narrow_cases
 from tests.models.differences import PRUNED, STEPS, WEIGHTS, made_for
 from tests.models.packs import conversation, draft_config, pack, task
@@ -139,6 +140,50 @@ def test_scale(dtype: torch.dtype) -> None:
 )
 def test_merge(shape: tuple[int, int, int, int], count: int, dtype: torch.dtype) -> None:
     cases.merge(*shape, 3, count, dtype)
+
+
+BLOCKS = [(4, 2, 1, 64, True, None), (7, 2, 1, 24, False, 3), (8, 4, 2, 16, True, 5), (16, 1, 1, 128, False, None), (4, 12, 1, 16, False, 9)]
+"""Slots, heads, key-value heads, size of a head, causal, window."""
+if REAL:
+    BLOCKS = [
+        (16, 32, 8, 128, False, None), (16, 32, 8, 128, True, 100), (7, 32, 8, 128, True, None), (8, 9, 3, 64, True, 9), (7, 28, 4, 128, False, 33),
+        (4, 2, 1, 80, True, None), (16, 16, 1, 256, True, 64), (16, 8, 8, 64, False, None), (8, 64, 2, 128, True, None),
+    ]  # fmt: skip
+
+
+def _cuts() -> Any:
+    """Small ones, so that small packs take several turns of every loop; on a GPU those of the package."""
+    from torchspec.models.ops.kernels.block_attention import Launch, Launches
+
+    return None if REAL else Launches(Launch(32, 16, 4, 1), Launch(32, 16, 4, 1), Launch(16, 16, 4, 1))
+
+
+@pytest.mark.parametrize("shape", BLOCKS)
+def test_block_attention(shape: tuple[int, int, int, int, bool, int | None]) -> None:
+    """Several conversations, of which one has no anchor and one has one."""
+    slots, *heads, causal, window = shape
+    lengths, numbers = ([700, 33, 9, 400], [90, 7, 0, 1]) if REAL else ([40, 9, 5, 23], [5, 0, 1, 4])
+    rows = block_cases.drawn(lengths, numbers, slots, seed=slots)
+    dtype = torch.bfloat16 if REAL else torch.float32
+    block_cases.attention(rows, sum(lengths), *heads, dtype, causal=causal, window=window, launches=_cuts(), strided=slots == 8)
+
+
+def test_block_attention_of_packs_with_few_anchors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None; one at the very beginning of its conversation, which has no context; through the draft's own choice of kernels."""
+    from torchspec.models.blocks import attention_triton
+
+    if not REAL:
+        monkeypatch.setattr(kernels, "usable", lambda t: t.dtype != torch.float64)
+        monkeypatch.setattr(attention_triton, "serves", lambda query, key, *, slots: True)
+    dtype = torch.bfloat16 if REAL else torch.float32
+    rows = block_cases.blocks([[0, 2], [], [0]], [3, 4, 5], 4)
+    block_cases.attention(rows, 12, 2, 1, 16, dtype, causal=True, window=None, chosen=True)
+    none = block_cases.blocks([[]], [3], 4)
+    plan = attention_triton.Plan(none, attention_triton.kernel.Sizes(4, 2, 1, 16, True, None))
+    given = [cases.make(*shape, dtype=dtype, seed=1).requires_grad_() for shape in ((0, 2, 16), (0, 1, 16), (0, 1, 16), (3, 1, 16), (3, 1, 16))]
+    out = attention_triton.attend(plan, *given)
+    found = torch.autograd.grad(out.sum(), given)
+    assert out.shape == (0, 2, 16) and all(not t.any() for t in found)
 
 
 def test_merge_of_heads_more_than_31_bits_apart(tmp_path: Path) -> None:

@@ -34,5 +34,6 @@ def test_kernels_compile_for_an_h100() -> None:
     both_ways = {f"{file}.{way}" for file in ("layer_input", "merge", "norm", "swiglu") for way in ("_forward", "_backward")}
     others = {"heads._split", "heads._join", "loss._losses", "target._ask"}
     assert both_ways | others | {f"rows.{name}" for name in ("_spread", "_beside", "_add", "_gather", "_scale")} <= names
+    assert {f"block_attention.{name}" for name in ("_forward", "_backward_rows", "_backward_context")} <= names
     narrow = {f"fp8.{name}" for name in ("_quantise", "_round_both", "_transpose", "_turn")}
     assert narrow | {f"swiglu.{name}" for name in ("_forward_rounded", "_backward_rounded", "_backward_turned")} <= names

@@ -1,4 +1,4 @@
-"""Attention of block drafts in plain torch, forward and backward, for every device.
+"""Attention of block drafts, forward and backward: in plain torch for every device; ``attention_triton.py`` has the kernels for CUDA in half precision.
 
 Row j of the block at anchor a asks, in one softmax, for the context before the anchor and for its own block:
 
@@ -14,12 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from torchspec.blocks import BlockRows
+from torchspec.models.ops import kernels
+
+if TYPE_CHECKING:
+    from torchspec.models.blocks.attention_triton import Plan
 
 _ROWS = 256
 """Rows at a time."""
@@ -166,7 +170,7 @@ def _scores(
 
 
 def block_attention(query: Tensor, key: Tensor, value: Tensor, context_key: Tensor, context_value: Tensor, rows: BlockRows, mask: BlockMask) -> Tensor:
-    """Attention of all blocks of a pack.
+    """Attention of all blocks of a pack, in torch.
 
     Args:
         query: [A, S, h, d] after norm and rotation.
@@ -180,3 +184,27 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, context_key: Tens
     """
     attended: Tensor = _Attend.apply(query, key, value, context_key, context_value, rows, mask)
     return attended
+
+
+class BlockAttention:
+    """:func:`block_attention` for every layer of a draft over one pack: by kernels where they serve.
+
+    Args:
+        rows: the blocks.
+        mask: what a row sees.
+    """
+
+    def __init__(self, rows: BlockRows, mask: BlockMask) -> None:
+        self._rows, self._mask = rows, mask
+        self._plan: Plan | None = None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, context_key: Tensor, context_value: Tensor) -> Tensor:
+        """[A * S, h, d] for query [A * S, h, d], key and value [A * S, g, d], context_key and context_value [N, g, d]; sizes are those of every layer."""
+        if kernels.usable(query):
+            from torchspec.models.blocks import attention_triton
+
+            if attention_triton.serves(query, key, slots=self._rows.slots):
+                self._plan = self._plan or attention_triton.Plan.of(self._rows, self._mask, query, key)
+                return attention_triton.attend(self._plan, query, key, value, context_key, context_value)
+        own = (t.unflatten(0, (-1, self._rows.slots)) for t in (query, key, value))
+        return block_attention(*own, context_key, context_value, self._rows, self._mask).flatten(0, 1)

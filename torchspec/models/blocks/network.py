@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchspec.batch import PackedBatch
 from torchspec.blocks import BlockRows
-from torchspec.models.blocks.attention import BlockMask, block_attention
+from torchspec.models.blocks.attention import BlockAttention, BlockMask
 from torchspec.models.blocks.confidence import ConfidenceHead
 from torchspec.models.blocks.config import BlockConfig
 from torchspec.models.blocks.convolution import Convolution, GroupedConvolution
@@ -163,17 +163,17 @@ class BlockDraft(nn.Module):
         slots = self.config.block_size
         hidden = self._embed(batch, rows)
         position = (batch.position[rows.base] + 1)[:, None] + torch.arange(slots, device=rows.base.device)
-        rotation = self._rotation(position.flatten())
+        rotation, attend = self._rotation(position.flatten()), BlockAttention(rows, self.mask)
         for layer, (key, value) in zip(context.layers, context.keys_values, strict=True):
             x = layer.norm(hidden)
             if layer.convolutions is None:
-                attended = self._attend(layer, x, rotation, key, value, rows)
+                attended = self._attend(layer, x, rotation, key, value, attend)
                 hidden = layer.attention.output(attended, Residual(hidden))
                 hidden = mlp_block(hidden, layer.mlp_norm.weight, layer.gate_up, layer.down, eps=layer.mlp_norm.eps, recompute=self.recompute)
                 continue
             around_attention, around_mlp = layer.convolutions
-            attend = partial(self._project_attended, layer, rotation=rotation, key=key, value=value, rows=rows)
-            hidden = hidden + self._convolved(around_attention, x, attend)
+            inner = partial(self._project_attended, layer, rotation=rotation, key=key, value=value, attend=attend)
+            hidden = hidden + self._convolved(around_attention, x, inner)
             hidden = hidden + self._convolved(around_mlp, layer.mlp_norm(hidden), partial(self._mlp, layer))
         return hidden
 
@@ -194,14 +194,13 @@ class BlockDraft(nn.Module):
         kind = wide(self.compute_dtype)
         return tables(inverse.to(kind), self.rope_factor, position, kind)
 
-    def _attend(self, layer: _Layer, x: Tensor, rotation: Rotation, key: Tensor, value: Tensor, rows: BlockRows) -> Tensor:
+    def _attend(self, layer: _Layer, x: Tensor, rotation: Rotation, key: Tensor, value: Tensor, attend: BlockAttention) -> Tensor:
         """[A * S, h, d]."""
         heads = layer.attention.all(linear(x, layer.attention.inputs, bias=layer.attention.bias), rotation)
-        query, own_key, own_value = (part.unflatten(0, (-1, rows.slots)) for part in heads)
-        return block_attention(query, own_key, own_value, key, value, rows, self.mask).flatten(0, 1)
+        return attend(*heads, key, value)
 
-    def _project_attended(self, layer: _Layer, x: Tensor, *, rotation: Rotation, key: Tensor, value: Tensor, rows: BlockRows) -> Tensor:
-        attended = self._attend(layer, x, rotation, key, value, rows)
+    def _project_attended(self, layer: _Layer, x: Tensor, *, rotation: Rotation, key: Tensor, value: Tensor, attend: BlockAttention) -> Tensor:
+        attended = self._attend(layer, x, rotation, key, value, attend)
         return linear(attended.flatten(1), layer.attention.o, bias=layer.attention.o_bias)
 
     def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
