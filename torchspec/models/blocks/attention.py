@@ -206,5 +206,5 @@ class BlockAttention:
             if attention_triton.serves(query, key, slots=self._rows.slots):
                 self._plan = self._plan or attention_triton.Plan.of(self._rows, self._mask, query, key)
                 return attention_triton.attend(self._plan, query, key, value, context_key, context_value)
-        own = (t.unflatten(0, (-1, self._rows.slots)) for t in (query, key, value))
-        return block_attention(*own, context_key, context_value, self._rows, self._mask).flatten(0, 1)
+        q, k, v = (t.unflatten(0, (-1, self._rows.slots)) for t in (query, key, value))
+        return block_attention(q, k, v, context_key, context_value, self._rows, self._mask).flatten(0, 1)

@@ -51,18 +51,18 @@ class Plan:
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, query: Tensor, key: Tensor, value: Tensor, context_key: Tensor, context_value: Tensor) -> Tensor:
-        given = [t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value, context_key, context_value)]
-        out, lse = kernel.forward(*given, plan.base, plan.forward, sizes=plan.sizes, launch=plan.launches.forward)
+        q, k, v, ck, cv = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value, context_key, context_value))
+        out, lse = kernel.forward(q, k, v, ck, cv, plan.base, plan.forward, sizes=plan.sizes, launch=plan.launches.forward)
         ctx.plan = plan
-        ctx.save_for_backward(*given, out, lse)
+        ctx.save_for_backward(q, k, v, ck, cv, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *given, out, lse = ctx.saved_tensors
+        q, k, v, ck, cv, out, lse = ctx.saved_tensors
         plan, launches = ctx.plan, ctx.plan.launches
         found = kernel.backward(
-            grads[0].contiguous(), *given, plan.base, plan.rows, plan.context, out, lse,
+            grads[0].contiguous(), q, k, v, ck, cv, plan.base, plan.rows, plan.context, out, lse,
             sizes=plan.sizes, launch=launches.rows, context_launch=launches.context,
         )  # fmt: skip
         return None, *found
