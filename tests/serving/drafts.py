@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.forks import cold
 from tests.parity.vllm import random_prompts, target_states
 from tests.tiny import save_target
 from torchspec.batch import PackedBatch
@@ -106,7 +107,8 @@ def serve(folder: Path, target: Path, drafts: list[Served], prompts: list[list[i
     (folder / "job.json").write_text(json.dumps(job))
     with (folder / "vllm.log").open("w") as log:
         command = [sys.executable, "-m", "tests.serving.child", str(folder / "job.json"), str(folder / "out.json")]
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=1500, check=False).returncode
+        with cold():  # Triton's interpreter is chosen before Triton is imported
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=1500, check=False).returncode
     if code:
         lines = (folder / "vllm.log").read_text(errors="replace").splitlines()
         raise RuntimeError("vLLM ended with:\n" + "\n".join(lines[-40:]))
