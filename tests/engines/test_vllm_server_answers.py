@@ -14,6 +14,7 @@ import pytest
 from tests.engines.parts import save_tiny, spec_of
 from tests.engines.test_transformers_engine import leases_of
 from torchspec.engines.capture.requests import PARAMETER
+from torchspec.engines.capture.server import ServerClient
 from torchspec.engines.engine import EngineConfig, Job, OnPolicy
 from torchspec.engines.messages import Failed, PartialAnswer
 from torchspec.engines.vllm.options import sampling_params
@@ -32,7 +33,8 @@ class Played(RemoteVLLMEngine):
 
     def launch(self) -> dict[str, Any]:
         self.token = "secret"
-        self._client = httpx.AsyncClient(transport=httpx.MockTransport(lambda request: self.answer(request)), base_url="http://server")
+        transport = httpx.MockTransport(lambda request: self.answer(request))
+        self._client = ServerClient(httpx.AsyncClient(transport=transport, base_url="http://server"))
         return {}
 
 
